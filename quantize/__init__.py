@@ -1,0 +1,27 @@
+"""Post-training quantization of PyTorch models: a pure functional core and a thin shell.
+
+>>> import torch, quantize as qz
+>>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))
+>>> qz.quantize(model, {"quant_cfg": {"weights": {"type": "int8", "symmetric": True, "strategy": "channel"}},
+...                     "algorithm": "minmax"})
+>>> qz.convert(model)
+>>> model[0].codes.dtype
+torch.int8
+"""
+
+from quantize import core, presets
+from quantize.shell.api import convert, finish, quantize, report
+from quantize.shell.config import QuantizeError, QuantizeWarning
+from quantize.shell.deployment import QuantizedLinear
+
+__all__ = [
+    "QuantizeError",
+    "QuantizeWarning",
+    "QuantizedLinear",
+    "convert",
+    "core",
+    "finish",
+    "presets",
+    "quantize",
+    "report",
+]

@@ -1,0 +1,49 @@
+"""The pure core: functions on tensors, for any framework that has tensors to quantize.
+
+Shapes are written in the letters ``n`` output channels, ``c`` input channels, ``g`` groups, ``k`` elements of a
+group, ``t`` tokens. Nothing here knows modules, devices, files or global state: same inputs, same bits.
+"""
+
+from quantize.core import affine, linear, metrics, observers
+from quantize.core.affine import (
+    dequantize,
+    fake_quantize,
+    from_groups,
+    group_ranges,
+    qparams,
+    quantize,
+    round_to_nearest,
+    to_groups,
+)
+from quantize.core.algorithms import ALGORITHMS, Algorithm, LayerSpec, Solution, minmax
+from quantize.core.observers import Observer, channel_absmean, channel_range, gram, product
+from quantize.core.qtensor import QParams, QTensor
+from quantize.core.scheme import Scheme
+
+__all__ = [
+    "ALGORITHMS",
+    "Algorithm",
+    "LayerSpec",
+    "Observer",
+    "QParams",
+    "QTensor",
+    "Scheme",
+    "Solution",
+    "affine",
+    "channel_absmean",
+    "channel_range",
+    "dequantize",
+    "fake_quantize",
+    "from_groups",
+    "gram",
+    "group_ranges",
+    "linear",
+    "metrics",
+    "minmax",
+    "observers",
+    "product",
+    "qparams",
+    "quantize",
+    "round_to_nearest",
+    "to_groups",
+]

@@ -1,0 +1,106 @@
+"""The contract of a quantization algorithm: pure functions, closed over a format and options."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple, Protocol
+
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from quantize.core.observers import Observer
+from quantize.core.qtensor import QParams, QTensor
+from quantize.core.scheme import Scheme
+
+
+def option(default: Any, accepted: str, check: Callable[[Any], bool] = lambda value: True) -> Any:
+    """A field of an ``Options``: its default, which also fixes its type, and what is accepted, as text and test."""
+    return field(default=default, metadata={"accepted": accepted, "check": check})
+
+
+@dataclass(frozen=True)
+class BaseOptions:
+    """Options of an algorithm: every field is made by :func:`option`, and its name is the key in a config.
+
+    Raises:
+        ValueError: a value outside of what its field accepts, as ``<key>: <value>; accepted: <what>``.
+    """
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            kinds = (int, float) if type(f.default) is float else (type(f.default),)
+            if type(value) not in kinds or not f.metadata["check"](value):
+                raise ValueError(f"{f.name}: {value!r}; accepted: {f.metadata['accepted']}")
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """The format that a linear layer shall take: ``inputs`` None leaves the inputs in floating point."""
+
+    weight: Scheme
+    inputs: Scheme | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """A quantized layer: everything that a kernel needs, and what is known about its quality. A torch pytree.
+
+    - ``weight``: codes ``[n, c]`` and their parameters.
+    - ``inputs``: the scheme of the inputs, or None.
+    - ``smoothing`` ``[c]`` or None: the inputs are divided by it, and the weight holds the factor.
+    - ``static``: parameters ``[1, 1]`` of inputs with strategy ``tensor``, else None.
+    - ``error``, ``baseline_error`` ``[]`` or None: ``tr(delta H delta^T)`` of this weight and of plain rounding, on
+      the same statistics.
+    - ``notes``: scalars ``[]`` that say what happened on the way, by name.
+    """
+
+    weight: QTensor
+    inputs: Scheme | None = None
+    smoothing: Tensor | None = None
+    static: QParams | None = None
+    error: Tensor | None = None
+    baseline_error: Tensor | None = None
+    notes: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def _flatten(s: Solution) -> tuple[list[Any], Scheme | None]:
+    return [s.weight, s.smoothing, s.static, s.error, s.baseline_error, dict(s.notes)], s.inputs
+
+
+def _unflatten(leaves: Any, inputs: Scheme | None) -> Solution:
+    weight, *rest = leaves
+    return Solution(weight, inputs, *rest)
+
+
+pytree.register_pytree_node(Solution, _flatten, _unflatten, serialized_type_name="quantize.Solution")
+
+
+class Algorithm(NamedTuple):
+    """An :class:`~quantize.core.observers.Observer` and what to do with its statistic.
+
+    - ``observer``: what to remember of the inputs ``[..., c]``.
+    - ``solve(weight, statistic) -> Solution``: ``weight`` is ``[n, c]``, any float dtype and finite.
+    - ``data_free``: ``solve`` does not look at the statistic.
+    """
+
+    observer: Observer
+    solve: Callable[[Tensor, Any], Solution]
+    data_free: bool = False
+
+
+class AlgorithmModule(Protocol):
+    """What a file in ``core/algorithms`` offers; the registry, the config and the tests read it from there."""
+
+    @property
+    def Options(self) -> type[Any]:  # noqa: N802 - a class, under the name of a class
+        """A :class:`BaseOptions`: its fields are the keys accepted in a config, with their defaults."""
+
+    @property
+    def QUANTIZES_INPUTS(self) -> frozenset[bool]:  # noqa: N802 - a constant
+        """Which formats are meant: ``False`` for weights alone, ``True`` for weights and inputs."""
+
+    @property
+    def algorithm(self) -> Callable[[LayerSpec, Any], Algorithm]:
+        """Close the algorithm over a format and options."""

@@ -1,0 +1,139 @@
+"""The linear layer on quantized operands, exactly as the kernels compute it: the definition that they must meet."""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange, reduce
+from torch import Tensor
+
+from quantize.core import affine
+from quantize.core.qtensor import QParams, QTensor
+from quantize.core.scheme import Scheme
+
+# 1024 products of two int8 sum to at most 1024 * 2^14 = 2^24: every partial sum is an integer that float32 holds.
+_EXACT_LENGTH = 1024
+
+
+def int_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b.T`` of int8 matrices ``[t, c]`` and ``[n, c]``, accumulated in int32: ``[t, n]``, exact.
+
+    Runs on the float32 matmul of any device, in slices of ``c`` short enough that no sum is rounded; int8 values
+    survive a TF32 or HF32 mantissa as well. Exact while the result fits int32, that is for ``c < 2^17``.
+
+    >>> int_matmul(torch.tensor([[1, -2]], dtype=torch.int8), torch.tensor([[3, 4]], dtype=torch.int8))
+    tensor([[-5]], dtype=torch.int32)
+    """
+    total = torch.zeros(a.shape[0], b.shape[0], dtype=torch.int32, device=a.device)
+    for left, right in zip(*(torch.split(m, _EXACT_LENGTH, 1) for m in (a, b)), strict=True):
+        total = total + (left.float() @ right.float().T).to(torch.int32)
+    return total
+
+
+def smooth(x: Tensor, smoothing: Tensor | None) -> Tensor:
+    """``x / smoothing`` along the last axis ``[c]``, rounded once to the dtype of ``x``; None leaves ``x``."""
+    return x if smoothing is None else (x / smoothing).to(x.dtype)
+
+
+def static_params(low: Tensor, high: Tensor, scheme: Scheme, *, smoothing: Tensor | None = None) -> QParams:
+    """One scale for all inputs from the ranges ``[c]`` of the channels, each divided by ``smoothing`` ``[c]``.
+
+    >>> static_params(torch.tensor([-4., 0.]), torch.tensor([0., 1.]), Scheme(strategy="tensor")).scale
+    tensor([[0.0312]])
+    """
+    if smoothing is not None:
+        low, high = low / smoothing, high / smoothing
+    return affine.qparams(reduce(low, "c -> 1 1", "min"), reduce(high, "c -> 1 1", "max"), scheme)
+
+
+def input_params(x: Tensor, scheme: Scheme, static: QParams | None = None) -> QParams:
+    """Scale and zero point for the tokens ``x`` ``[t, c]``: ``static`` where given, else of every token's own range."""
+    return affine.qparams(*affine.group_ranges(x, scheme), scheme) if static is None else static
+
+
+def integer_linear(x: QTensor, weight: QTensor, bias: Tensor | None = None) -> Tensor:
+    """``x W^T + bias`` of quantized inputs and weights: ``[t, n]`` in float32.
+
+    ``x`` has codes ``[t, c]`` and one scale a tensor or a token; ``weight`` has codes ``[n, c]``, one scale a tensor
+    or a channel, and no zero point. The sum of the codes' products is exact (int32); the zero point of the inputs is
+    corrected in integers; scales and bias are applied in float32.
+
+    Derivation, with ``q`` and ``z`` for codes and zero point:
+
+    1. ``y = sum_c (q_x - z_x) s_x q_w s_w + b``;
+    2. neither scale depends on ``c``: ``y = s_x s_w (sum_c q_x q_w - z_x sum_c q_w) + b``.
+
+    Raises:
+        ValueError: a weight with a zero point, or with scales inside a row: they do not leave the sum.
+    """
+    if weight.zero_point is not None or weight.scheme.strategy == "group":
+        raise ValueError(f"weight: {weight.scheme}; accepted with quantized inputs: symmetric, tensor or channel")
+    total = int_matmul(x.codes, weight.codes)
+    if x.zero_point is not None:
+        row_sums = reduce(weight.codes.to(torch.int32), "n c -> 1 n", "sum")
+        total = total - x.zero_point.to(torch.int32) * row_sums
+    y = total * x.scale * rearrange(weight.scale, "n 1 -> 1 n")
+    return y if bias is None else y + bias
+
+
+def quantized_linear(
+    x: Tensor,
+    weight: QTensor,
+    bias: Tensor | None = None,
+    *,
+    inputs: Scheme | None = None,
+    smoothing: Tensor | None = None,
+    static: QParams | None = None,
+) -> Tensor:
+    """A deployed linear layer: ``[..., c]`` to ``[..., n]``, in the dtype of ``x``.
+
+    ``inputs`` None multiplies with the dequantized weight, rounded to the dtype of ``x``; else the inputs are
+    quantized with ``static`` parameters or their own, and :func:`integer_linear` follows. ``smoothing`` ``[c]``
+    divides the inputs first.
+
+    >>> weight = affine.round_to_nearest(torch.tensor([[127., 1.]]), Scheme())
+    >>> quantized_linear(torch.tensor([1., 2.]), weight, inputs=Scheme(strategy="token"))
+    tensor([130.])
+    """
+    tokens = smooth(rearrange(x, "... c -> (...) c"), smoothing)
+    if inputs is None:
+        y = _float_linear(tokens, weight, bias)
+    else:
+        quantized = affine.quantize(tokens, input_params(tokens, inputs, static), inputs)
+        y = integer_linear(quantized, weight, bias).to(x.dtype)
+    return y.reshape(*x.shape[:-1], weight.codes.shape[0])
+
+
+def fake_quantized_linear(
+    x: Tensor,
+    weight: QTensor,
+    bias: Tensor | None = None,
+    *,
+    inputs: Scheme | None = None,
+    smoothing: Tensor | None = None,
+    static: QParams | None = None,
+) -> Tensor:
+    """:func:`quantized_linear` in floating point: the inputs are fake-quantized and all products are floats.
+
+    Differs from it by rounding only. With ``u`` the unit roundoff of the dtype of ``x``, ``v`` that of the
+    accumulation, and ``m = |x'| |W'|^T + |bias|`` on the dequantized operands::
+
+        |difference| <= (5 u + (c + 8) v) m
+
+    1. the float form rounds each operand to the dtype of ``x`` (``2 u``), sums ``c`` products and the bias in ``v``
+       (``(c + 1) v``), and rounds the product and the sum with the bias (``2 u``);
+    2. the integer form sums exactly, multiplies by two scales and adds the bias in float32 (``3 v``), and rounds
+       once to the dtype of ``x`` (``u``);
+    3. the dequantized operands are themselves rounded products of a code and a scale (``2 v``); what is left of
+       ``v`` covers the products of these terms.
+
+    Weight-only layers compute the same expression in both forms.
+    """
+    tokens = smooth(rearrange(x, "... c -> (...) c"), smoothing)
+    if inputs is not None:
+        tokens = affine.fake_quantize(tokens, input_params(tokens, inputs, static), inputs)
+    return _float_linear(tokens, weight, bias).reshape(*x.shape[:-1], weight.codes.shape[0])
+
+
+def _float_linear(tokens: Tensor, weight: QTensor, bias: Tensor | None) -> Tensor:
+    y = tokens @ affine.dequantize(weight).to(tokens.dtype).T
+    return y if bias is None else y + bias.to(tokens.dtype)

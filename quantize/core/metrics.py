@@ -1,0 +1,43 @@
+"""How far a quantized layer is from the original."""
+
+from __future__ import annotations
+
+import torch
+from einops import reduce
+from torch import Tensor
+
+
+def row_error(delta: Tensor, gram: Tensor) -> Tensor:
+    """Output error of every output channel, ``[n]``: the diagonal of ``delta H delta^T``.
+
+    ``delta`` ``[n, c]`` is the change of the weight, ``gram`` ``[c, c]`` the sum of ``x^T x``: the result is the sum
+    over the tokens of ``(x . delta_n)^2``. Rows are independent, so a choice by row is a choice for the sum.
+
+    >>> row_error(torch.tensor([[1., 1.], [1., -1.]]), torch.tensor([[2., 1.], [1., 2.]]))
+    tensor([6., 2.])
+    """
+    return reduce((delta @ gram) * delta, "n c -> n", "sum")
+
+
+def output_error(delta: Tensor, gram: Tensor) -> Tensor:
+    """``tr(delta H delta^T)``, ``[]``: the squared error of the outputs that a change ``delta`` ``[n, c]`` makes.
+
+    >>> output_error(torch.tensor([[1., 1.], [1., -1.]]), torch.tensor([[2., 1.], [1., 2.]]))
+    tensor(8.)
+    """
+    return row_error(delta, gram).sum()
+
+
+def sqnr(reference: Tensor, approximation: Tensor) -> Tensor:
+    """Signal to quantization noise in dB, ``[]``: ``10 log10(sum x^2 / sum (x - y)^2)``; equal tensors give +inf.
+
+    >>> sqnr(torch.tensor([1.0, 0.0]), torch.tensor([0.9, 0.0])).round()
+    tensor(20.)
+    """
+    noise = reference - approximation
+    # Scaled by the largest magnitude, so that squares neither overflow nor vanish.
+    largest = torch.maximum(reference.abs().amax(), noise.abs().amax())
+    unit = torch.where(largest > 0, largest, 1.0)
+    noise_power = (noise / unit).square().sum()
+    signal = (reference / unit).square().sum()
+    return torch.where(noise_power > 0, 10 * torch.log10(signal / noise_power), torch.inf)

@@ -1,0 +1,54 @@
+"""A quantized matrix as an immutable value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from quantize.core.scheme import Scheme
+
+
+class QParams(NamedTuple):
+    """The map between numbers and codes: ``x = (code - zero_point) * scale``.
+
+    ``scale`` is float32 (float64 for float64 data) and positive, of shape ``[1, 1]``, ``[n, 1]`` or ``[n, g]``;
+    ``zero_point`` is int8 of the same shape, or None for a symmetric scheme.
+    """
+
+    scale: Tensor
+    zero_point: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class QTensor:
+    """Codes and the parameters to read them; a torch pytree whose scheme is static.
+
+    ``codes`` is int8 ``[n, c]`` with values in ``[scheme.qmin, scheme.qmax]``; for ``scale`` and ``zero_point`` see
+    :class:`QParams`. The scale keeps the rank of the codes, so that one :func:`~quantize.core.affine.dequantize`
+    serves every strategy.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    scheme: Scheme
+
+    @property
+    def params(self) -> QParams:
+        """Scale and zero point alone."""
+        return QParams(self.scale, self.zero_point)
+
+
+def _flatten(q: QTensor) -> tuple[list[Any], Scheme]:
+    return [q.codes, q.scale, q.zero_point], q.scheme
+
+
+def _unflatten(leaves: Any, scheme: Scheme) -> QTensor:
+    codes, scale, zero_point = leaves
+    return QTensor(codes, scale, zero_point, scheme)
+
+
+pytree.register_pytree_node(QTensor, _flatten, _unflatten, serialized_type_name="quantize.QTensor")

@@ -1,0 +1,1 @@
+"""The imperative shell: a config, a walk over the model, and the layers that calibrate and compute."""

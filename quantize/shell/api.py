@@ -1,0 +1,140 @@
+"""The public calls: everything is checked first, and the model touched last."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+from quantize.core import affine
+from quantize.presets import INT8_MINMAX_WEIGHT_QUANT_CFG
+from quantize.shell import calibration
+from quantize.shell.calibration import SESSION, CalibrationLinear
+from quantize.shell.config import QuantizeWarning, parse, refusal
+from quantize.shell.deployment import QuantizedLinear
+from quantize.shell.plan import Plan, plan, swap
+from quantize.shell.report import Report
+
+
+def quantize(model: nn.Module, config: object = None) -> None:
+    """Turn ``model`` into a calibration model, in place.
+
+    Run ``batch_num`` forward passes next: they compute in floating point and are observed. After the last one the
+    parameters are solved, and from then on the model computes as the quantized model would. Weight-only minmax
+    needs no batch and is solved here.
+
+    Args:
+        model: any module that contains ``nn.Linear`` layers, in float16, bfloat16, float32 or float64.
+        config: a dict as in the README; None means ``presets.INT8_MINMAX_WEIGHT_QUANT_CFG``.
+
+    Raises:
+        QuantizeError: a config or model that is not accepted; the model is left exactly as it was.
+
+    Warns:
+        QuantizeWarning: once, with all modules left in floating point that the config did not ask to skip.
+    """
+    parsed = parse(INT8_MINMAX_WEIGHT_QUANT_CFG if config is None else config)
+    _check_model(model)
+    for name, module in model.named_modules():
+        if isinstance(module, (CalibrationLinear, QuantizedLinear)):
+            raise refusal("model", f"layer {name!r} is quantized already", "a model in floating point")
+    planned = plan(model, parsed)
+    algorithm = parsed.algorithm
+    # Equal channels start from one state, so that layers which read one tensor go on sharing it.
+    initial: dict[tuple[int, torch.dtype, torch.device], Any] = {}
+    layers: dict[nn.Module, nn.Module] = {}
+    for layer in planned.layers:
+        weight = layer.module.weight
+        key = (weight.shape[1], affine.working_dtype(weight), weight.device)
+        if key not in initial:
+            initial[key] = algorithm.observer.init(key[0], dtype=key[1], device=key[2])
+        layers[layer.module] = CalibrationLinear(layer.module, layer.names, parsed, initial[key])
+    swap(model, layers)
+    calibration.attach(model, parsed, planned)
+    if algorithm.data_free:
+        try:
+            calibration.solve(model)
+        except BaseException:
+            calibration.detach(model)
+            del model.__dict__[SESSION]
+            swap(model, {new: old for old, new in layers.items()})
+            raise
+    _warn(planned)
+
+
+def finish(model: nn.Module) -> None:
+    """Solve now, with the batches seen so far; afterwards the model computes as the quantized model would.
+
+    Also continues after an interrupted solve. A model that is solved already stays as it is.
+
+    Raises:
+        QuantizeError: a model that is not under calibration, or no batch seen.
+    """
+    _check_model(model)
+    if not calibration.calibrated(model):
+        raise refusal("model", "not under calibration", "a model after quantize(model, config)")
+    layers = calibration.unsolved(model)
+    if not layers:
+        return
+    if layers[0].seen == 0:
+        raise refusal("model", "0 batches seen", "a model after at least one forward pass")
+    calibration.solve(model)
+
+
+def convert(model: nn.Module) -> None:
+    """Replace every calibrated layer by a :class:`QuantizedLinear`, in place: codes, and no float weight.
+
+    The result changes by rounding only: see :func:`quantize.core.linear.fake_quantized_linear` for the bound.
+
+    Raises:
+        QuantizeError: a model that is not calibrated to the end; it says what is missing.
+    """
+    _check_model(model)
+    layers = calibration.calibrated(model)
+    if not layers:
+        raise refusal("model", "not calibrated", "a model after quantize(model, config) and its forward passes")
+    for layer in layers:
+        missing = layer.config.batch_num - layer.seen
+        if not layer.active and missing > 0:
+            seen = f"{layer.seen} of {layer.config.batch_num} batches seen"
+            raise refusal("model", seen, f"{missing} more forward passes of the whole model, or finish(model)")
+        if not layer.active:
+            raise refusal("model", "solving was interrupted", "a model after finish(model)")
+    swap(model, {layer: layer.deployed() for layer in layers})
+
+
+def report(model: nn.Module) -> Report:
+    """What was done to every layer of ``model``, and what was left out: a value that prints as a table.
+
+    Raises:
+        QuantizeError: a model without any quantized layer.
+    """
+    _check_model(model)
+    rows = [
+        module.record() if isinstance(module, CalibrationLinear) else module.record
+        for module in model.modules()
+        if isinstance(module, (CalibrationLinear, QuantizedLinear))
+    ]
+    if not rows:
+        raise refusal("model", "not quantized", "a model after quantize(model, config)")
+    sessions = [module.__dict__[SESSION] for module in model.modules() if SESSION in module.__dict__]
+    return Report(
+        tuple(rows),
+        tuple(skipped for session in sessions for skipped in session.skipped),
+        tuple(word for session in sessions for word in session.unmatched),
+    )
+
+
+def _check_model(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise refusal("model", model, "a torch.nn.Module")
+
+
+def _warn(planned: Plan) -> None:
+    left = [f"{skipped.name!r} ({skipped.reason})" for skipped in planned.skipped if not skipped.asked]
+    left += [f"skip_layers entry {word!r} matched nothing" for word in planned.unmatched]
+    if left:
+        message = f"left in floating point, see report(model): {'; '.join(left)}"
+        warnings.warn(message, QuantizeWarning, stacklevel=3)

@@ -1,0 +1,1 @@
+"""The matmuls of deployed layers: one interface, one file a backend."""

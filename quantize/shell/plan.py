@@ -1,0 +1,123 @@
+"""The only walk over a model: which layers are quantized, and why the others are not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from quantize.shell.config import Config, QuantizeError, refusal
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Children whose weight their owner reads without calling them.
+_READ_DIRECTLY: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.MultiheadAttention: ("out_proj",),
+    nn.TransformerEncoderLayer: ("linear1", "linear2"),
+}
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """A layer to quantize, under all names that it has in the model."""
+
+    names: tuple[str, ...]
+    module: nn.Linear
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A module that holds a weight matrix and stays as it is; ``asked`` where ``skip_layers`` says so."""
+
+    name: str
+    reason: str
+    asked: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What :func:`plan` found; ``unmatched``: entries of ``skip_layers`` that no name contains."""
+
+    layers: tuple[LayerPlan, ...]
+    skipped: tuple[Skipped, ...]
+    unmatched: tuple[str, ...]
+
+
+def plan(model: nn.Module, config: Config) -> Plan:
+    """Decide for every module with a weight matrix; nothing is changed.
+
+    Raises:
+        QuantizeError: nothing to quantize, or a weight with NaN or inf.
+    """
+    names: dict[nn.Module, list[str]] = {}
+    direct: dict[nn.Module, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+        for owner, children in _READ_DIRECTLY.items():
+            if isinstance(module, owner):
+                direct.update({module.get_submodule(child): owner.__name__ for child in children})
+    layers: list[LayerPlan] = []
+    skipped: list[Skipped] = []
+    for module, all_names in names.items():
+        reason = _reason(module, all_names, config, direct.get(module))
+        asked = next((word for word in config.skip_layers if any(word in name for name in all_names)), None)
+        if asked is not None and (reason is not None or isinstance(module, nn.Linear)):
+            skipped.extend(Skipped(name, f"skip_layers: {asked!r}", asked=True) for name in all_names)
+        elif reason is not None:
+            skipped.extend(Skipped(name, reason) for name in all_names)
+        elif type(module) is nn.Linear:
+            layers.append(LayerPlan(tuple(all_names), module))
+    every_name = [name for all_names in names.values() for name in all_names]
+    unmatched = tuple(word for word in config.skip_layers if not any(word in name for name in every_name))
+    if not layers:
+        found = "; ".join(f"{s.name or type(model).__name__!r}: {s.reason}" for s in skipped) or "no weight matrix"
+        raise QuantizeError(f"model: nothing to quantize ({found}); accepted: a model that contains an nn.Linear")
+    for layer in layers:
+        check_weight(layer.names[0], layer.module.weight)
+    return Plan(tuple(layers), tuple(skipped), unmatched)
+
+
+def swap(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
+    """Put every replacement in the place of its original, under all names."""
+    for parent in list(model.modules()):
+        for key, child in parent._modules.items():
+            if child is not None and child in replacements:
+                parent._modules[key] = replacements[child]
+
+
+def check_weight(name: str, weight: torch.Tensor) -> None:
+    """Refuse a weight with NaN or inf: it has no scale.
+
+    Raises:
+        QuantizeError: it names the layer.
+    """
+    if not bool(torch.isfinite(weight).all()):
+        raise refusal(f"layer {name!r}", "a weight with NaN or inf", "finite weights, or the layer in skip_layers")
+
+
+def _reason(module: nn.Module, names: list[str], config: Config, owner: str | None) -> str | None:
+    if owner is not None:
+        return f"its owner, {owner}, reads the weight without calling the layer"
+    if type(module) is not nn.Linear:
+        kind = type(module).__name__
+        if isinstance(module, nn.Linear):
+            return f"{kind} is a subclass of nn.Linear: its forward may do something else"
+        matrices = [name for name, p in module.named_parameters(recurse=False) if p.ndim >= 2]
+        return f"{kind} is not an nn.Linear" if matrices else None
+    if "" in names:
+        return "the model is the layer itself: nothing holds it to put another in its place"
+    if module._parameters.get("weight") is None:
+        return "its weight is no parameter of its own, but computed by a hook"
+    if "forward" in module.__dict__:
+        return "its forward is replaced on the instance"
+    if 0 in module.weight.shape:
+        return "it is empty"
+    if module.weight.dtype not in _FLOATS:
+        return f"its weight is {module.weight.dtype}"
+    if module.weight.is_meta:
+        return "its weight is on the meta device, without data"
+    size = config.spec.weight.group_size
+    if size is not None and size >= module.weight.shape[1]:
+        return f"group_size {size} is not below in_features {module.weight.shape[1]}"
+    return None

@@ -1,0 +1,84 @@
+"""What was done to every layer: as data and as text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from quantize.shell.plan import Skipped
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layer. ``stage``: ``calibrating``, ``quantized`` (float weights kept) or ``converted``.
+
+    ``tokens``: input vectors seen in calibration. ``weight_sqnr``: signal to quantization noise of the weight in dB.
+    ``error`` and ``baseline_error``: ``tr(delta H delta^T)`` of the layer and of plain rounding, where the algorithm
+    knows them. ``notes``: what happened on the way.
+    """
+
+    names: tuple[str, ...]
+    shape: tuple[int, int]
+    weights: str
+    inputs: str | None
+    algorithm: str
+    stage: str
+    tokens: int
+    weight_sqnr: float | None = None
+    error: float | None = None
+    baseline_error: float | None = None
+    notes: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The first name of the layer."""
+        return self.names[0]
+
+
+@dataclass(frozen=True)
+class Report:
+    """One row a quantized layer, one entry a module left in floating point with its reason.
+
+    ``unmatched``: entries of ``skip_layers`` that matched no name. Prints as a table; :meth:`as_dict` gives plain
+    values, ready for JSON.
+    """
+
+    rows: tuple[Row, ...]
+    skipped: tuple[Skipped, ...]
+    unmatched: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists, strings and numbers."""
+        return {
+            "layers": [{**asdict(row), "names": list(row.names), "shape": list(row.shape)} for row in self.rows],
+            "skipped": [asdict(skipped) for skipped in self.skipped],
+            "unmatched_skip_layers": list(self.unmatched),
+        }
+
+    def __str__(self) -> str:
+        header = ("layer", "shape", "weights", "inputs", "algorithm", "stage", "tokens", "SQNR dB", "error/minmax")
+        body = [_cells(row) for row in self.rows]
+        widths = [max(len(line[i]) for line in (header, *body)) for i in range(len(header))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+                 for line in (header, tuple("-" * width for width in widths), *body)]  # fmt: skip
+        lines += [f"{row.name}: {_notes(row.notes)}" for row in self.rows if row.notes]
+        for title, entries in (
+            ("left in floating point", [f"{s.name or 'the model'}: {s.reason}" for s in self.skipped]),
+            ("entries of skip_layers that matched nothing", [repr(word) for word in self.unmatched]),
+        ):
+            if entries:
+                lines += ["", f"{title} ({len(entries)})", *(f"  {entry}" for entry in entries)]
+        return "\n".join(lines)
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    ratio = "" if not row.baseline_error or row.error is None else f"{row.error / row.baseline_error:.3f}"
+    sqnr = "" if row.weight_sqnr is None else f"{row.weight_sqnr:.1f}"
+    shape = "x".join(map(str, row.shape))
+    inputs = row.inputs or "float"
+    return " = ".join(row.names), shape, row.weights, inputs, row.algorithm, row.stage, str(row.tokens), sqnr, ratio
+
+
+def _notes(notes: Mapping[str, float]) -> str:
+    return ", ".join(f"{key} {value:g}" for key, value in notes.items())
