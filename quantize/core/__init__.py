@@ -4,7 +4,7 @@ Shapes are written in the letters ``n`` output channels, ``c`` input channels, `
 group, ``t`` tokens. Nothing here knows modules, devices, files or global state: same inputs, same bits.
 """
 
-from quantize.core import affine, linear, metrics, observers
+from quantize.core import affine, linear, metrics, observers, ranges, refine
 from quantize.core.affine import (
     dequantize,
     fake_quantize,
@@ -15,7 +15,7 @@ from quantize.core.affine import (
     round_to_nearest,
     to_groups,
 )
-from quantize.core.algorithms import ALGORITHMS, Algorithm, LayerSpec, Solution, minmax
+from quantize.core.algorithms import ALGORITHMS, Algorithm, LayerSpec, Solution, awq, gptq, minmax, smoothquant
 from quantize.core.observers import Observer, channel_absmean, channel_range, gram, product
 from quantize.core.qtensor import QParams, QTensor
 from quantize.core.scheme import Scheme
@@ -30,11 +30,13 @@ __all__ = [
     "Scheme",
     "Solution",
     "affine",
+    "awq",
     "channel_absmean",
     "channel_range",
     "dequantize",
     "fake_quantize",
     "from_groups",
+    "gptq",
     "gram",
     "group_ranges",
     "linear",
@@ -44,6 +46,9 @@ __all__ = [
     "product",
     "qparams",
     "quantize",
+    "ranges",
+    "refine",
     "round_to_nearest",
+    "smoothquant",
     "to_groups",
 ]

@@ -150,6 +150,18 @@ def round_to_nearest(x: Tensor, scheme: Scheme) -> QTensor:
     return quantize(x, qparams(*group_ranges(x, scheme), scheme), scheme)
 
 
+def select(condition: Tensor, yes: QParams, no: QParams) -> QParams:
+    """``torch.where`` on both tensors of two sets of parameters for one scheme; ``condition`` broadcasts.
+
+    >>> select(torch.tensor([[True], [False]]), QParams(torch.ones(2, 1)), QParams(torch.zeros(2, 1))).scale.tolist()
+    [[1.0], [0.0]]
+    """
+    scale = torch.where(condition, yes.scale, no.scale)
+    if yes.zero_point is None or no.zero_point is None:
+        return QParams(scale)
+    return QParams(scale, torch.where(condition, yes.zero_point, no.zero_point))
+
+
 def _codes(groups: Tensor, params: QParams, scheme: Scheme) -> Tensor:
     codes = torch.round(groups / params.scale[..., None])
     if params.zero_point is not None:

@@ -30,8 +30,8 @@ def int_matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 def smooth(x: Tensor, smoothing: Tensor | None) -> Tensor:
-    """``x / smoothing`` along the last axis ``[c]``, rounded once to the dtype of ``x``; None leaves ``x``."""
-    return x if smoothing is None else (x / smoothing).to(x.dtype)
+    """``x / smoothing`` along the last axis ``[c]``, in the wider dtype of the two; None leaves ``x``."""
+    return x if smoothing is None else x / smoothing
 
 
 def static_params(low: Tensor, high: Tensor, scheme: Scheme, *, smoothing: Tensor | None = None) -> QParams:
@@ -96,7 +96,7 @@ def quantized_linear(
     """
     tokens = smooth(rearrange(x, "... c -> (...) c"), smoothing)
     if inputs is None:
-        y = _float_linear(tokens, weight, bias)
+        y = _float_linear(tokens.to(x.dtype), weight, bias)
     else:
         quantized = affine.quantize(tokens, input_params(tokens, inputs, static), inputs)
         y = integer_linear(quantized, weight, bias).to(x.dtype)
@@ -131,7 +131,7 @@ def fake_quantized_linear(
     tokens = smooth(rearrange(x, "... c -> (...) c"), smoothing)
     if inputs is not None:
         tokens = affine.fake_quantize(tokens, input_params(tokens, inputs, static), inputs)
-    return _float_linear(tokens, weight, bias).reshape(*x.shape[:-1], weight.codes.shape[0])
+    return _float_linear(tokens.to(x.dtype), weight, bias).reshape(*x.shape[:-1], weight.codes.shape[0])
 
 
 def _float_linear(tokens: Tensor, weight: QTensor, bias: Tensor | None) -> Tensor:

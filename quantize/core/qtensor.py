@@ -42,13 +42,19 @@ class QTensor:
         return QParams(self.scale, self.zero_point)
 
 
+# None would be a leaf, which torch.func.vmap refuses in a result: absent tensors are absent from the tree.
 def _flatten(q: QTensor) -> tuple[list[Any], Scheme]:
-    return [q.codes, q.scale, q.zero_point], q.scheme
+    return [q.codes, *present(q.params)], q.scheme
 
 
 def _unflatten(leaves: Any, scheme: Scheme) -> QTensor:
-    codes, scale, zero_point = leaves
-    return QTensor(codes, scale, zero_point, scheme)
+    codes, *params = leaves
+    return QTensor(codes, *QParams(*params), scheme)
+
+
+def present(params: QParams) -> tuple[Tensor, ...]:
+    """The tensors of ``params``, without the None of a symmetric scheme; ``QParams(*present(p))`` is ``p``."""
+    return (params.scale,) if params.zero_point is None else (params.scale, params.zero_point)
 
 
 pytree.register_pytree_node(QTensor, _flatten, _unflatten, serialized_type_name="quantize.QTensor")

@@ -36,8 +36,8 @@ class CalibrationLinear(nn.Module):
         super().__init__()
         self.names, self.config = names, config
         self.out_features, self.in_features = original.weight.shape
-        self.register_parameter("weight", original.weight)
-        self._parameters["bias"] = original._parameters["bias"]
+        # The very same objects: ties to other modules, gradients and optimizers stay.
+        self._parameters.update(original._parameters)
         deployment.adopt(self, original)
         self.seen, self.tokens = 0, 0
         self.statistics = statistics

@@ -62,13 +62,14 @@ def parse(config: object) -> Config:
 
 def _mapping(where: str, value: object, *, required: tuple[str, ...], optional: tuple[str, ...]) -> Mapping[str, Any]:
     known = required + optional
+    accepted = f"a dict with {_listed(known) or 'no keys'}"
     if not isinstance(value, Mapping):
-        raise refusal(where, value, f"a dict with {_listed(known)}")
+        raise refusal(where, value, accepted)
     for key in value:
         _known(where, "key", key, known)
     for key in required:
         if key not in value:
-            raise refusal(f"{where}.{key}" if where != "config" else key, "missing", f"a dict with {_listed(known)}")
+            raise refusal(f"{where}.{key}" if where != "config" else key, "missing", accepted)
     return value
 
 
@@ -77,7 +78,7 @@ def _known(where: str, what: str, name: object, known: Collection[str]) -> None:
         return
     close = difflib.get_close_matches(name, known, n=1) if isinstance(name, str) else []
     hint = f"; did you mean {close[0]!r}?" if close else ""
-    accepted = _listed(known) if known else "none"
+    accepted = _listed(known) or "none"
     raise QuantizeError(f"{where}: unknown {what} {reprlib.repr(name)}; accepted: {accepted}{hint}")
 
 

@@ -10,7 +10,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from quantize.core.observers import Observer
-from quantize.core.qtensor import QParams, QTensor
+from quantize.core.qtensor import QParams, QTensor, present
 from quantize.core.scheme import Scheme
 
 
@@ -65,13 +65,17 @@ class Solution:
     notes: Mapping[str, Tensor] = field(default_factory=dict)
 
 
+# As in QTensor, what is None is absent from the tree.
 def _flatten(s: Solution) -> tuple[list[Any], Scheme | None]:
-    return [s.weight, s.smoothing, s.static, s.error, s.baseline_error, dict(s.notes)], s.inputs
+    optional = {"smoothing": s.smoothing, "error": s.error, "baseline_error": s.baseline_error}
+    given = {name: value for name, value in optional.items() if value is not None}
+    static = () if s.static is None else present(s.static)
+    return [s.weight, static, given, dict(s.notes)], s.inputs
 
 
 def _unflatten(leaves: Any, inputs: Scheme | None) -> Solution:
-    weight, *rest = leaves
-    return Solution(weight, inputs, *rest)
+    weight, static, given, notes = leaves
+    return Solution(weight, inputs, static=QParams(*static) if static else None, notes=notes, **given)
 
 
 pytree.register_pytree_node(Solution, _flatten, _unflatten, serialized_type_name="quantize.Solution")

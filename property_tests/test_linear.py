@@ -1,0 +1,122 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from property_tests.laws import assert_pure
+from property_tests.oracles import numpy64
+from property_tests.strategies import input_schemes, integer_matrices, normal_matrices, sizes, weight_schemes
+from quantize.core import QTensor, Scheme, dequantize, fake_quantize, linear, metrics, round_to_nearest
+
+int8 = st.integers(-128, 127)
+row_scaled = weight_schemes(("tensor", "channel")).map(lambda s: Scheme(s.bits, True, s.strategy))
+
+
+@given(st.data(), sizes, sizes, st.sampled_from([1, 5, 1023, 1024, 1025, 3000]))
+def test_the_integer_matmul_is_exact(data, t, n, c):
+    # Mostly the extremes, which make the largest sums.
+    extremes = st.sampled_from([-128, 127]) | int8
+    a, b = (data.draw(hnp.arrays(np.int8, (rows, c), elements=extremes, fill=int8)) for rows in (t, n))
+    y = assert_pure(linear.int_matmul, torch.from_numpy(a), torch.from_numpy(b))
+    assert y.dtype == torch.int32
+    assert (y.numpy() == a.astype(np.int64) @ b.astype(np.int64).T).all()
+
+
+def problem(data, dtype=torch.float32):
+    t, n, c = (data.draw(sizes) for _ in range(3))
+    x = data.draw(normal_matrices(st.just(t), st.just(c))).to(dtype)
+    weight = data.draw(normal_matrices(st.just(n), st.just(c))).to(dtype)
+    bias = data.draw(st.none() | normal_matrices(st.just(1), st.just(n)).map(lambda b: b[0].to(dtype)))
+    return x, weight, bias
+
+
+@given(st.data(), row_scaled, input_schemes())
+def test_the_integer_layer_is_the_float64_product_of_its_operands(data, weights, inputs):
+    x, weight, bias = problem(data)
+    q, w = round_to_nearest(x, inputs), round_to_nearest(weight, weights)
+    y = numpy64(assert_pure(linear.integer_linear, q, w, bias))
+    left, right = operand64(q), operand64(w)
+    offset = 0 if bias is None else numpy64(bias)
+    magnitude = np.abs(left) @ np.abs(right).T + np.abs(offset)
+    # Two scales, and the bias: three roundings of float32, and the sum of the codes' products is below 2^24.
+    assert (np.abs(y - (left @ right.T + offset)) <= 4 * 2.0**-24 * magnitude).all()
+
+
+def operand64(q: QTensor):
+    zero = 0 if q.zero_point is None else numpy64(q.zero_point)
+    return (numpy64(q.codes) - zero) * numpy64(q.scale)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "u"), [(torch.float32, 2.0**-24), (torch.bfloat16, 2.0**-8), (torch.float16, 2.0**-11)]
+)
+@given(st.data(), row_scaled, input_schemes(), st.booleans())
+def test_fake_and_real_differ_by_rounding_only(dtype, u, data, weights, inputs, smoothed):
+    x, weight, bias = problem(data, dtype)
+    smoothing = torch.linspace(0.5, 2, x.shape[1]) if smoothed else None
+    static = None
+    if inputs.strategy == "tensor":
+        low, high = x.float().amin(0).clamp(max=0), x.float().amax(0).clamp(min=0)
+        static = linear.static_params(low, high, inputs, smoothing=smoothing)
+    w = round_to_nearest(weight, weights)
+    options = {"inputs": inputs, "smoothing": smoothing, "static": static}
+    real = linear.quantized_linear(x, w, bias, **options)
+    fake = linear.fake_quantized_linear(x, w, bias, **options)
+    assert real.dtype == fake.dtype == dtype
+    tokens = linear.smooth(x, smoothing).float()
+    entered = fake_quantize(tokens, linear.input_params(tokens, inputs, static), inputs)
+    magnitude = numpy64(entered.abs()) @ numpy64(dequantize(w).abs()).T
+    magnitude += 0 if bias is None else numpy64(bias.abs())
+    # The bound that fake_quantized_linear states, and the smallest step of float16 where results underflow.
+    u = torch.finfo(dtype).eps / 2
+    step = 2.0**-24 if dtype == torch.float16 else 0.0
+    bound = (5 * u + (x.shape[1] + 8) * 2.0**-24) * magnitude + (x.shape[1] + 2) * step
+    assert (np.abs(numpy64(real) - numpy64(fake)) <= bound).all()
+
+
+@given(st.data(), weight_schemes())
+def test_weight_only_is_the_product_with_the_dequantized_weight(data, weights):
+    x, weight, bias = problem(data)
+    w = round_to_nearest(weight, weights)
+    y = numpy64(linear.quantized_linear(x, w, bias))
+    left, right = numpy64(x), numpy64(dequantize(w))
+    offset = 0 if bias is None else numpy64(bias)
+    magnitude = np.abs(left) @ np.abs(right).T + np.abs(offset)
+    assert (np.abs(y - (left @ right.T + offset)) <= (x.shape[1] + 2) * 2.0**-24 * magnitude).all()
+    assert torch.equal(linear.fake_quantized_linear(x, w, bias), linear.quantized_linear(x, w, bias))
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 3), (1, 2, 3), (0, 3), (2, 1, 2, 1, 3)])
+def test_leading_axes_are_kept(shape):
+    w = round_to_nearest(torch.ones(4, 3), Scheme())
+    for inputs in (None, Scheme(strategy="token")):
+        assert linear.quantized_linear(torch.ones(shape), w, inputs=inputs).shape == (*shape[:-1], 4)
+
+
+@pytest.mark.parametrize(
+    "scheme", [Scheme(symmetric=False), Scheme(strategy="group", group_size=2), Scheme(4, False, "tensor")], ids=str
+)
+def test_weights_whose_scale_does_not_leave_the_sum_are_refused(scheme):
+    x = round_to_nearest(torch.ones(2, 4), Scheme(strategy="token"))
+    with pytest.raises(ValueError, match="accepted with quantized inputs: symmetric, tensor or channel"):
+        linear.integer_linear(x, round_to_nearest(torch.ones(3, 4), scheme))
+
+
+@given(integer_matrices(c=st.just(5)), integer_matrices(c=st.just(5)))
+def test_output_error_is_the_squared_error_of_the_outputs(delta, x):
+    # Whole numbers below 2^24 throughout: equal to the last bit.
+    expected = (numpy64(x) @ numpy64(delta).T) ** 2
+    gram = x.T @ x
+    assert assert_pure(metrics.row_error, delta, gram).tolist() == expected.sum(0).tolist()
+    assert assert_pure(metrics.output_error, delta, gram).item() == expected.sum()
+
+
+@given(normal_matrices(sizes, sizes), st.floats(0.001, 1))
+def test_sqnr_is_a_ratio_of_powers(x, noise):
+    y = x * (1 + noise)
+    result = assert_pure(metrics.sqnr, x, y).item()
+    power, error = (numpy64(x) ** 2).sum(), ((numpy64(x) - numpy64(y)) ** 2).sum()
+    assert result == pytest.approx(10 * np.log10(power / error), abs=1e-3)
+    assert metrics.sqnr(x, x).item() == torch.inf

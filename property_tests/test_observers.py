@@ -1,0 +1,96 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from property_tests.laws import assert_pure, same_bits
+from property_tests.oracles import gram64, numpy64
+from property_tests.strategies import integer_matrices, normal_matrices
+from quantize.core import channel_absmean, channel_range, gram, product
+
+OBSERVERS = {
+    "channel_range": channel_range,
+    "channel_absmean": channel_absmean,
+    "gram": gram,
+    "product": product(channel_range, channel_absmean, gram),
+}
+every_observer = pytest.mark.parametrize("observer", OBSERVERS.values(), ids=OBSERVERS.keys())
+C = 4
+# Whole numbers: every sum of a few is exact in float32, so that the laws of addition hold bit for bit.
+batches = integer_matrices(n=st.integers(0, 6), c=st.just(C))
+
+
+def seen(observer, *tokens):
+    state = observer.init(C)
+    for x in tokens:
+        state = assert_pure(observer.update, state, x)
+    return state
+
+
+@every_observer
+@given(batches, batches, batches)
+def test_states_are_a_commutative_monoid(observer, a, b, c):
+    a, b, c = (seen(observer, x) for x in (a, b, c))
+    same_bits(observer.merge(observer.merge(a, b), c), observer.merge(a, observer.merge(b, c)))
+    same_bits(assert_pure(observer.merge, a, b), observer.merge(b, a))
+    same_bits(observer.merge(a, observer.init(C)), a)
+
+
+@every_observer
+@given(batches, batches)
+def test_splitting_tokens_changes_nothing(observer, a, b):
+    whole = seen(observer, torch.cat([a, b]))
+    same_bits(seen(observer, a, b), whole)
+    same_bits(observer.merge(seen(observer, a), seen(observer, b)), whole)
+    same_bits(assert_pure(observer.finalize, whole), observer.finalize(seen(observer, b, a)))
+
+
+@every_observer
+@given(batches)
+def test_leading_axes_are_all_tokens(observer, x):
+    same_bits(seen(observer, x[:, None, None]), seen(observer, x))
+    same_bits(seen(observer, *x), seen(observer, x))
+
+
+@given(normal_matrices(st.integers(1, 40), st.just(C)))
+def test_statistics_are_those_of_float64_loops(x):
+    exact = numpy64(x)
+    low, high = channel_range.finalize(seen(channel_range, x))
+    assert low.tolist() == [min(0.0, *column) for column in exact.T]
+    assert high.tolist() == [max(0.0, *column) for column in exact.T]
+    # A float32 sum of t terms is off by less than t + 2 roundings of the sum of the magnitudes.
+    slack = (len(x) + 2) * 2.0**-24
+    absmean = channel_absmean.finalize(seen(channel_absmean, x)).numpy()
+    expected = np.array([sum(map(abs, column)) / len(x) for column in exact.T])
+    assert (np.abs(absmean - expected) <= slack * expected).all()
+    total, tokens = gram.finalize(seen(gram, x))
+    assert tokens.item() == len(x)
+    assert (np.abs(total.numpy() - gram64(x)) <= slack * gram64(x.abs())).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_summed_in_float32(dtype):
+    # 4096 ones: bfloat16 would stall at 256, float16 would lose units beyond 2048.
+    x = torch.ones(4096, C, dtype=dtype)
+    assert channel_absmean.finalize(seen(channel_absmean, x)).tolist() == [1.0] * C
+    assert (gram.finalize(seen(gram, x)).total == 4096).all()
+    assert channel_range.finalize(seen(channel_range, x)).high.dtype == torch.float32
+
+
+@every_observer
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_value_that_is_not_finite_shows_in_the_state(observer, bad):
+    import torch.utils._pytree as pytree
+
+    x = torch.ones(3, C)
+    x[1, 2] = bad
+    leaves = [leaf for leaf in pytree.tree_leaves(seen(observer, x)) if leaf.is_floating_point()]
+    assert not all(torch.isfinite(leaf).all() for leaf in leaves)
+
+
+def test_no_token_is_the_empty_statistic():
+    low, high = channel_range.finalize(channel_range.init(2))
+    assert not low.any()
+    assert not high.any()
+    assert not channel_absmean.finalize(channel_absmean.init(2)).any()

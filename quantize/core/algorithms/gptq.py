@@ -1,0 +1,141 @@
+"""Quantize column by column, and let the columns that follow make up for the error of those before.
+
+Source: Frantar et al. 2023, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
+equations 2 and 3 and algorithm 1. The recursion here is the equivalent LDL form of Chee et al. 2023, "QuIP: 2-Bit
+Quantization of Large Language Models With Guarantees", section 3 and theorem 6: one factorization and no inverse.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from quantize.core import affine, metrics, observers, ranges, refine
+from quantize.core.algorithms.base import Algorithm, BaseOptions, LayerSpec, Solution, option
+
+QUANTIZES_INPUTS = frozenset({False})
+
+
+@dataclass(frozen=True)
+class Options(BaseOptions):
+    """The paper's algorithm, and switches for what improves on it in the same deployed format.
+
+    - ``act_order``: quantize channels with large inputs first.
+    - ``damp``: part of the mean diagonal of the Gram matrix that is added to its diagonal.
+    - ``block_size``: columns between two large matmuls; a matter of speed alone.
+    - ``search_range``: clip ranges by a search, weighted by the diagonal of the Gram matrix.
+    - ``shrink``: shrink correlations that few tokens cannot tell from chance.
+    - ``sweeps``: rounds of coordinate descent on the codes, and of refitted scales, after the pass.
+    - ``guard``: for every output channel, keep plain rounding where it is better.
+    """
+
+    act_order: bool = option(True, "True or False")
+    damp: float = option(0.01, "a number from 0 to 1", lambda value: 0 <= value <= 1)
+    block_size: int = option(128, "an int, at least 1", lambda value: value >= 1)
+    search_range: bool = option(True, "True or False")
+    shrink: bool = option(True, "True or False")
+    sweeps: int = option(0, "an int, at least 0", lambda value: value >= 0)
+    guard: bool = option(True, "True or False")
+
+
+PAPER = Options(act_order=False, search_range=False, shrink=False, sweeps=0, guard=False)
+"""The paper's algorithm 1, to the last code, with the scales of groups fixed before the pass.
+
+Channels that were zero in all tokens are rounded; the authors' code sets them to zero, which the outputs on these
+tokens cannot tell apart.
+"""
+
+
+def algorithm(spec: LayerSpec, options: Options = Options()) -> Algorithm:
+    """GPTQ; remembers the Gram matrix of the inputs."""
+    return Algorithm(observers.gram, partial(solve, spec, options))
+
+
+def shrink(gram: Tensor, tokens: Tensor) -> Tensor:
+    """Shrink the off-diagonal of ``gram`` ``[c, c]``, a sum over ``tokens`` ``[]``, as far as chance explains it.
+
+    1. The correlation ``r_ij`` of two channels, estimated from ``t`` tokens, has variance ``(1 + r_ij^2) / t`` under
+       normal inputs.
+    2. The factor ``1 - rho`` on all of them with the least expected squared error has
+       ``rho = sum var(r_ij) / sum r_ij^2`` over ``i != j``, at most 1.
+
+    The diagonal stays. Source: Ledoit and Wolf 2004; Schaefer and Strimmer 2005, "A shrinkage approach to large-scale
+    covariance matrix estimation", with the diagonal as target.
+
+    >>> shrink(torch.tensor([[4., 2.], [2., 4.]]), torch.tensor(10))
+    tensor([[4., 1.],
+            [1., 4.]])
+    """
+    diagonal = gram.diagonal()
+    unit = torch.where(diagonal > 0, diagonal, 1.0).rsqrt()
+    squares = (gram * unit * unit[:, None]).square()
+    found = squares.sum() - squares.diagonal().sum()
+    pairs = len(gram) * (len(gram) - 1)
+    chance = (pairs + found) / tokens
+    rho = torch.where(found > chance, chance / found, 1.0)
+    return torch.where(torch.eye(len(gram), dtype=torch.bool, device=gram.device), gram, gram * (1 - rho))
+
+
+def factor(gram: Tensor, damp: float) -> tuple[Tensor, Tensor, Tensor]:
+    """``gram + damping * I = U diag(d) U^T``: ``U`` ``[c, c]`` unit upper triangular, ``d`` ``[c]``, and the damping.
+
+    ``damping`` is ``damp`` times the mean of the diagonal. Where the factorization fails, ``damp`` grows to ten times
+    itself, from at least 1e-6, until it succeeds: at the latest when the diagonal dominates. Zero channels have a
+    pivot of 1 and no coupling.
+
+    1. With ``J`` the reversal of order, ``J (H + damping I) J = L L^T`` by Cholesky.
+    2. ``J L J`` is upper triangular; its diagonal taken out of the columns leaves ``U``, its square is ``d``.
+
+    >>> upper, pivots, _ = factor(torch.tensor([[5., 2.], [2., 1.]]), 0.0)
+    >>> upper, pivots
+    (tensor([[1., 2.],
+            [0., 1.]]), tensor([1., 1.]))
+    """
+    diagonal = gram.diagonal()
+    mean = diagonal.mean()
+    dead = torch.where(diagonal > 0, 0.0, 1.0)
+    while True:
+        damping = damp * mean
+        lower, failed = torch.linalg.cholesky_ex((gram + torch.diag(damping + dead)).flip(0, 1))
+        if not failed and bool(torch.isfinite(lower).all()):
+            break
+        damp = max(10 * damp, 1e-6)
+    upper = lower.flip(0, 1)
+    root = upper.diagonal()
+    return upper / root, root.square(), damping
+
+
+def solve(spec: LayerSpec, options: Options, weight: Tensor, statistic: observers.SumState) -> Solution:
+    """Quantize ``weight`` ``[n, c]`` for inputs with the Gram matrix ``statistic.total`` ``[c, c]``.
+
+    With ``U`` and ``d`` of :func:`factor`, in the order of processing, column ``j`` becomes
+    ``q_j = Q(w_j + sum over i < j of (w_i - q_i) U_ij)``. Then ``(w - q) H (w - q)^T = sum of d_j r_j^2``, with ``r``
+    the rounding errors: each is as small as it can be when its column is reached.
+
+    Never fails on finite arguments. Notes: ``damping``, what was added to the mean diagonal as a part of it;
+    ``dead_channels``; ``kept_rounding``, output channels that the guard gave back.
+    """
+    gram, tokens = statistic
+    wide = weight.to(affine.working_dtype(weight))
+    rounded = affine.round_to_nearest(wide, spec.weight)
+    params = ranges.search(wide, spec.weight, gram.diagonal()) if options.search_range else rounded.params
+    trusted = shrink(gram, tokens) if options.shrink else gram
+    order = torch.arange(len(gram), device=gram.device)
+    if options.act_order:
+        order = torch.argsort(gram.diagonal(), descending=True, stable=True)
+    upper, _, damping = factor(trusted[order][:, order], options.damp)
+    q = refine.sweep(wide, wide, upper, params, spec.weight, order, block_size=options.block_size)
+    for _ in range(options.sweeps):
+        q = refine.refit(wide, refine.descend(wide, q, gram, block_size=options.block_size), gram)
+    kept = torch.zeros((), dtype=torch.int64, device=gram.device)
+    if options.guard:
+        q, kept = refine.better_rows(wide, q, rounded, gram)
+    return Solution(
+        q,
+        error=metrics.output_error(affine.dequantize(q) - wide, gram),
+        baseline_error=metrics.output_error(affine.dequantize(rounded) - wide, gram),
+        notes={"damping": damping, "dead_channels": (gram.diagonal() == 0).sum(), "kept_rounding": kept},
+    )

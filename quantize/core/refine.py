@@ -1,0 +1,128 @@
+"""Lower the output error ``tr((W - Q) H (W - Q)^T)`` of a quantized weight: sweeps over the columns, scales, rows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quantize.core import affine, metrics
+from quantize.core.qtensor import QParams, QTensor
+from quantize.core.scheme import Scheme
+
+# Columns between two small matmuls inside a block: short enough for the cache, long enough to amortize a call.
+_INNER = 16
+
+
+def sweep(
+    base: Tensor,
+    reference: Tensor,
+    coupling: Tensor,
+    params: QParams,
+    scheme: Scheme,
+    order: Tensor,
+    *,
+    block_size: int = 128,
+) -> QTensor:
+    """Round the columns of a matrix one after the other, each moved by the steps of those before it.
+
+    ``q_j = Q(base_j + sum over i < j of (reference_i - q_i) coupling_ij)``; ``base`` and ``reference`` are ``[n, c]``,
+    ``order`` ``[c]`` is the order of the columns, and ``coupling`` ``[c, c]``, of which only the part above the
+    diagonal is read, is in that order. ``params`` and the result are in the layout of ``base``.
+
+    GPTQ is this recursion with ``base = reference = W`` and the unit triangular factor of the Gram matrix; coordinate
+    descent is the same with the present values as reference: see :func:`descend`. Only decided columns are read, so
+    the sums are gathered by one large matmul a block, a small one every 16 columns, and a product of matrix and vector.
+    ``block_size`` changes the order of additions and nothing else.
+    """
+    c, n = coupling.shape[0], base.shape[0]
+    # Transposed, a column is contiguous.
+    base_t, reference_t, incoming = base.T[order], reference.T[order], coupling.T.contiguous()
+    scale = params.scale.T.contiguous()
+    zero = torch.zeros_like(scale) if params.zero_point is None else params.zero_point.T.to(scale.dtype)
+    low, high = scheme.qmin - zero, scheme.qmax - zero
+    groups = (order // (scheme.group_size or c)).tolist()
+    codes, steps = torch.empty_like(base_t), torch.empty_like(base_t)
+    for start in range(0, c, block_size):
+        stop = min(start + block_size, c)
+        target = torch.addmm(base_t[start:stop], incoming[start:stop, :start], steps[:start])
+        for inner in range(start, stop, _INNER):
+            end = min(inner + _INNER, stop)
+            near = torch.addmm(
+                target[inner - start : end - start], incoming[inner:end, start:inner], steps[start:inner]
+            )
+            for j in range(inner, end):
+                g = groups[j]
+                value = torch.addmv(near[j - inner], steps[inner:j].T, incoming[j, inner:j])
+                code = torch.round(value / scale[g]).clamp(low[g], high[g])
+                codes[j] = code
+                steps[j] = reference_t[j] - code * scale[g]
+    codes += zero[torch.tensor(groups, device=order.device)]
+    back = torch.empty_like(order)
+    back[order] = torch.arange(c, device=order.device)
+    return QTensor(codes[back].T.to(torch.int8).contiguous().view(n, c), params.scale, params.zero_point, scheme)
+
+
+def descend(weight: Tensor, q: QTensor, gram: Tensor, *, block_size: int = 128) -> QTensor:
+    """One round of coordinate descent on the codes of ``q``: the error of no output channel rises.
+
+    1. With ``E = Q - W`` and all columns but ``j`` fixed, the error is least where ``q_j - (E H)_j / H_jj`` is; it is a
+       parabola, so the nearest code is the best code.
+    2. Columns ``i < j`` that moved by ``q_i' - q_i`` before change ``(E H)_j`` by ``(q_i' - q_i) H_ij``.
+    3. So this is :func:`sweep` with ``base_j = q_j - (E H)_j / H_jj``, the values of ``q`` as reference, and
+       ``coupling_ij = H_ij / H_jj``.
+
+    A channel that was never active keeps its codes. ``weight`` is ``[n, c]``, ``gram`` ``[c, c]``.
+    """
+    values = affine.dequantize(q)
+    diagonal = gram.diagonal()
+    inverse = torch.where(diagonal > 0, diagonal.reciprocal(), 0.0)
+    base = values - ((values - weight) @ gram) * inverse
+    order = torch.arange(len(gram), device=gram.device)
+    moved = sweep(base, values, gram * inverse, q.params, q.scheme, order, block_size=block_size)
+    # Rows where rounding errors of the sums ate the gain keep their codes.
+    return better_rows(weight, moved, q, gram)[0]
+
+
+def refit(weight: Tensor, q: QTensor, gram: Tensor) -> QTensor:
+    """The best scales for the codes of ``q``, group after group: the error of no output channel rises.
+
+    With ``k = codes - zero_point`` on the group, zero elsewhere, the error is a parabola in the scale ``s``, least at
+    ``s - (E H k^T) / (k H k^T)``. A scale that would not stay positive, or belongs to zeros, is kept.
+    ``weight`` is ``[n, c]``, ``gram`` ``[c, c]``.
+    """
+    c = weight.shape[1]
+    width = q.scheme.group_size or c
+    codes = q.codes.to(weight.dtype)
+    if q.zero_point is not None:
+        unit = QTensor(q.codes, torch.ones_like(q.scale), q.zero_point, q.scheme)
+        codes = affine.dequantize(unit)
+    pull = (affine.dequantize(q) - weight) @ gram
+    scales = []
+    for g, start in enumerate(range(0, c, width)):
+        part = slice(start, start + width)
+        k = codes[:, part]
+        slope, curve = (pull[:, part] * k).sum(1, keepdim=True), metrics.row_error(k, gram[part, part])[:, None]
+        if q.scheme.strategy == "tensor":
+            slope, curve = slope.sum(0, keepdim=True), curve.sum(0, keepdim=True)
+        old = q.scale[:, g : g + 1]
+        new = old - slope / torch.where(curve > 0, curve, 1.0)
+        new = torch.where((curve > 0) & (new > 0), new, old)
+        scales.append(new)
+        pull = pull + ((new - old) * k) @ gram[part]
+    fitted = QTensor(q.codes, torch.cat(scales, 1), q.zero_point, q.scheme)
+    return better_rows(weight, fitted, q, gram)[0]
+
+
+def better_rows(weight: Tensor, first: QTensor, second: QTensor, gram: Tensor) -> tuple[QTensor, Tensor]:
+    """For every output channel the better of two quantized weights, and the number of channels from ``second``.
+
+    Rows add up independently, so the result is at least as good as both. With strategy ``tensor`` the rows share a
+    scale: unless both have the same, it is the better of the two as a whole. ``first`` wins where both are equal.
+    """
+    errors = [metrics.row_error(affine.dequantize(q) - weight, gram) for q in (first, second)]
+    if first.scheme.strategy == "tensor" and first.scale is not second.scale:
+        errors = [error.sum().expand_as(error) for error in errors]
+    take = (errors[1] < errors[0])[:, None]
+    codes = torch.where(take, second.codes, first.codes)
+    params = affine.select(take[: len(first.scale)], second.params, first.params)
+    return QTensor(codes, *params, first.scheme), take.sum()
