@@ -104,9 +104,9 @@ def test_weights_whose_scale_does_not_leave_the_sum_are_refused(scheme):
         linear.integer_linear(x, round_to_nearest(torch.ones(3, 4), scheme))
 
 
-@given(integer_matrices(c=st.just(5)), integer_matrices(c=st.just(5)))
+@given(integer_matrices(c=st.just(5), bound=7), integer_matrices(c=st.just(5), bound=7))
 def test_output_error_is_the_squared_error_of_the_outputs(delta, x):
-    # Whole numbers below 2^24 throughout: equal to the last bit.
+    # Whole numbers, at most 9 * 9 * (5 * 49)^2 < 2^24: equal to the last bit.
     expected = (numpy64(x) @ numpy64(delta).T) ** 2
     gram = x.T @ x
     assert assert_pure(metrics.row_error, delta, gram).tolist() == expected.sum(0).tolist()

@@ -12,7 +12,7 @@ from quantize.core import affine
 from quantize.presets import INT8_MINMAX_WEIGHT_QUANT_CFG
 from quantize.shell import calibration
 from quantize.shell.calibration import SESSION, CalibrationLinear
-from quantize.shell.config import QuantizeWarning, parse, refusal
+from quantize.shell.config import QuantizeWarning, parse, refusal, shown
 from quantize.shell.deployment import QuantizedLinear
 from quantize.shell.plan import Plan, plan, swap
 from quantize.shell.report import Report
@@ -129,7 +129,7 @@ def report(model: nn.Module) -> Report:
 
 def _check_model(model: object) -> None:
     if not isinstance(model, nn.Module):
-        raise refusal("model", model, "a torch.nn.Module")
+        raise refusal("model", shown(model), "a torch.nn.Module")
 
 
 def _warn(planned: Plan) -> None:

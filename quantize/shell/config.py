@@ -23,9 +23,14 @@ class QuantizeWarning(UserWarning):
     """Something was left in floating point, or is not as the config asked; the report says the same."""
 
 
-def refusal(where: str, value: object, accepted: str) -> QuantizeError:
-    """The error for ``value`` at ``where``, in the one form that all errors have."""
-    return QuantizeError(f"{where}: {reprlib.repr(value)}; accepted: {accepted}")
+def refusal(where: str, found: str, accepted: str) -> QuantizeError:
+    """The error for what was ``found`` at ``where``, in the one form that all errors have."""
+    return QuantizeError(f"{where}: {found}; accepted: {accepted}")
+
+
+def shown(value: object) -> str:
+    """A value as an error shows it: its repr, shortened where it is long."""
+    return reprlib.repr(value)
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,7 @@ def _mapping(where: str, value: object, *, required: tuple[str, ...], optional: 
     known = required + optional
     accepted = f"a dict with {_listed(known) or 'no keys'}"
     if not isinstance(value, Mapping):
-        raise refusal(where, value, accepted)
+        raise refusal(where, shown(value), accepted)
     for key in value:
         _known(where, "key", key, known)
     for key in required:
@@ -79,7 +84,7 @@ def _known(where: str, what: str, name: object, known: Collection[str]) -> None:
     close = difflib.get_close_matches(name, known, n=1) if isinstance(name, str) else []
     hint = f"; did you mean {close[0]!r}?" if close else ""
     accepted = _listed(known) or "none"
-    raise QuantizeError(f"{where}: unknown {what} {reprlib.repr(name)}; accepted: {accepted}{hint}")
+    raise QuantizeError(f"{where}: unknown {what} {shown(name)}; accepted: {accepted}{hint}")
 
 
 def _listed(words: Iterable[str]) -> str:
@@ -88,20 +93,20 @@ def _listed(words: Iterable[str]) -> str:
 
 def _one_of(where: str, value: object, words: tuple[str, ...], when: str = "") -> str:
     if not (isinstance(value, str) and value in words):
-        raise refusal(where, value, _listed(words) + when)
+        raise refusal(where, shown(value), _listed(words) + when)
     return value
 
 
 def _integer(where: str, value: object, accepted: str, low: int, high: int | None = None, multiple: int = 1) -> int:
     # bool is an int to Python, and never meant as one here.
     if type(value) is not int or value < low or (high is not None and value > high) or value % multiple:
-        raise refusal(where, value, accepted)
+        raise refusal(where, shown(value), accepted)
     return value
 
 
 def _symmetric(where: str, value: object) -> bool:
     if not isinstance(value, bool):
-        raise refusal(where, value, "True or False")
+        raise refusal(where, shown(value), "True or False")
     return value
 
 
@@ -116,7 +121,7 @@ def _weights(value: object) -> Scheme:
         size = _integer(f"{where}.group_size", given.get("group_size"), accepted, low=32, multiple=32)
         return Scheme(bits, symmetric, "group", size)
     if given.get("group_size") is not None:
-        raise refusal(f"{where}.group_size", given["group_size"], accepted)
+        raise refusal(f"{where}.group_size", shown(given["group_size"]), accepted)
     return Scheme(bits, symmetric, "tensor" if strategy == "tensor" else "channel")
 
 
@@ -134,16 +139,16 @@ def _algorithm(value: object) -> tuple[str, Any]:
     given: object = None
     if isinstance(value, Mapping):
         if len(value) != 1:
-            raise refusal("algorithm", value, accepted)
+            raise refusal("algorithm", shown(value), accepted)
         ((name, given),) = value.items()
     elif isinstance(value, (set, frozenset, list, tuple)):
         if len(value) != 1:
-            raise refusal("algorithm", value, accepted)
+            raise refusal("algorithm", shown(value), accepted)
         (name,) = value
     else:
         name = value
     if not isinstance(name, str):
-        raise refusal("algorithm", value, accepted)
+        raise refusal("algorithm", shown(value), accepted)
     _known("algorithm", "name", name, ALGORITHMS)
     where, options = f"algorithm.{name}", ALGORITHMS[name].Options
     keys = tuple(f.name for f in fields(options))
@@ -158,17 +163,19 @@ def _check_combination(spec: LayerSpec, name: str) -> None:
     with_inputs = spec.inputs is not None
     fitting = [other for other, module in ALGORITHMS.items() if with_inputs in module.QUANTIZES_INPUTS]
     if name not in fitting:
-        raise refusal("algorithm", name, f"{_listed(fitting)} {'with' if with_inputs else 'without'} quant_cfg.inputs")
+        raise refusal(
+            "algorithm", shown(name), f"{_listed(fitting)} {'with' if with_inputs else 'without'} quant_cfg.inputs"
+        )
     if spec.inputs is None:
         return
     # int8 x int8 is what the matmuls of this library accumulate; a scale or zero point inside the sum would not
     # leave it.
     if spec.weight.bits != 8:
-        raise refusal("quant_cfg.weights.type", f"int{spec.weight.bits}", "'int8' with quant_cfg.inputs")
+        raise refusal("quant_cfg.weights.type", f"'int{spec.weight.bits}'", "'int8' with quant_cfg.inputs")
     if spec.weight.strategy == "group":
-        raise refusal("quant_cfg.weights.strategy", "group", "'tensor', 'channel' with quant_cfg.inputs")
+        raise refusal("quant_cfg.weights.strategy", "'group'", "'tensor', 'channel' with quant_cfg.inputs")
     if not spec.weight.symmetric:
-        raise refusal("quant_cfg.weights.symmetric", False, "True with quant_cfg.inputs")
+        raise refusal("quant_cfg.weights.symmetric", "False", "True with quant_cfg.inputs")
 
 
 def _batch_num(value: object) -> int:
@@ -181,8 +188,8 @@ def _skip_layers(value: object) -> tuple[str, ...]:
         return ()
     words = (value,) if isinstance(value, str) else value
     if isinstance(words, (Mapping, bytes)) or not isinstance(words, Collection):
-        raise refusal("skip_layers", value, accepted)
+        raise refusal("skip_layers", shown(value), accepted)
     for word in words:
         if not isinstance(word, str) or not word:
-            raise refusal("skip_layers", value, accepted)
+            raise refusal("skip_layers", shown(value), accepted)
     return tuple(sorted(set(words)))

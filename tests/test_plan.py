@@ -1,0 +1,143 @@
+"""What is quantized, what is not, and that it is said."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import prune
+
+import quantize as qz
+from tests.models import TENSOR, WEIGHTS, assert_same_snapshot, config, mlp, randn, snapshot
+
+
+class Special(nn.Linear):
+    pass
+
+
+def reasons(model, given):
+    with pytest.warns(qz.QuantizeWarning) as warned:
+        qz.quantize(model, given)
+    assert len(warned) == 1
+    skipped = {s.name: s.reason for s in qz.report(model).skipped}
+    for name, reason in skipped.items():
+        assert f"{name!r} ({reason})" in str(warned[0].message)
+    return skipped
+
+
+def test_everything_with_a_weight_matrix_is_accounted_for():
+    model = nn.ModuleDict({"plain": nn.Linear(64, 4)})
+    for name, module in {
+        "special": Special(64, 4),
+        "embed": nn.Embedding(5, 64),
+        "conv": nn.Conv1d(4, 4, 3),
+        "norm": nn.LayerNorm(64),
+        "attention": nn.MultiheadAttention(64, 2),
+        "block": nn.TransformerEncoderLayer(64, 2, dim_feedforward=32),
+        "normed": nn.utils.parametrizations.weight_norm(nn.Linear(64, 4)),
+        "meta": nn.Linear(64, 4, device="meta"),
+        "complex": nn.Linear(64, 4, dtype=torch.complex64),
+    }.items():
+        model[name] = module
+    patched = nn.Linear(64, 4)
+    patched.forward = patched.forward
+    model["patched"] = patched
+    owner = "reads the weight without calling the layer"
+    assert reasons(model, config()) == {
+        "special": "Special is a subclass of nn.Linear: its forward may do something else",
+        "embed": "Embedding is not an nn.Linear",
+        "conv": "Conv1d is not an nn.Linear",
+        "attention": "MultiheadAttention is not an nn.Linear",
+        "attention.out_proj": f"its owner, MultiheadAttention, {owner}",
+        "block.self_attn": "MultiheadAttention is not an nn.Linear",
+        "block.self_attn.out_proj": f"its owner, MultiheadAttention, {owner}",
+        "block.linear1": f"its owner, TransformerEncoderLayer, {owner}",
+        "block.linear2": f"its owner, TransformerEncoderLayer, {owner}",
+        "normed": "ParametrizedLinear is a subclass of nn.Linear: its forward may do something else",
+        "normed.parametrizations.weight": "ParametrizationList is not an nn.Linear",
+        "meta": "its weight is on the meta device, without data",
+        "complex": "its weight is torch.complex64",
+        "patched": "its forward is replaced on the instance",
+    }
+    assert [row.name for row in qz.report(model).rows] == ["plain"]
+
+
+def test_an_empty_layer_is_left_alone():
+    with pytest.warns(UserWarning, match="zero-element"):
+        empty = nn.Linear(64, 0)
+    assert reasons(nn.Sequential(nn.Linear(64, 4), empty), config()) == {"1": "it is empty"}
+
+
+def test_pruned_layers_compute_their_weight_in_a_hook():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    prune.l1_unstructured(model[1], "weight", amount=0.5)
+    assert reasons(model, config()) == {"1": "its weight is no parameter of its own, but computed by a hook"}
+
+
+def test_a_group_as_long_as_the_row_is_a_rule_of_each_layer():
+    model = mlp(c=64, hidden=65)
+    given = config(weights={**WEIGHTS, "strategy": "group", "group_size": 64})
+    assert reasons(model, given) == {"0": "group_size 64 is not below in_features 64"}
+
+
+@pytest.mark.parametrize("skip", ["lay", ["lay"], {"lay", "player"}])
+def test_a_layer_is_skipped_when_its_name_contains_an_entry(skip):
+    model = nn.ModuleDict({"layer": nn.Linear(4, 4), "player": nn.Linear(4, 4), "a": nn.Linear(4, 4)})
+    qz.quantize(model, config(skip_layers=skip))
+    report = qz.report(model)
+    assert [row.name for row in report.rows] == ["a"]
+    assert [s.name for s in report.skipped] == ["layer", "player"]
+    assert all(s.asked and s.reason.startswith("skip_layers: ") for s in report.skipped)
+    assert type(model["layer"]) is nn.Linear
+
+
+def test_a_bare_string_is_not_read_by_character():
+    model = nn.ModuleDict({"head": nn.Linear(4, 4), "h": nn.Linear(4, 4)})
+    qz.quantize(model, config(skip_layers="head"))
+    assert [row.name for row in qz.report(model).rows] == ["h"]
+
+
+def test_an_entry_that_matches_nothing_is_reported_and_warned_of():
+    model = mlp()
+    with pytest.warns(qz.QuantizeWarning, match="skip_layers entry 'lm_haed' matched nothing"):
+        qz.quantize(model, config(skip_layers="lm_haed"))
+    assert qz.report(model).unmatched == ("lm_haed",)
+    assert "'lm_haed'" in str(qz.report(model))
+
+
+@pytest.mark.parametrize(
+    ("model", "text"),
+    [
+        (nn.ReLU(), "nothing to quantize (no weight matrix)"),
+        (nn.Linear(4, 4), "'Linear': the model is the layer itself"),
+        (nn.ModuleDict({"a": nn.Embedding(3, 3)}), "'a': Embedding is not an nn.Linear"),
+        (nn.Sequential(nn.Linear(3, 3)), "'0': skip_layers: '0'"),
+    ],
+)
+def test_nothing_left_to_quantize_is_an_error(model, text):
+    before = snapshot(model)
+    with pytest.raises(qz.QuantizeError) as error:
+        qz.quantize(model, config(skip_layers="0"))
+    assert text in str(error.value)
+    assert str(error.value).endswith("accepted: a model that contains an nn.Linear")
+    assert_same_snapshot(before, snapshot(model))
+
+
+@pytest.mark.filterwarnings("ignore::quantize.QuantizeWarning")
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_torch_own_transformer_runs_with_its_fast_path(mode):
+    model = nn.ModuleDict({"block": nn.TransformerEncoderLayer(64, 2, 32, batch_first=True), "head": nn.Linear(64, 4)})
+
+    class Whole(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.parts = model
+
+        def forward(self, x):
+            return self.parts["head"](self.parts["block"](x))
+
+    whole = getattr(Whole(), mode)()
+    qz.quantize(whole, config(inputs=TENSOR))
+    with torch.no_grad():
+        whole(randn(2, 5, 64))
+        qz.convert(whole)
+        assert torch.isfinite(whole(randn(2, 5, 64))).all()
+    assert [row.name for row in qz.report(whole).rows] == ["parts.head"]
