@@ -495,3 +495,14 @@ def test_a_part_of_a_model_can_be_quantized_and_converted_from_outside():
     assert type(model[1]) is nn.Linear
     assert len(qz.report(model).rows) == 2
     assert not any(isinstance(module, CalibrationLinear) for module in model.modules())
+
+
+def test_layers_take_their_input_by_name():
+    model = nn.Sequential(nn.Linear(8, 8))
+    qz.quantize(model, config(inputs=TOKEN))
+    x = randn(2, 8)
+    for _ in range(2):
+        assert model[0](input=x).shape == (2, 8)
+        model(x)
+    qz.convert(model)
+    assert model[0](input=x).shape == (2, 8)

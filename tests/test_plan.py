@@ -1,5 +1,7 @@
 """What is quantized, what is not, and that it is said."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -141,3 +143,13 @@ def test_torch_own_transformer_runs_with_its_fast_path(mode):
         qz.convert(whole)
         assert torch.isfinite(whole(randn(2, 5, 64))).all()
     assert [row.name for row in qz.report(whole).rows] == ["parts.head"]
+
+
+def test_a_warning_made_an_error_leaves_the_model_alone():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Conv1d(4, 4, 1))
+    before = snapshot(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(qz.QuantizeWarning):
+            qz.quantize(model, config())
+    assert_same_snapshot(before, snapshot(model))

@@ -10,8 +10,8 @@ from torch import nn
 
 from quantize.core import affine
 from quantize.presets import INT8_MINMAX_WEIGHT_QUANT_CFG
-from quantize.shell import calibration
-from quantize.shell.calibration import SESSION, CalibrationLinear
+from quantize.shell import session
+from quantize.shell.calibration import CalibrationLinear
 from quantize.shell.config import QuantizeWarning, parse, refusal, shown
 from quantize.shell.deployment import QuantizedLinear
 from quantize.shell.plan import Plan, plan, swap
@@ -41,6 +41,7 @@ def quantize(model: nn.Module, config: object = None) -> None:
         if isinstance(module, (CalibrationLinear, QuantizedLinear)):
             raise refusal("model", f"layer {name!r} is quantized already", "a model in floating point")
     planned = plan(model, parsed)
+    _warn(planned)
     algorithm = parsed.algorithm
     # Equal channels start from one state, so that layers which read one tensor go on sharing it.
     initial: dict[tuple[int, torch.dtype, torch.device], Any] = {}
@@ -52,16 +53,15 @@ def quantize(model: nn.Module, config: object = None) -> None:
             initial[key] = algorithm.observer.init(key[0], dtype=key[1], device=key[2])
         layers[layer.module] = CalibrationLinear(layer.module, layer.names, parsed, initial[key])
     swap(model, layers)
-    calibration.attach(model, parsed, planned)
+    session.attach(model, parsed, planned)
     if algorithm.data_free:
         try:
-            calibration.solve(model)
+            session.solve(model)
         except BaseException:
-            calibration.detach(model)
-            del model.__dict__[SESSION]
+            session.detach(model)
+            del model.__dict__[session.KEY]
             swap(model, {new: old for old, new in layers.items()})
             raise
-    _warn(planned)
 
 
 def finish(model: nn.Module) -> None:
@@ -73,14 +73,14 @@ def finish(model: nn.Module) -> None:
         QuantizeError: a model that is not under calibration, or no batch seen.
     """
     _check_model(model)
-    if not calibration.calibrated(model):
+    if not session.calibrated(model):
         raise refusal("model", "not under calibration", "a model after quantize(model, config)")
-    layers = calibration.unsolved(model)
+    layers = session.unsolved(model)
     if not layers:
         return
     if layers[0].seen == 0:
         raise refusal("model", "0 batches seen", "a model after at least one forward pass")
-    calibration.solve(model)
+    session.solve(model)
 
 
 def convert(model: nn.Module) -> None:
@@ -92,7 +92,7 @@ def convert(model: nn.Module) -> None:
         QuantizeError: a model that is not calibrated to the end; it says what is missing.
     """
     _check_model(model)
-    layers = calibration.calibrated(model)
+    layers = session.calibrated(model)
     if not layers:
         raise refusal("model", "not calibrated", "a model after quantize(model, config) and its forward passes")
     for layer in layers:
@@ -119,11 +119,11 @@ def report(model: nn.Module) -> Report:
     ]
     if not rows:
         raise refusal("model", "not quantized", "a model after quantize(model, config)")
-    sessions = [module.__dict__[SESSION] for module in model.modules() if SESSION in module.__dict__]
+    found = [module.__dict__[session.KEY] for module in model.modules() if session.KEY in module.__dict__]
     return Report(
         tuple(rows),
-        tuple(skipped for session in sessions for skipped in session.skipped),
-        tuple(word for session in sessions for word in session.unmatched),
+        tuple(skipped for each in found for skipped in each.skipped),
+        tuple(word for each in found for word in each.unmatched),
     )
 
 

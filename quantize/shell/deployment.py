@@ -61,11 +61,11 @@ class QuantizedLinear(nn.Module):
         """The tensors of this layer as the core's value."""
         return solution(self._buffers, self.weights, self.inputs)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Linear gives it
         """Compute with the kernel; see :func:`quantize.core.linear.quantized_linear`."""
         held = self.solution
         return reference.linear(
-            x, held.weight, self.bias, inputs=held.inputs, smoothing=held.smoothing, static=held.static
+            input, held.weight, self.bias, inputs=held.inputs, smoothing=held.smoothing, static=held.static
         )
 
     def extra_repr(self) -> str:
