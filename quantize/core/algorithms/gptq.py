@@ -96,7 +96,7 @@ def factor(gram: Tensor, damp: float) -> tuple[Tensor, Tensor, Tensor]:
     """
     diagonal = gram.diagonal()
     mean = diagonal.mean()
-    dead = torch.where(diagonal > 0, 0.0, 1.0)
+    dead = (diagonal == 0).to(gram.dtype)
     while True:
         damping = damp * mean
         lower, failed = torch.linalg.cholesky_ex((gram + torch.diag(damping + dead)).flip(0, 1))

@@ -1,0 +1,65 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from property_tests.laws import assert_pure
+from property_tests.oracles import numpy64
+from property_tests.strategies import correlated_tokens, normal_matrices, weight_schemes
+from quantize.core import Scheme, awq, dequantize, round_to_nearest
+
+F64 = torch.float64
+
+
+def outputs_error(weight, x, scale, scheme):
+    """Run the layer on the tokens, scaled, rounded and divided again."""
+    q = numpy64(dequantize(round_to_nearest(weight * scale, scheme)))
+    made = (numpy64(x) / numpy64(scale)) @ q.T
+    return ((made - numpy64(x) @ numpy64(weight).T) ** 2).sum()
+
+
+@given(st.data(), weight_schemes(), st.integers(1, 12))
+def test_the_chosen_scale_is_the_best_by_running_the_layer(data, scheme, grids_num):
+    weight = data.draw(normal_matrices(st.integers(1, 5), st.integers(1, 9), F64))
+    x = data.draw(correlated_tokens(st.integers(1, 20), st.just(weight.shape[1])))
+    absmean = x.abs().mean(0)
+    chosen = assert_pure(lambda *a: awq.search_scale(*a, scheme, grids_num=grids_num), weight, absmean, x.T @ x)
+    grid = []
+    for i in range(grids_num):
+        m = np.where(numpy64(absmean) > 0, numpy64(absmean), np.nan) ** (i / grids_num)
+        s = m / np.sqrt(np.nanmax(m) * np.nanmin(m)) if np.isfinite(m).any() else m
+        grid.append(torch.from_numpy(np.where(np.isnan(s), 1.0, s)))
+    errors = [outputs_error(weight, x, s, scheme) for s in grid]
+    noise = 1e-12 * (x**2).sum().item() * (weight**2).sum().item()
+    assert outputs_error(weight, x, chosen, scheme) <= min(errors) * (1 + 1e-6) + noise
+    assert min((chosen - s).abs().max().item() for s in grid) < 1e-9
+
+
+@given(normal_matrices(st.integers(1, 5), st.integers(1, 9), F64), weight_schemes(), st.floats(0.001, 1000))
+def test_equal_inputs_give_the_identity(weight, scheme, magnitude):
+    c = weight.shape[1]
+    scale = awq.search_scale(weight, torch.full((c,), magnitude, dtype=F64), torch.eye(c, dtype=F64), scheme)
+    assert torch.equal(scale, torch.ones(c, dtype=F64))
+
+
+@given(st.floats(0, 1), st.lists(st.floats(1e-30, 1e30), min_size=1, max_size=6))
+def test_candidates_are_normalized_and_safe(ratio, magnitudes):
+    absmean = torch.tensor([0.0, *magnitudes])
+    scale = assert_pure(lambda m: awq.candidate_scale(m, ratio), absmean)
+    assert scale[0] == 1
+    assert torch.isfinite(scale).all()
+    assert (scale[1:].max() * scale[1:].min()).item() == pytest.approx(1, rel=1e-4)
+    expected = np.array(magnitudes) ** ratio
+    np.testing.assert_allclose(numpy64(scale[1:] / scale[1]), expected / expected[0], rtol=1e-4)
+
+
+def test_one_large_channel_is_protected():
+    source = torch.Generator().manual_seed(0)
+    x = torch.randn(500, 16, generator=source, dtype=F64)
+    x[:, 3] *= 30
+    weight = torch.randn(8, 16, generator=source, dtype=F64)
+    scheme = Scheme(4)
+    scale = awq.search_scale(weight, x.abs().mean(0), x.T @ x, scheme)
+    assert scale.argmax() == 3
+    assert outputs_error(weight, x, scale, scheme) < 0.5 * outputs_error(weight, x, torch.ones_like(scale), scheme)

@@ -1,0 +1,77 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from property_tests.laws import assert_pure
+from property_tests.oracles import numpy64
+from property_tests.strategies import correlated_tokens, normal_matrices
+from quantize.core import LayerSpec, Scheme, linear, smoothquant
+from quantize.core.observers import Range
+
+F64 = torch.float64
+strengths = st.floats(0.01, 0.99)
+
+
+@given(normal_matrices(st.integers(1, 5), st.integers(1, 9), F64), st.data(), strengths)
+def test_smoothing_does_not_change_the_layer(weight, data, strength):
+    x = data.draw(correlated_tokens(st.integers(1, 9), st.just(weight.shape[1])))
+    input_amax, weight_amax = x.abs().amax(0), weight.abs().amax(0)
+    s = assert_pure(lambda *a: smoothquant.smoothing_scale(*a, strength), input_amax, weight_amax)
+    left, right = (numpy64(x) / numpy64(s)) @ (numpy64(weight) * numpy64(s)).T, numpy64(x) @ numpy64(weight).T
+    magnitude = np.abs(numpy64(x)) @ np.abs(numpy64(weight)).T
+    # Two roundings a product, and c additions on either side.
+    assert (np.abs(left - right) <= (2 * weight.shape[1] + 4) * 2.0**-53 * magnitude).all()
+
+
+@given(normal_matrices(st.just(2), st.integers(1, 9), F64), strengths)
+def test_the_formula_and_its_ends(amax, strength):
+    x, w = amax.abs()
+    s = numpy64(smoothquant.smoothing_scale(x, w, strength))
+    alive = (numpy64(x) > 0) & (numpy64(w) > 0)
+    np.testing.assert_allclose(s[alive], (numpy64(x) ** strength / numpy64(w) ** (1 - strength))[alive], rtol=1e-12)
+    assert (s[~alive] == 1).all()
+    # Strength 0: the weights end with maximum 1 in every channel; strength 1: the inputs do.
+    np.testing.assert_allclose((numpy64(w) * numpy64(smoothquant.smoothing_scale(x, w, 0.0)))[alive], 1, rtol=1e-12)
+    np.testing.assert_allclose((numpy64(x) / numpy64(smoothquant.smoothing_scale(x, w, 1.0)))[alive], 1, rtol=1e-12)
+    half = numpy64(smoothquant.smoothing_scale(x, w, 0.5))
+    np.testing.assert_allclose((numpy64(x) / half)[alive], (numpy64(w) * half)[alive], rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "pair", [(0.0, 1.0), (1.0, 0.0), (1e-38, 1.0), (1.0, 1e-38), (1e-45, 1e-45), (1e38, 1e-38), (1e-38, 1e38)]
+)
+@pytest.mark.parametrize("strength", [0.01, 0.5, 0.99])
+def test_dead_and_tiny_channels_are_safe(pair, strength):
+    x, w = (torch.tensor([value, 1.0]) for value in pair)
+    s = smoothquant.smoothing_scale(x, w, strength)
+    assert torch.isfinite(s).all()
+    assert (s > 0).all()
+    assert torch.isfinite(x / s).all()
+    assert torch.isfinite(w * s).all()
+
+
+@given(st.data(), st.booleans(), strengths)
+def test_static_ranges_are_those_of_the_smoothed_tokens(data, symmetric, strength):
+    weight = data.draw(normal_matrices(st.integers(1, 5), st.integers(1, 9), F64))
+    x = data.draw(correlated_tokens(st.integers(1, 20), st.just(weight.shape[1])))
+    inputs = Scheme(8, symmetric, "tensor")
+    seen = Range(x.amin(0).clamp(max=0), x.amax(0).clamp(min=0))
+    options = smoothquant.Options(smooth_strength=strength)
+    solution = smoothquant.solve(LayerSpec(Scheme(), inputs), options, weight, seen)
+    smoothed = linear.smooth(x, solution.smoothing)
+    expected = linear.input_params(smoothed, inputs)
+    torch.testing.assert_close(solution.static.scale, expected.scale, rtol=1e-12, atol=0)
+    if not symmetric:
+        assert torch.equal(solution.static.zero_point, expected.zero_point)
+
+
+@given(normal_matrices(st.integers(1, 5), st.integers(1, 9), F64), st.data(), st.integers(-8, 8))
+def test_weights_scale_by_powers_of_two_up_to_rounding(weight, data, exponent):
+    x = data.draw(correlated_tokens(st.integers(1, 20), st.just(weight.shape[1])))
+    spec, options = LayerSpec(Scheme(), Scheme(8, True, "token")), smoothquant.Options()
+    seen = Range(x.amin(0).clamp(max=0), x.amax(0).clamp(min=0))
+    a, b = (smoothquant.solve(spec, options, w, seen) for w in (weight, weight * 4.0**exponent))
+    alive = (a.smoothing != 1) & (b.smoothing != 1)
+    torch.testing.assert_close(a.smoothing[alive], (b.smoothing * 2.0**exponent)[alive], rtol=1e-12, atol=0)
