@@ -109,8 +109,8 @@ def test_act_order_is_the_loop_on_permuted_channels(weight, data, damp, symmetri
 def test_the_error_is_a_sum_over_pivots(weight, data, scheme):
     x = data.draw(correlated_tokens(st.integers(20, 40), st.just(weight.shape[1]))) + 0.01
     gram = state(x).total
-    upper, pivots, damping = assert_pure(gptq.factor, gram, 0.01)
-    total = gram + damping * torch.eye(len(gram), dtype=F64)
+    upper, pivots, damp = assert_pure(gptq.factor, gram, 0.01)
+    total = gram + damp * gram.diagonal().mean() * torch.eye(len(gram), dtype=F64)
     torch.testing.assert_close(upper @ torch.diag(pivots) @ upper.T, total, rtol=1e-9, atol=1e-9 * total.max().item())
     assert torch.equal(upper.tril(-1), torch.zeros_like(upper))
     assert torch.allclose(upper.diagonal(), torch.ones_like(pivots))
@@ -218,15 +218,15 @@ def test_a_factorization_that_fails_raises_the_damping_and_says_so(damp):
     x = torch.ones(1, 6)
     solution = gptq.solve(LayerSpec(Scheme(4)), gptq.Options(damp=damp, shrink=False), torch.eye(6), state(x))
     assert torch.isfinite(dequantize(solution.weight)).all()
-    # One token: rank 1, mean diagonal 1; undamped it does not factor.
-    assert (solution.notes["damping"].item() == pytest.approx(0.01)) == (damp == 0.01)
-    assert solution.notes["damping"].item() > 0
+    # One token: rank 1; undamped it does not factor.
+    assert (solution.notes["damp"].item() == pytest.approx(0.01)) == (damp == 0.01)
+    assert solution.notes["damp"].item() > 0
     indefinite = torch.tensor([[1.0, 3.0], [3.0, 1.0]])
-    upper, pivots, damping = gptq.factor(indefinite, damp)
+    upper, pivots, grown = gptq.factor(indefinite, damp)
     assert (pivots > 0).all()
     # The lowest eigenvalue is -2, and damping grows tenfold from 0.01 or 1e-6: 1 is too little, 10 is enough.
-    assert damping.item() == pytest.approx(10)
-    torch.testing.assert_close(upper @ torch.diag(pivots) @ upper.T, indefinite + damping * torch.eye(2))
+    assert grown == pytest.approx(10)
+    torch.testing.assert_close(upper @ torch.diag(pivots) @ upper.T, indefinite + grown * torch.eye(2))
 
 
 @given(correlated_tokens(st.integers(1, 30), sizes))
@@ -240,3 +240,9 @@ def test_shrinkage_keeps_the_diagonal_and_moves_between_its_ends(x):
     many = gptq.shrink(gram, torch.tensor(10**15))
     torch.testing.assert_close(many, gram, rtol=1e-6, atol=tolerance)
     assert torch.equal(gptq.shrink(gram, torch.tensor(1)), torch.diag(gram.diagonal()))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_gram_matrix_that_is_not_finite_is_refused(bad):
+    with pytest.raises(ValueError, match="gram: NaN or inf"):
+        gptq.factor(torch.tensor([[1.0, bad], [bad, 1.0]]), 0.01)

@@ -110,12 +110,13 @@ def test_the_better_rows_are_at_least_as_good_as_both(data, scheme):
     weight, gram = problem(data)
     a = round_to_nearest(weight, scheme)
     b = affine.quantize(weight, a.params._replace(scale=a.scale * 0.8), scheme)
-    chosen, taken = assert_pure(refine.better_rows, weight, a, b, gram)
+    chosen, taken, errors = assert_pure(refine.better_rows, weight, a, b, gram)
+    assert torch.equal(errors[1], row_losses(weight, b, gram))
     losses = [row_losses(weight, q, gram) for q in (chosen, a, b)]
     if scheme.strategy == "tensor":
         losses = [loss.sum() for loss in losses]
     assert (losses[0] <= torch.minimum(losses[1], losses[2]) + noise(weight, gram)).all()
-    assert 0 <= taken.item() <= len(weight)
+    assert torch.equal(chosen.codes, torch.where(taken[:, None], b.codes, a.codes))
 
 
 @given(st.data(), weight_schemes())

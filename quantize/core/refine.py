@@ -113,16 +113,19 @@ def refit(weight: Tensor, q: QTensor, gram: Tensor) -> QTensor:
     return better_rows(weight, fitted, q, gram)[0]
 
 
-def better_rows(weight: Tensor, first: QTensor, second: QTensor, gram: Tensor) -> tuple[QTensor, Tensor]:
-    """For every output channel the better of two quantized weights, and the number of channels from ``second``.
+def better_rows(weight: Tensor, first: QTensor, second: QTensor, gram: Tensor) -> tuple[QTensor, Tensor, Tensor]:
+    """For every output channel the better of two quantized weights.
 
     Rows add up independently, so the result is at least as good as both. With strategy ``tensor`` the rows share a
     scale: unless both have the same, it is the better of the two as a whole. ``first`` wins where both are equal.
+
+    Returns the chosen weight, which rows came from ``second``, bool ``[n]``, and the errors of both, ``[2, n]``.
     """
-    errors = [metrics.row_error(affine.dequantize(q) - weight, gram) for q in (first, second)]
+    errors = torch.stack([metrics.row_error(affine.dequantize(q) - weight, gram) for q in (first, second)])
+    compared = errors
     if first.scheme.strategy == "tensor" and first.scale is not second.scale:
-        errors = [error.sum().expand_as(error) for error in errors]
-    take = (errors[1] < errors[0])[:, None]
-    codes = torch.where(take, second.codes, first.codes)
-    params = affine.select(take[: len(first.scale)], second.params, first.params)
-    return QTensor(codes, *params, first.scheme), take.sum()
+        compared = errors.sum(1, keepdim=True).expand_as(errors)
+    take = compared[1] < compared[0]
+    params = affine.select(take[: len(first.scale), None], second.params, first.params)
+    codes = torch.where(take[:, None], second.codes, first.codes)
+    return QTensor(codes, *params, first.scheme), take, errors

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from quantize.core import affine, metrics, observers, ranges, refine
+from quantize.core import affine, observers, ranges, refine
 from quantize.core.algorithms.base import Algorithm, BaseOptions, LayerSpec, Solution, option
 
 QUANTIZES_INPUTS = frozenset({False})
@@ -79,14 +79,17 @@ def shrink(gram: Tensor, tokens: Tensor) -> Tensor:
     return torch.where(torch.eye(len(gram), dtype=torch.bool, device=gram.device), gram, gram * (1 - rho))
 
 
-def factor(gram: Tensor, damp: float) -> tuple[Tensor, Tensor, Tensor]:
-    """``gram + damping * I = U diag(d) U^T``: ``U`` ``[c, c]`` unit upper triangular, ``d`` ``[c]``, and the damping.
+def factor(gram: Tensor, damp: float) -> tuple[Tensor, Tensor, float]:
+    """``H + damp * mean(diag H) * I = U diag(d) U^T``: ``U`` ``[c, c]`` unit upper triangular, ``d`` ``[c]``, ``damp``.
 
-    ``damping`` is ``damp`` times the mean of the diagonal. Where the factorization fails, ``damp`` grows to ten times
-    itself, from at least 1e-6, until it succeeds: at the latest when the diagonal dominates. Zero channels have a
-    pivot of 1 and no coupling.
+    ``H`` is ``gram`` ``[c, c]``. Where the factorization fails, ``damp`` grows to ten times itself, from at least
+    1e-6, until it succeeds: at the latest when the diagonal dominates. The one that did is returned. Zero channels
+    have no coupling, and a pivot of 1 above the damping.
 
-    1. With ``J`` the reversal of order, ``J (H + damping I) J = L L^T`` by Cholesky.
+    Raises:
+        ValueError: ``gram`` is not finite.
+
+    1. With ``J`` the reversal of order, ``J (H + ...) J = L L^T`` by Cholesky.
     2. ``J L J`` is upper triangular; its diagonal taken out of the columns leaves ``U``, its square is ``d``.
 
     >>> upper, pivots, _ = factor(torch.tensor([[5., 2.], [2., 1.]]), 0.0)
@@ -95,17 +98,17 @@ def factor(gram: Tensor, damp: float) -> tuple[Tensor, Tensor, Tensor]:
             [0., 1.]]), tensor([1., 1.]))
     """
     diagonal = gram.diagonal()
-    mean = diagonal.mean()
     dead = (diagonal == 0).to(gram.dtype)
     while True:
-        damping = damp * mean
-        lower, failed = torch.linalg.cholesky_ex((gram + torch.diag(damping + dead)).flip(0, 1))
+        lower, failed = torch.linalg.cholesky_ex((gram + torch.diag(damp * diagonal.mean() + dead)).flip(0, 1))
         if not failed and bool(torch.isfinite(lower).all()):
             break
+        if damp > 1e30:
+            raise ValueError("gram: NaN or inf; accepted: a finite symmetric matrix")
         damp = max(10 * damp, 1e-6)
     upper = lower.flip(0, 1)
     root = upper.diagonal()
-    return upper / root, root.square(), damping
+    return upper / root, root.square(), damp
 
 
 def solve(spec: LayerSpec, options: Options, weight: Tensor, statistic: observers.SumState) -> Solution:
@@ -115,8 +118,8 @@ def solve(spec: LayerSpec, options: Options, weight: Tensor, statistic: observer
     ``q_j = Q(w_j + sum over i < j of (w_i - q_i) U_ij)``. Then ``(w - q) H (w - q)^T = sum of d_j r_j^2``, with ``r``
     the rounding errors: each is as small as it can be when its column is reached.
 
-    Never fails on finite arguments. Notes: ``damping``, what was added to the mean diagonal as a part of it;
-    ``dead_channels``; ``kept_rounding``, output channels that the guard gave back.
+    Never fails on finite arguments. Notes: ``damp``, as large as the factorization needed it; ``dead_channels``;
+    ``kept_rounding``, output channels that the guard gave back.
     """
     gram, tokens = statistic
     wide = weight.to(affine.working_dtype(weight))
@@ -126,16 +129,20 @@ def solve(spec: LayerSpec, options: Options, weight: Tensor, statistic: observer
     order = torch.arange(len(gram), device=gram.device)
     if options.act_order:
         order = torch.argsort(gram.diagonal(), descending=True, stable=True)
-    upper, _, damping = factor(trusted[order][:, order], options.damp)
+    upper, _, damp = factor(trusted[order][:, order], options.damp)
     q = refine.sweep(wide, wide, upper, params, spec.weight, order, block_size=options.block_size)
     for _ in range(options.sweeps):
         q = refine.refit(wide, refine.descend(wide, q, gram, block_size=options.block_size), gram)
-    kept = torch.zeros((), dtype=torch.int64, device=gram.device)
+    chosen, give_back, (mine, baseline) = refine.better_rows(wide, q, rounded, gram)
     if options.guard:
-        q, kept = refine.better_rows(wide, q, rounded, gram)
+        q, mine = chosen, torch.where(give_back, baseline, mine)
     return Solution(
         q,
-        error=metrics.output_error(affine.dequantize(q) - wide, gram),
-        baseline_error=metrics.output_error(affine.dequantize(rounded) - wide, gram),
-        notes={"damping": damping, "dead_channels": (gram.diagonal() == 0).sum(), "kept_rounding": kept},
+        error=mine.sum(),
+        baseline_error=baseline.sum(),
+        notes={
+            "damp": torch.as_tensor(damp, dtype=gram.dtype, device=gram.device),
+            "dead_channels": (gram.diagonal() == 0).sum(),
+            "kept_rounding": (give_back & options.guard).sum(),
+        },
     )
