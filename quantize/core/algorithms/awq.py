@@ -13,9 +13,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from quantize.core import affine, metrics, observers
+from quantize.core import affine, metrics, observers, ranges, refine
 from quantize.core.algorithms.base import Algorithm, BaseOptions, LayerSpec, Solution, option
-from quantize.core.qtensor import QTensor
 from quantize.core.scheme import Scheme
 
 QUANTIZES_INPUTS = frozenset({False})
@@ -23,9 +22,14 @@ QUANTIZES_INPUTS = frozenset({False})
 
 @dataclass(frozen=True)
 class Options(BaseOptions):
-    """``grids_num``: how many exponents ``i / grids_num`` from 0 are tried."""
+    """The paper's search, and what improves on it in the same deployed format.
+
+    - ``grids_num``: how many exponents ``i / grids_num`` from 0 are tried.
+    - ``clip``: afterwards clip the ranges of the scaled weight by a search, where that helps an output channel.
+    """
 
     grids_num: int = option(20, "an int, at least 1", lambda value: value >= 1)
+    clip: bool = option(True, "True or False")
 
 
 def algorithm(spec: LayerSpec, options: Options = Options()) -> Algorithm:
@@ -56,7 +60,8 @@ def scaled_error(weight: Tensor, scale: Tensor, gram: Tensor, scheme: Scheme) ->
 
     ``weight`` ``[n, c]``, ``scale`` ``[c]``, ``gram`` ``[c, c]``. Source: AWQ, equation 4, on the Gram matrix.
     """
-    return metrics.output_error(_rounded(weight, scale, scheme)[1] - weight, gram)
+    reached = affine.dequantize(affine.round_to_nearest(weight * scale, scheme)) / scale
+    return metrics.output_error(reached - weight, gram)
 
 
 def search_scale(weight: Tensor, absmean: Tensor, gram: Tensor, scheme: Scheme, *, grids_num: int = 20) -> Tensor:
@@ -78,16 +83,16 @@ def solve(spec: LayerSpec, options: Options, weight: Tensor, statistic: tuple[Te
     absmean, gram = statistic
     wide = weight.to(affine.working_dtype(weight))
     scale = search_scale(wide, absmean, gram.total, spec.weight, grids_num=options.grids_num)
-    quantized, reached = _rounded(wide, scale, spec.weight)
+    scaled, gram_scaled = wide * scale, gram.total / scale / scale[:, None]
+    quantized = affine.round_to_nearest(scaled, spec.weight)
+    if options.clip:
+        params = ranges.search(scaled, spec.weight, gram_scaled.diagonal())
+        clipped = affine.quantize(scaled, params, spec.weight)
+        quantized, _, _ = refine.better_rows(scaled, clipped, quantized, gram_scaled)
     return Solution(
         quantized,
         smoothing=scale,
-        error=metrics.output_error(reached - wide, gram.total),
+        error=metrics.output_error(affine.dequantize(quantized) - scaled, gram_scaled),
         baseline_error=scaled_error(wide, torch.ones_like(scale), gram.total, spec.weight),
         notes={"dead_channels": (absmean == 0).sum()},
     )
-
-
-def _rounded(weight: Tensor, scale: Tensor, scheme: Scheme) -> tuple[QTensor, Tensor]:
-    quantized = affine.round_to_nearest(weight * scale, scheme)
-    return quantized, affine.dequantize(quantized) / scale

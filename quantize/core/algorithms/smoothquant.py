@@ -13,7 +13,7 @@ import torch
 from einops import reduce
 from torch import Tensor
 
-from quantize.core import affine, linear, observers
+from quantize.core import affine, linear, metrics, observers
 from quantize.core.algorithms.base import Algorithm, BaseOptions, LayerSpec, Solution, option
 
 QUANTIZES_INPUTS = frozenset({True})
@@ -21,13 +21,24 @@ QUANTIZES_INPUTS = frozenset({True})
 
 @dataclass(frozen=True)
 class Options(BaseOptions):
-    """``smooth_strength``: how much of the inputs' range moves into the weight; alpha in the paper."""
+    """The paper's strength, and a search over strengths.
+
+    - ``smooth_strength``: how much of the inputs' range moves into the weight; alpha in the paper.
+    - ``grids_num``: 0 takes ``smooth_strength``; else every layer takes the best of the strengths ``i / grids_num``
+      from 0 to 1, and of no smoothing at all.
+    """
 
     smooth_strength: float = option(0.5, "a number strictly between 0 and 1", lambda value: 0 < value < 1)
+    grids_num: int = option(0, "an int, at least 0", lambda value: value >= 0)
 
 
 def algorithm(spec: LayerSpec, options: Options = Options()) -> Algorithm:
-    """SmoothQuant; remembers the ranges of the input channels, which give static inputs their scale as well."""
+    """SmoothQuant; remembers the ranges of the input channels, which give static inputs their scale as well.
+
+    The search remembers the Gram matrix, too.
+    """
+    if options.grids_num:
+        return Algorithm(observers.product(observers.channel_range, observers.gram), partial(_search, spec, options))
     return Algorithm(observers.channel_range, partial(solve, spec, options))
 
 
@@ -48,21 +59,71 @@ def smoothing_scale(input_amax: Tensor, weight_amax: Tensor, strength: float) ->
     return torch.where(alive, scale, 1.0)
 
 
+def expected_error(
+    spec: LayerSpec, weight: Tensor, smoothing: Tensor, inputs: observers.Range, gram: observers.SumState
+) -> Tensor:
+    """What the outputs lose when inputs are divided by ``smoothing`` ``[c]`` and both sides are rounded, ``[]``.
+
+    1. The weight's part is exact: ``tr(delta H delta^T)`` with ``delta = Q(W s) / s - W``.
+    2. Rounding an input with step ``a`` makes an error of variance ``a^2 / 12``, or loses the whole input where the
+       channel's mean square is below that; errors of channels are taken as independent of each other and of the
+       weight's, so each counts ``|W s|^2`` of its column, for every token.
+    3. Static inputs have the step of the whole range; for a token's own step, the largest root mean square of a
+       channel stands in.
+
+    ``weight`` is ``[n, c]``, ``inputs`` ``[c]``, ``gram`` ``[c, c]``.
+    """
+    scaled = weight * smoothing
+    reached = affine.dequantize(affine.round_to_nearest(scaled, spec.weight)) / smoothing
+    exact = metrics.output_error(reached - weight, gram.total)
+    if spec.inputs is None:
+        return exact
+    square = gram.total.diagonal() / gram.tokens.clamp(min=1) / smoothing.square()
+    if spec.inputs.strategy == "tensor":
+        step = linear.static_params(inputs.low, inputs.high, spec.inputs, smoothing=smoothing).scale.amax()
+    else:
+        step = square.amax().sqrt() / spec.inputs.qmax
+    lost = torch.minimum(step.square() / 12, square) * gram.tokens
+    return exact + (lost * reduce(scaled.square(), "n c -> c", "sum")).sum()
+
+
+def search_scale(
+    spec: LayerSpec, weight: Tensor, inputs: observers.Range, gram: observers.SumState, *, grids_num: int
+) -> Tensor:
+    """The divisor ``[c]`` with the least :func:`expected_error`, among ``grids_num + 1`` strengths and the identity."""
+    input_amax = torch.maximum(-inputs.low, inputs.high)
+    weight_amax = reduce(weight.abs(), "n c -> c", "max")
+    best = torch.ones_like(input_amax)
+    lowest = expected_error(spec, weight, best, inputs, gram)
+    for i in range(grids_num + 1):
+        scale = smoothing_scale(input_amax, weight_amax, i / grids_num)
+        error = expected_error(spec, weight, scale, inputs, gram)
+        best, lowest = torch.where(error < lowest, scale, best), torch.minimum(error, lowest)
+    return best
+
+
 def solve(spec: LayerSpec, options: Options, weight: Tensor, inputs: observers.Range) -> Solution:
-    """Smooth and round ``weight`` ``[n, c]``; ``inputs``: the ranges ``[c]`` of the input channels.
+    """Smooth with ``smooth_strength`` and round ``weight`` ``[n, c]``; ``inputs``: the ranges ``[c]`` of the channels.
 
     Notes: ``dead_channels``, input channels that were zero in all of the tokens.
     """
     wide = weight.to(affine.working_dtype(weight))
     input_amax = torch.maximum(-inputs.low, inputs.high)
-    smoothing = smoothing_scale(input_amax, reduce(wide.abs(), "n c -> c", "max"), options.smooth_strength)
+    weight_amax = reduce(wide.abs(), "n c -> c", "max")
+    return _smoothed(spec, wide, smoothing_scale(input_amax, weight_amax, options.smooth_strength), inputs)
+
+
+def _search(
+    spec: LayerSpec, options: Options, weight: Tensor, statistic: tuple[observers.Range, observers.SumState]
+) -> Solution:
+    wide = weight.to(affine.working_dtype(weight))
+    return _smoothed(spec, wide, search_scale(spec, wide, *statistic, grids_num=options.grids_num), statistic[0])
+
+
+def _smoothed(spec: LayerSpec, weight: Tensor, smoothing: Tensor, inputs: observers.Range) -> Solution:
     static = None
     if spec.inputs is not None and spec.inputs.strategy == "tensor":
         static = linear.static_params(inputs.low, inputs.high, spec.inputs, smoothing=smoothing)
-    return Solution(
-        affine.round_to_nearest(wide * smoothing, spec.weight),
-        spec.inputs,
-        smoothing,
-        static,
-        notes={"dead_channels": (input_amax == 0).sum()},
-    )
+    dead = (inputs.low == 0) & (inputs.high == 0)
+    quantized = affine.round_to_nearest(weight * smoothing, spec.weight)
+    return Solution(quantized, spec.inputs, smoothing, static, notes={"dead_channels": dead.sum()})
