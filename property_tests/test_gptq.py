@@ -96,7 +96,7 @@ def test_paper_options_give_the_papers_codes(weight, data, scheme):
 def test_act_order_is_the_loop_on_permuted_channels(weight, data, damp, symmetric):
     x = data.draw(correlated_tokens(st.integers(1, 30), st.just(weight.shape[1]))) + 0.01
     scheme = Scheme(4, symmetric, "channel")
-    options = gptq.Options(act_order=True, damp=damp, search_range=False, shrink=False, sweeps=0, guard=False)
+    options = gptq.Options(act_order=True, damp=damp, search_range=False, shrink=0.0, sweeps=0, guard=False)
     gram = state(x).total
     order = torch.argsort(gram.diagonal(), descending=True, stable=True)
     q = gptq.solve(LayerSpec(scheme), options, weight, state(x)).weight
@@ -152,7 +152,7 @@ def test_brute_force_bounds_descent_and_the_guard(c, data):
     def loss(q):
         return metrics.output_error(dequantize(q) - weight, gram).item()
 
-    fixed = gptq.Options(search_range=False, shrink=False)
+    fixed = gptq.Options(search_range=False, shrink=0.0)
     guarded = gptq.solve(LayerSpec(scheme), fixed, weight, state(x)).weight
     descended = refine.descend(weight, guarded, gram)
     noise = 1e-12 * gram.diagonal().sum().item() * (1 + (weight**2).sum().item())
@@ -216,7 +216,7 @@ def test_dead_channels_keep_their_rounded_weights():
 @pytest.mark.parametrize("damp", [0.0, 0.01])
 def test_a_factorization_that_fails_raises_the_damping_and_says_so(damp):
     x = torch.ones(1, 6)
-    solution = gptq.solve(LayerSpec(Scheme(4)), gptq.Options(damp=damp, shrink=False), torch.eye(6), state(x))
+    solution = gptq.solve(LayerSpec(Scheme(4)), gptq.Options(damp=damp, shrink=0.0), torch.eye(6), state(x))
     assert torch.isfinite(dequantize(solution.weight)).all()
     # One token: rank 1; undamped it does not factor.
     assert (solution.notes["damp"].item() == pytest.approx(0.01)) == (damp == 0.01)

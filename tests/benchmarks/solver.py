@@ -46,7 +46,7 @@ def main():
     tokens = (torch.randn(4 * size, size, generator=source) * torch.randn(size, generator=source).exp()) @ mix
     weight, gram = torch.randn(size, size, generator=source), tokens.T @ tokens
     scale = round_to_nearest(weight, scheme).scale
-    options = gptq.Options(search_range=False, shrink=False, sweeps=0, guard=False)
+    options = gptq.Options(search_range=False, shrink=0.0, sweeps=0, guard=False)
     state = SumState(gram, torch.tensor(len(tokens)))
     contenders = {
         "paper's loop": lambda: paper(weight, gram, scale, scheme, options.damp),

@@ -27,7 +27,8 @@ class Options(BaseOptions):
     - ``damp``: part of the mean diagonal of the Gram matrix that is added to its diagonal.
     - ``block_size``: columns between two large matmuls; a matter of speed alone.
     - ``search_range``: clip ranges by a search, weighted by the diagonal of the Gram matrix.
-    - ``shrink``: shrink correlations that few tokens cannot tell from chance.
+    - ``shrink``: shrink correlations as far as chance explains them; the number says how many tokens are worth one
+      independent normal one, 0 leaves the correlations as they are.
     - ``sweeps``: rounds of coordinate descent on the codes, and of refitted scales, after the pass.
     - ``guard``: for every output channel, keep plain rounding where it is better.
     """
@@ -36,12 +37,12 @@ class Options(BaseOptions):
     damp: float = option(0.01, "a number from 0 to 1", lambda value: 0 <= value <= 1)
     block_size: int = option(128, "an int, at least 1", lambda value: value >= 1)
     search_range: bool = option(True, "True or False")
-    shrink: bool = option(True, "True or False")
+    shrink: float = option(4.0, "a number, at least 0", lambda value: value >= 0)
     sweeps: int = option(0, "an int, at least 0", lambda value: value >= 0)
     guard: bool = option(True, "True or False")
 
 
-PAPER = Options(act_order=False, search_range=False, shrink=False, sweeps=0, guard=False)
+PAPER = Options(act_order=False, search_range=False, shrink=0.0, sweeps=0, guard=False)
 """The paper's algorithm 1, to the last code, with the scales of groups fixed before the pass.
 
 Channels that were zero in all tokens are rounded; the authors' code sets them to zero, which the outputs on these
@@ -56,6 +57,8 @@ def algorithm(spec: LayerSpec, options: Options = Options()) -> Algorithm:
 
 def shrink(gram: Tensor, tokens: Tensor) -> Tensor:
     """Shrink the off-diagonal of ``gram`` ``[c, c]``, a sum over ``tokens`` ``[]``, as far as chance explains it.
+
+    The tokens of a text are neither independent nor normal: :class:`Options` counts several as one.
 
     1. The correlation ``r_ij`` of two channels, estimated from ``t`` tokens, has variance ``(1 + r_ij^2) / t`` under
        normal inputs.
@@ -125,7 +128,7 @@ def solve(spec: LayerSpec, options: Options, weight: Tensor, statistic: observer
     wide = weight.to(affine.working_dtype(weight))
     rounded = affine.round_to_nearest(wide, spec.weight)
     params = ranges.search(wide, spec.weight, gram.diagonal()) if options.search_range else rounded.params
-    trusted = shrink(gram, tokens) if options.shrink else gram
+    trusted = shrink(gram, tokens / options.shrink) if options.shrink else gram
     order = torch.arange(len(gram), device=gram.device)
     if options.act_order:
         order = torch.argsort(gram.diagonal(), descending=True, stable=True)
