@@ -34,32 +34,40 @@ def sweep(
     the sums are gathered by one large matmul a block, a small one every 16 columns, and a product of matrix and vector.
     ``block_size`` changes the order of additions and nothing else.
     """
-    c, n = coupling.shape[0], base.shape[0]
+    c = len(coupling)
     # Transposed, a column is contiguous.
-    base_t, reference_t, incoming = base.T[order], reference.T[order], coupling.T.contiguous()
+    base_t, incoming = base.T[order], coupling.T.contiguous()
+    reference_t = base_t if reference is base else reference.T[order]
     scale = params.scale.T.contiguous()
     zero = torch.zeros_like(scale) if params.zero_point is None else params.zero_point.T.to(scale.dtype)
     low, high = scheme.qmin - zero, scheme.qmax - zero
     groups = (order // (scheme.group_size or c)).tolist()
-    codes, steps = torch.empty_like(base_t), torch.empty_like(base_t)
+    codes, steps, value = torch.empty_like(base_t), torch.empty_like(base_t), torch.empty_like(base_t[0])
+    # Views made once: slicing tensors costs as much as the arithmetic on a column.
+    scales, lows, highs, code_of, step_of, from_ = (
+        tensor.unbind() for tensor in (scale, low, high, codes, steps, reference_t)
+    )
     for start in range(0, c, block_size):
         stop = min(start + block_size, c)
         target = torch.addmm(base_t[start:stop], incoming[start:stop, :start], steps[:start])
         for inner in range(start, stop, _INNER):
             end = min(inner + _INNER, stop)
-            near = torch.addmm(
-                target[inner - start : end - start], incoming[inner:end, start:inner], steps[start:inner]
-            )
-            for j in range(inner, end):
-                g = groups[j]
-                value = torch.addmv(near[j - inner], steps[inner:j].T, incoming[j, inner:j])
-                code = torch.round(value / scale[g]).clamp(low[g], high[g])
-                codes[j] = code
-                steps[j] = reference_t[j] - code * scale[g]
+            rows = slice(inner - start, end - start)
+            near = torch.addmm(target[rows], incoming[inner:end, start:inner], steps[start:inner])
+            decided = steps[inner:end].T
+            for j, (row, weights) in enumerate(
+                zip(near.unbind(), incoming[inner:end, inner:end].unbind(), strict=True)
+            ):
+                column = inner + j
+                g, code = groups[column], code_of[column]
+                torch.addmv(row, decided[:, :j], weights[:j], out=value)
+                torch.div(value, scales[g], out=code).round_()
+                torch.clamp(code, lows[g], highs[g], out=code)
+                torch.addcmul(from_[column], code, scales[g], value=-1, out=step_of[column])
     codes += zero[torch.tensor(groups, device=order.device)]
     back = torch.empty_like(order)
     back[order] = torch.arange(c, device=order.device)
-    return QTensor(codes[back].T.to(torch.int8).contiguous().view(n, c), params.scale, params.zero_point, scheme)
+    return QTensor(codes.to(torch.int8)[back].T.contiguous(), params.scale, params.zero_point, scheme)
 
 
 def descend(weight: Tensor, q: QTensor, gram: Tensor, *, block_size: int = 128) -> QTensor:

