@@ -506,3 +506,36 @@ def test_layers_take_their_input_by_name():
         model(x)
     qz.convert(model)
     assert model[0](input=x).shape == (2, 8)
+
+
+def test_parts_with_sessions_of_their_own_are_finished_together():
+    model = nn.Sequential(mlp(), nn.Sequential(nn.Linear(32, 8)))
+    for part in model:
+        qz.quantize(part, config(inputs=TENSOR, batch_num=2))
+    model[0](randn(2, 64))
+    with pytest.raises(qz.QuantizeError, match="layer '0': 0 batches seen"):
+        qz.finish(model)
+    model[1](randn(2, 32))
+    qz.finish(model)
+    assert not model[0]._forward_hooks
+    qz.convert(model)
+    assert [row.stage for row in qz.report(model).rows] == ["converted"] * 3
+
+
+def test_every_kind_of_hook_moves_with_its_layer():
+    model = mlp()
+    calls = []
+    layer = model[0]
+    layer.register_forward_pre_hook(lambda *_: calls.append("pre"))
+    layer.register_forward_hook(lambda *_, **__: calls.append("keywords"), with_kwargs=True)
+    layer.register_forward_hook(lambda *_: calls.append("always"), always_call=True)
+    layer.register_full_backward_hook(lambda *_: calls.append("backward"))
+    expected = ["pre", "keywords", "always", "backward"]
+    qz.quantize(model, config(inputs=TOKEN))
+    for stage in ("calibrating", "quantized", "converted"):
+        assert qz.report(model).rows[0].stage == stage
+        calls.clear()
+        model(randn(2, 64).requires_grad_()).sum().backward()
+        assert calls == expected
+        if stage == "quantized":
+            qz.convert(model)

@@ -78,8 +78,9 @@ def finish(model: nn.Module) -> None:
     layers = session.unsolved(model)
     if not layers:
         return
-    if layers[0].seen == 0:
-        raise refusal("model", "0 batches seen", "a model after at least one forward pass")
+    for layer in layers:
+        if layer.seen == 0:
+            raise refusal(f"layer {layer.names[0]!r}", "0 batches seen", "a model after at least one forward pass")
     session.solve(model)
 
 

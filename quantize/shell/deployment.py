@@ -34,7 +34,7 @@ def solution(held: Mapping[str, Any], weights: Scheme, inputs: Scheme | None) ->
 
 def adopt(new: nn.Module, old: nn.Module) -> None:
     """Give ``new`` what users attach to a module: its hooks, the very same dicts, and the training flag."""
-    new.__dict__.update({key: value for key, value in old.__dict__.items() if key.endswith(("_hooks", "_kwargs"))})
+    new.__dict__.update({key: value for key, value in old.__dict__.items() if "_hook" in key})
     new.training = old.training
 
 
