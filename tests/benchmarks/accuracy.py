@@ -52,6 +52,7 @@ CASES = {
     "int8 channel, token inputs, smoothquant": case("smoothquant", WEIGHTS, TOKEN),
     "int8 channel, tensor inputs, minmax": case("minmax", WEIGHTS, TENSOR),
     "int8 channel, tensor inputs, smoothquant": case("smoothquant", WEIGHTS, TENSOR),
+    "int8 channel, tensor inputs, with a search": case({"smoothquant": {"grids_num": 20}}, WEIGHTS, TENSOR),
 }
 
 

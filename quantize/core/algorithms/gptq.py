@@ -37,7 +37,7 @@ class Options(BaseOptions):
     damp: float = option(0.01, "a number from 0 to 1", lambda value: 0 <= value <= 1)
     block_size: int = option(128, "an int, at least 1", lambda value: value >= 1)
     search_range: bool = option(True, "True or False")
-    shrink: float = option(4.0, "a number, at least 0", lambda value: value >= 0)
+    shrink: float = option(8.0, "a number, at least 0", lambda value: value >= 0)
     sweeps: int = option(0, "an int, at least 0", lambda value: value >= 0)
     guard: bool = option(True, "True or False")
 
