@@ -9,8 +9,19 @@ import pytest
 import torch
 
 import quantize as qz
+from quantize.core import (
+    ALGORITHMS,
+    LayerSpec,
+    Scheme,
+    channel_absmean,
+    dequantize,
+    gram,
+    metrics,
+    product,
+    round_to_nearest,
+)
 from quantize.shell import demo
-from tests.models import TENSOR, TOKEN, WEIGHTS, config
+from tests.models import TENSOR, TOKEN, WEIGHTS, assert_converts_by_rounding_only, config
 
 LINEARS = 37
 INT4_GROUP = {**WEIGHTS, "type": "int4", "strategy": "group", "group_size": 64}
@@ -93,3 +104,78 @@ def test_the_demonstration_shows_what_it_promises(encoder):
     text = demo.text(outcome)
     assert f"quantized layers: {before:,} bytes before, {after:,} after" in text
     assert "pooler.dense" in text
+
+
+WEIGHT_FORMATS = [
+    {"type": kind, "symmetric": symmetric, **strategy}
+    for kind in ("int8", "int4")
+    for symmetric in (True, False)
+    for strategy in ({"strategy": "tensor"}, {"strategy": "channel"}, {"strategy": "group", "group_size": 128})
+]
+INPUT_FORMATS = [
+    {"type": "int8", "symmetric": symmetric, "strategy": strategy}
+    for symmetric in (True, False)
+    for strategy in ("tensor", "token")
+]
+EVERY_FORMAT = [(name, weights, None) for name in ("minmax", "gptq", "awq") for weights in WEIGHT_FORMATS]
+EVERY_FORMAT += [
+    (name, {**WEIGHTS, "strategy": strategy}, inputs)
+    for name in ("minmax", "smoothquant")
+    for strategy in ("tensor", "channel")
+    for inputs in INPUT_FORMATS
+]
+
+
+@pytest.fixture(scope="module")
+def first_block(encoder):
+    """The first block of the encoder, and hidden states as they enter it."""
+    tokens = encoder.tokenizer(list(demo.SENTENCES[:8]), return_tensors="pt", padding=True)
+    with torch.no_grad():
+        hidden = encoder.model.embeddings(input_ids=tokens["input_ids"])
+    return encoder.model.encoder.layer[0], hidden
+
+
+@pytest.mark.parametrize(("name", "weights", "inputs"), EVERY_FORMAT, ids=str)
+def test_every_format_runs_and_converts_by_rounding_only(first_block, name, weights, inputs):
+    block, hidden = first_block
+    block = copy.deepcopy(block)
+    with torch.no_grad():
+        before = block(hidden)
+        qz.quantize(block, config(name, weights=weights, inputs=inputs))
+        block(hidden)
+        assert_converts_by_rounding_only(block, hidden)
+        after = block(hidden)
+    assert len(qz.report(block).rows) == 6
+    assert torch.isfinite(after).all()
+    assert not torch.equal(after, before)
+
+
+@pytest.mark.parametrize("name", ["gptq", "awq"])
+def test_one_small_batch_stays_close_to_rounding_on_other_text(encoder, sentences, name):
+    layers = {n: m for n, m in encoder.model.named_modules() if type(m) is torch.nn.Linear}
+    observer = product(channel_absmean, gram)
+
+    def statistics_of(batches):
+        states = {n: observer.init(layer.in_features) for n, layer in layers.items()}
+
+        def observe(n):
+            return lambda _module, args: states.update({n: observer.update(states[n], args[0])})
+
+        handles = [layer.register_forward_pre_hook(observe(n)) for n, layer in layers.items()]
+        for batch in batches:
+            encoder(batch)
+        for handle in handles:
+            handle.remove()
+        return {n: observer.finalize(state) for n, state in states.items()}
+
+    # Four sentences, some 60 tokens, against 384 and 1536 channels.
+    seen, others = statistics_of([demo.SENTENCES[:4]]), statistics_of([sentences[:64]])
+    scheme = Scheme(4, True, "group", 64)
+    solve = ALGORITHMS[name].algorithm(LayerSpec(scheme), ALGORITHMS[name].Options()).solve
+    with torch.no_grad():
+        for n, layer in layers.items():
+            solution = solve(layer.weight, seen[n] if name == "awq" else seen[n][1])
+            reached = dequantize(solution.weight) / (1 if solution.smoothing is None else solution.smoothing)
+            rounded = dequantize(round_to_nearest(layer.weight, scheme))
+            errors = [metrics.output_error(w - layer.weight, others[n][1].total) for w in (reached, rounded)]
+            assert errors[0] <= 1.02 * errors[1], n
