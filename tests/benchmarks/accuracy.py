@@ -63,7 +63,8 @@ def measure(name):
     start = time.perf_counter()
     if given is not None:
         qz.quantize(model, given)
-        smollm2.run(model, smollm2.rows("calib", 0, given["batch_num"] * smollm2.BATCH))
+        if any(row.stage == "calibrating" for row in qz.report(model).rows):
+            smollm2.run(model, smollm2.rows("calib", 0, given["batch_num"] * smollm2.BATCH))
     seconds = time.perf_counter() - start
     perplexity = smollm2.perplexity(model, smollm2.rows("eval", 0, EVALUATED))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
