@@ -150,12 +150,8 @@ def test_every_format_runs_and_converts_by_rounding_only(first_block, name, weig
     assert not torch.equal(after, before)
 
 
-@pytest.mark.parametrize(
-    ("name", "scheme"),
-    [("gptq", Scheme(4, True, "group", 64)), ("gptq", Scheme(8)), ("awq", Scheme(4, True, "group", 64))],
-    ids=str,
-)
-def test_one_small_batch_stays_close_to_rounding_on_other_text(encoder, sentences, name, scheme):
+@pytest.mark.parametrize("name", ["gptq", "awq"])
+def test_one_small_batch_stays_close_to_rounding_on_other_text(encoder, sentences, name):
     layers = {n: m for n, m in encoder.model.named_modules() if type(m) is torch.nn.Linear}
     observer = product(channel_absmean, gram)
 
@@ -173,7 +169,11 @@ def test_one_small_batch_stays_close_to_rounding_on_other_text(encoder, sentence
         return {n: observer.finalize(state) for n, state in states.items()}
 
     # Four sentences, some 60 tokens, against 384 and 1536 channels.
-    seen, others = statistics_of([demo.SENTENCES[:4]]), statistics_of([sentences[:64]])
+    seen, others = (
+        statistics_of([demo.SENTENCES[:4]]),
+        statistics_of([sentences[i : i + 16] for i in range(0, 128, 16)]),
+    )
+    scheme = Scheme(4, True, "group", 64)
     solve = ALGORITHMS[name].algorithm(LayerSpec(scheme), ALGORITHMS[name].Options()).solve
     with torch.no_grad():
         for n, layer in layers.items():
