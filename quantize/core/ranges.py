@@ -24,7 +24,7 @@ def weighted_error(x: Tensor, params: QParams, scheme: Scheme, importance: Tenso
     return reduce(affine.to_groups(error, scheme), "n g k -> n g", "sum")
 
 
-def search(x: Tensor, scheme: Scheme, importance: Tensor, *, steps: int = 60, smallest: float = 0.3) -> QParams:
+def search(x: Tensor, scheme: Scheme, importance: Tensor, *, steps: int = 40, smallest: float = 0.4) -> QParams:
     """Scale and zero point of the range that rounds ``x`` ``[n, c]`` best, group by group, weighted by ``importance``.
 
     The candidates are the full range times ``steps`` factors, evenly from 1 down to ``smallest``; of equals the widest
