@@ -246,3 +246,19 @@ def test_shrinkage_keeps_the_diagonal_and_moves_between_its_ends(x):
 def test_a_gram_matrix_that_is_not_finite_is_refused(bad):
     with pytest.raises(ValueError, match="gram: NaN or inf"):
         gptq.factor(torch.tensor([[1.0, bad], [bad, 1.0]]), 0.01)
+
+
+def test_dead_channels_do_not_count_as_pairs():
+    x = torch.randn(200, 4, generator=torch.Generator().manual_seed(0), dtype=F64)
+    x[:, 1] += x[:, 0]
+    gram, padded = x.T @ x, torch.zeros(64, 64, dtype=F64)
+    padded[:4, :4] = gram
+    alone = gptq.shrink(gram, torch.tensor(200))
+    torch.testing.assert_close(gptq.shrink(padded, torch.tensor(200))[:4, :4], alone, rtol=1e-12, atol=0)
+
+
+def test_a_huge_gram_matrix_is_solved():
+    solution = gptq.solve(
+        LayerSpec(Scheme(4)), gptq.Options(), torch.eye(8), SumState(3e38 * torch.eye(8), torch.tensor(9))
+    )
+    assert torch.isfinite(dequantize(solution.weight)).all()

@@ -37,17 +37,7 @@ def attributes(file):
 def test_the_core_knows_tensors_only(file):
     for name in imports(file):
         top, *rest = name.split(".")
-        assert top in {
-            "torch",
-            "einops",
-            "math",
-            "quantize",
-            "dataclasses",
-            "collections",
-            "typing",
-            "functools",
-            "__future__",
-        }
+        assert top in KNOWN
         assert rest[:1] != ["nn"]
         assert name.startswith("quantize.core") == (top == "quantize"), name
     forbidden = {"torch.nn", "torch.no_grad", "torch.set_grad_enabled", "torch.set_default_dtype", "torch.backends"}
@@ -111,6 +101,10 @@ def test_the_report_is_plain_data():
     assert layer["tokens"] == 0
     assert layer["weight_sqnr"] > 40
     assert data["skipped"] == [{"name": "b", "reason": "skip_layers: 'b'", "asked": True}]
+    exact = nn.Sequential(nn.Linear(4, 4))
+    nn.init.zeros_(exact[0].weight)
+    qz.quantize(exact, config())
+    assert qz.report(exact).as_dict()["layers"][0]["weight_sqnr"] is None
     table = str(qz.report(model)).splitlines()
     assert table[0].endswith("SQNR dB  error/minmax")
     assert table[2].startswith("a      8x64   int8 channel symmetric  float")

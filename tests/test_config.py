@@ -1,6 +1,7 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 from torch import nn
 
@@ -118,6 +119,10 @@ REFUSED = [
     (config(skip_layers=b"head"), f"skip_layers: b'head'; {SKIP}"),
     (config(skip_layers={"head": True}), f"skip_layers: {{'head': True}}; {SKIP}"),
     (config(skip_layers=3), f"skip_layers: 3; {SKIP}"),
+    (config(skip_layers=np.array(3)), f"skip_layers: array(3); {SKIP}"),
+    (config(batch_num=10**5000), f"batch_num: a int; {BATCHES}"),
+    (config({"gptq": {"shrink": 10**400}}), "algorithm.gptq.shrink: "),
+    (config({"gptq": {"shrink": math.inf}}), "algorithm.gptq.shrink: inf; accepted: a number from 0 to 1e6"),
 ]
 
 

@@ -9,7 +9,18 @@ from torch import nn
 import quantize as qz
 from quantize.core import Scheme, dequantize, fake_quantize, linear, minmax, round_to_nearest
 from quantize.shell.calibration import CalibrationLinear
-from tests.models import TENSOR, TOKEN, WEIGHTS, assert_same_snapshot, config, filled, mlp, randn, snapshot
+from tests.models import (
+    TENSOR,
+    TOKEN,
+    WEIGHTS,
+    assert_same_snapshot,
+    config,
+    filled,
+    mlp,
+    randn,
+    rounding_bound,
+    snapshot,
+)
 
 GROUP = {**WEIGHTS, "strategy": "group", "group_size": 32}
 
@@ -517,8 +528,8 @@ def test_parts_with_sessions_of_their_own_are_finished_together():
         qz.finish(model)
     model[1](randn(2, 32))
     qz.finish(model)
-    assert not model[0]._forward_hooks
     qz.convert(model)
+    assert not model[0]._forward_hooks
     assert [row.stage for row in qz.report(model).rows] == ["converted"] * 3
 
 
@@ -539,3 +550,70 @@ def test_every_kind_of_hook_moves_with_its_layer():
         assert calls == expected
         if stage == "quantized":
             qz.convert(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_does_not_round_the_integer_sums(dtype):
+    model = filled(nn.Sequential(nn.Linear(1024, 8)))
+    qz.quantize(model, config(inputs=TOKEN))
+    x = randn(4, 1024)
+    model(x)
+    solved = model(x)
+    with torch.autocast("cpu", dtype=dtype):
+        assert torch.equal(model(x), solved)
+        qz.convert(model)
+        assert ((model(x) - solved).abs() <= rounding_bound(model[0], x)).all()
+
+
+@pytest.mark.parametrize("algorithm", ["minmax", "awq"])
+def test_an_owner_may_read_the_weight_of_a_converted_layer(algorithm):
+    model = mlp().bfloat16()
+    weight = model[0].weight.detach().clone()
+    qz.quantize(model, config(algorithm))
+    model(randn(40, 64, dtype=torch.bfloat16))
+    qz.convert(model)
+    assert model[0].weight.dtype == torch.bfloat16
+    # Half a step of the row's scale, and the rounding to bfloat16.
+    bound = weight.abs().amax(1, keepdim=True) * (0.5 / 127 * 4 + 2.0**-8)
+    assert ((model[0].weight - weight).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("algorithm", ["gptq", "awq"])
+@pytest.mark.parametrize(("first", "then"), [(torch.float32, torch.float64), (torch.float64, torch.float32)])
+def test_a_model_may_be_cast_during_calibration(algorithm, first, then):
+    model = mlp(dtype=first)
+    qz.quantize(model, config(algorithm, batch_num=2))
+    model(randn(40, 64, dtype=first))
+    model.to(then)
+    model(randn(40, 64, dtype=then))
+    qz.convert(model)
+    assert torch.isfinite(model(randn(4, 64, dtype=then))).all()
+
+
+def test_converting_a_layer_itself_is_refused():
+    model = mlp()
+    qz.quantize(model, config())
+    with pytest.raises(qz.QuantizeError, match="the layer itself"):
+        qz.convert(model[0])
+
+
+def test_a_layer_called_often_keeps_one_state():
+    class Loop(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+            self.entries = []
+
+        def forward(self, x):
+            for _ in range(20):
+                x = self.layer(x.tanh())
+                if self.layer.recorder is not None:
+                    self.entries.append(len(self.layer.recorder._shared))
+            return x
+
+    model = filled(Loop())
+    qz.quantize(model, config("gptq"))
+    with torch.no_grad():
+        model(randn(4, 8))
+    assert max(model.entries) <= 2
+    assert qz.report(model).rows[0].tokens == 80

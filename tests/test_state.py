@@ -112,3 +112,23 @@ def test_a_model_after_a_failed_forward_still_copies():
     assert torch.equal(
         finished(copy.deepcopy(model), CONFIGS["gptq"]), finished(through_pickle(model), CONFIGS["gptq"])
     )
+
+
+def test_an_earlier_state_can_be_loaded_back_and_calibration_goes_on():
+    given = CONFIGS["gptq"]
+    model = staged(given, "calibrating")
+    saved = copy.deepcopy(model.state_dict())
+    model(BATCHES[1])
+    expected = model(PROBE)
+    model.load_state_dict(saved)
+    assert qz.report(model).rows[0].stage == "calibrating"
+    model(BATCHES[1])
+    assert torch.equal(model(PROBE), expected)
+    qz.convert(model)
+    assert not model._forward_hooks
+
+
+def test_a_state_of_other_options_is_refused():
+    state = staged(CONFIGS["awq"], "calibrating").state_dict()
+    with pytest.raises(qz.QuantizeError, match="grids_num=3"):
+        staged(config("awq", batch_num=2), "started").load_state_dict(state)

@@ -104,7 +104,7 @@ def quantize(x: Tensor, params: QParams, scheme: Scheme) -> QTensor:
     """Round ``x`` ``[n, c]`` to codes: ``clip(round(x / scale) + zero_point)``, round half to even.
 
     ``x`` is any float dtype; the division happens in the dtype of the scale. Infinite values clip, NaN has no
-    defined code. Outside of the clipped range the error is at most ``scale / 2``.
+    defined code. Where nothing clips, the error is at most ``scale / 2``.
 
     Raises:
         RuntimeError: shapes of ``x`` and ``params`` that do not belong together (from torch).

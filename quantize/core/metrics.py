@@ -10,13 +10,15 @@ from torch import Tensor
 def row_error(delta: Tensor, gram: Tensor) -> Tensor:
     """Output error of every output channel, ``[n]``: the diagonal of ``delta H delta^T``.
 
-    ``delta`` ``[n, c]`` is the change of the weight, ``gram`` ``[c, c]`` the sum of ``x^T x``: the result is the sum
-    over the tokens of ``(x . delta_n)^2``. Rows are independent, so a choice by row is a choice for the sum.
+    ``delta`` ``[n, c]`` is the change of the weight, ``gram`` ``[c, c]`` the sum of ``x^T x``, which is positive
+    semidefinite: the result is the sum over the tokens of ``(x . delta_n)^2``. Rows are independent, so a choice by
+    row is a choice for the sum.
 
     >>> row_error(torch.tensor([[1., 1.], [1., -1.]]), torch.tensor([[2., 1.], [1., 2.]]))
     tensor([6., 2.])
     """
-    return reduce((delta @ gram) * delta, "n c -> n", "sum")
+    # A square by definition: what falls below 0 is rounding.
+    return reduce((delta @ gram) * delta, "n c -> n", "sum").clamp(min=0)
 
 
 def output_error(delta: Tensor, gram: Tensor) -> Tensor:

@@ -94,6 +94,8 @@ def descend(weight: Tensor, q: QTensor, gram: Tensor, *, block_size: int = 128) 
 def refit(weight: Tensor, q: QTensor, gram: Tensor) -> QTensor:
     """The best scales for the codes of ``q``, group after group: the error of no output channel rises.
 
+    With strategy ``tensor`` all channels share the scale, and it is their sum that does not rise.
+
     With ``k = codes - zero_point`` on the group, zero elsewhere, the error is a parabola in the scale ``s``, least at
     ``s - (E H k^T) / (k H k^T)``. A scale that would not stay positive, or belongs to zeros, is kept.
     ``weight`` is ``[n, c]``, ``gram`` ``[c, c]``.

@@ -50,7 +50,8 @@ def quantize(model: nn.Module, config: object = None) -> None:
         weight = layer.module.weight
         key = (weight.shape[1], affine.working_dtype(weight), weight.device)
         if key not in initial:
-            initial[key] = algorithm.observer.init(key[0], dtype=key[1], device=key[2])
+            with session.untracked(weight.device):
+                initial[key] = algorithm.observer.init(key[0], dtype=key[1], device=key[2])
         layers[layer.module] = CalibrationLinear(layer.module, layer.names, parsed, initial[key])
     swap(model, layers)
     session.attach(model, parsed, planned)
@@ -103,7 +104,10 @@ def convert(model: nn.Module) -> None:
             raise refusal("model", seen, f"{missing} more forward passes of the whole model, or finish(model)")
         if not layer.active:
             raise refusal("model", "solving was interrupted", "a model after finish(model)")
+    if model in layers:
+        raise refusal("model", "the layer itself: nothing holds it", "a model that contains the layer")
     swap(model, {layer: layer.deployed() for layer in layers})
+    session.detach(model)
 
 
 def report(model: nn.Module) -> Report:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.nn import functional
@@ -51,9 +52,10 @@ class CalibrationLinear(nn.Module):
             if self.recorder is not None:
                 self.recorder.observe(self, input)
             return output
-        return linear.fake_quantized_linear(
-            input, s.weight, self.bias, inputs=s.inputs, smoothing=s.smoothing, static=s.static
-        )
+        with torch.autocast(input.device.type, enabled=False):
+            return linear.fake_quantized_linear(
+                input, s.weight, self.bias, inputs=s.inputs, smoothing=s.smoothing, static=s.static
+            )
 
     def solve(self) -> None:
         """Compute the solution from the statistics, which are dropped; without tokens, fall back to minmax.
@@ -66,7 +68,13 @@ class CalibrationLinear(nn.Module):
             dynamic = None if inputs is None else Scheme(inputs.bits, inputs.symmetric, "token")
             algorithm = minmax.algorithm(LayerSpec(self.config.spec.weight, dynamic))
         elif not algorithm.data_free:
-            statistic = algorithm.observer.finalize(self.statistics)
+            # The model may have been cast since: one dtype for weight and statistic.
+            dtype = affine.working_dtype(self.weight)
+            statistic = pytree.tree_map_only(
+                Tensor,
+                lambda t: t.to(dtype) if t.is_floating_point() else t,
+                algorithm.observer.finalize(self.statistics),
+            )
         self.solution = algorithm.solve(self.weight.detach(), statistic)
         self.statistics = None
 
@@ -74,7 +82,9 @@ class CalibrationLinear(nn.Module):
         """The layer to put in the place of this one, once it is solved."""
         if self.solution is None:
             raise refusal(f"layer {self.names[0]!r}", "not solved", "a layer with a solution")
-        layer = deployment.QuantizedLinear(self.solution, self.bias, replace(self.record(), stage="converted"))
+        layer = deployment.QuantizedLinear(
+            self.solution, self.bias, replace(self.record(), stage="converted"), self.weight.dtype
+        )
         deployment.adopt(layer, self)
         return layer
 
@@ -151,7 +161,8 @@ class CalibrationLinear(nn.Module):
         self._follow_weight()
 
     def _format(self) -> str:
-        return f"{self.config.name}, weights {self.config.spec.weight}, inputs {self.config.spec.inputs or 'float'}"
+        config = self.config
+        return f"{config.name}, weights {config.spec.weight}, inputs {config.spec.inputs or 'float'}, {config.options}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CalibrationLinear:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call] # torch leaves it bare

@@ -30,7 +30,10 @@ def refusal(where: str, found: str, accepted: str) -> QuantizeError:
 
 def shown(value: object) -> str:
     """A value as an error shows it: its repr, shortened where it is long."""
-    return reprlib.repr(value)
+    try:
+        return reprlib.repr(value)
+    except Exception:  # a value may refuse to be shown, and is refused all the same
+        return f"a {type(value).__name__}"
 
 
 @dataclass(frozen=True)
@@ -189,6 +192,10 @@ def _skip_layers(value: object) -> tuple[str, ...]:
     words = (value,) if isinstance(value, str) else value
     if isinstance(words, (Mapping, bytes)) or not isinstance(words, Collection):
         raise refusal("skip_layers", shown(value), accepted)
+    try:
+        words = tuple(words)
+    except TypeError:
+        raise refusal("skip_layers", shown(value), accepted) from None
     for word in words:
         if not isinstance(word, str) or not word:
             raise refusal("skip_layers", shown(value), accepted)

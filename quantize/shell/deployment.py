@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from quantize.core import QParams, QTensor, Scheme, Solution
+from quantize.core import QParams, QTensor, Scheme, Solution, dequantize
 from quantize.shell.kernels import reference
 from quantize.shell.report import Row
 
@@ -47,8 +48,9 @@ class QuantizedLinear(nn.Module):
 
     bias: nn.Parameter | None
 
-    def __init__(self, solved: Solution, bias: nn.Parameter | None, record: Row) -> None:
+    def __init__(self, solved: Solution, bias: nn.Parameter | None, record: Row, dtype: torch.dtype) -> None:
         super().__init__()
+        self.dtype = dtype
         self.out_features, self.in_features = solved.weight.codes.shape
         self.weights, self.inputs = solved.weight.scheme, solved.inputs
         self.record = record
@@ -64,9 +66,18 @@ class QuantizedLinear(nn.Module):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Linear gives it
         """Compute with the kernel; see :func:`quantize.core.linear.quantized_linear`."""
         held = self.solution
-        return reference.linear(
-            input, held.weight, self.bias, inputs=held.inputs, smoothing=held.smoothing, static=held.static
-        )
+        # Autocast would round the matmul of the codes, which is exact as it stands.
+        with torch.autocast(input.device.type, enabled=False):
+            return reference.linear(
+                input, held.weight, self.bias, inputs=held.inputs, smoothing=held.smoothing, static=held.static
+            )
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight ``[n, c]`` that the codes stand for, made on every access: for owners that read it directly."""
+        held = self.solution
+        weight = dequantize(held.weight)
+        return (weight if held.smoothing is None else weight / held.smoothing).to(self.dtype)
 
     def extra_repr(self) -> str:
         """Shape and format, as ``print(model)`` shows them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -51,7 +52,7 @@ class Report:
     def as_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers."""
         return {
-            "layers": [{**asdict(row), "names": list(row.names), "shape": list(row.shape)} for row in self.rows],
+            "layers": [_plain(row) for row in self.rows],
             "skipped": [asdict(skipped) for skipped in self.skipped],
             "unmatched_skip_layers": list(self.unmatched),
         }
@@ -70,6 +71,13 @@ class Report:
             if entries:
                 lines += ["", f"{title} ({len(entries)})", *(f"  {entry}" for entry in entries)]
         return "\n".join(lines)
+
+
+def _plain(row: Row) -> dict[str, Any]:
+    # JSON has no infinity: the ratio of a weight that is exact is no number there.
+    exact = row.weight_sqnr is not None and math.isinf(row.weight_sqnr)
+    sqnr = None if exact else row.weight_sqnr
+    return {**asdict(row), "names": list(row.names), "shape": list(row.shape), "weight_sqnr": sqnr}
 
 
 def _cells(row: Row) -> tuple[str, ...]:

@@ -47,6 +47,8 @@ class Recorder:
             if reference() is x:
                 return new
         new = update(state, x)
+        # What nobody can ask for again must not keep its states alive.
+        self._shared = {key: entry for key, entry in self._shared.items() if entry[0]() is not None}
         self._shared[key] = weakref.ref(x), state, new
         return new
 
@@ -135,7 +137,6 @@ def solve(model: nn.Module) -> None:
             layer.solve()
     for layer in layers:
         layer.active = True
-    detach(model)
     idle = [layer.names[0] for layer in layers if layer.fell_back]
     if idle:
         warnings.warn(

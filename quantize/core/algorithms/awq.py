@@ -74,7 +74,8 @@ def search_scale(weight: Tensor, absmean: Tensor, gram: Tensor, scheme: Scheme, 
     for i in range(1, grids_num):
         scale = candidate_scale(absmean, i / grids_num)
         error = scaled_error(weight, scale, gram, scheme)
-        best, lowest = torch.where(error < lowest, scale, best), torch.minimum(error, lowest)
+        better = error < lowest
+        best, lowest = torch.where(better, scale, best), torch.where(better, error, lowest)
     return best
 
 

@@ -38,7 +38,7 @@ class Options(BaseOptions):
     damp: float = option(0.01, "a number from 0 to 1", lambda value: 0 <= value <= 1)
     block_size: int = option(128, "an int, at least 1", lambda value: value >= 1)
     search_range: bool = option(True, "True or False")
-    shrink: float = option(4.0, "a number, at least 0", lambda value: value >= 0)
+    shrink: float = option(4.0, "a number from 0 to 1e6", lambda value: 0 <= value <= 1e6)
     sweeps: int = option(0, "an int, at least 0", lambda value: value >= 0)
     guard: bool = option(True, "True or False")
 
@@ -61,10 +61,10 @@ def shrink(gram: Tensor, tokens: Tensor) -> Tensor:
 
     The tokens of a text are neither independent nor normal: :class:`Options` counts several as one.
 
-    1. The correlation ``r_ij`` of two channels, estimated from ``t`` tokens, has variance ``(1 + r_ij^2) / t`` under
-       normal inputs.
+    1. In units of the channels' scales, the covariance ``r_ij`` of two channels, estimated from ``t`` tokens, has
+       variance ``(1 + r_ij^2) / t`` under normal inputs with known scales.
     2. The factor ``1 - rho`` on all of them with the least expected squared error has
-       ``rho = sum var(r_ij) / sum r_ij^2`` over ``i != j``, at most 1.
+       ``rho = sum var(r_ij) / sum r_ij^2`` over ``i != j`` among the channels that were ever active, at most 1.
 
     The diagonal stays. Source: Ledoit and Wolf 2004; Schaefer and Strimmer 2005, "A shrinkage approach to large-scale
     covariance matrix estimation", with the diagonal as target.
@@ -77,7 +77,8 @@ def shrink(gram: Tensor, tokens: Tensor) -> Tensor:
     unit = torch.where(diagonal > 0, diagonal, 1.0).rsqrt()
     squares = (gram * unit * unit[:, None]).square()
     found = squares.sum() - squares.diagonal().sum()
-    pairs = len(gram) * (len(gram) - 1)
+    active = (diagonal > 0).sum()
+    pairs = active * (active - 1)
     chance = (pairs + found) / tokens
     rho = torch.where(found > chance, chance / found, 1.0)
     return torch.where(torch.eye(len(gram), dtype=torch.bool, device=gram.device), gram, gram * (1 - rho))
@@ -102,9 +103,11 @@ def factor(gram: Tensor, damp: float) -> tuple[Tensor, Tensor, float]:
             [0., 1.]]), tensor([1., 1.]))
     """
     diagonal = gram.diagonal()
+    # Divided first: the sum of large diagonals would overflow.
+    mean = (diagonal / len(gram)).sum()
     dead = (diagonal == 0).to(gram.dtype)
     while True:
-        lower, failed = torch.linalg.cholesky_ex((gram + torch.diag(damp * diagonal.mean() + dead)).flip(0, 1))
+        lower, failed = torch.linalg.cholesky_ex((gram + torch.diag(damp * mean + dead)).flip(0, 1))
         if not failed and bool(torch.isfinite(lower).all()):
             break
         if damp > 1e30:

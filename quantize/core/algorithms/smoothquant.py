@@ -98,7 +98,8 @@ def search_scale(
     for i in range(grids_num + 1):
         scale = smoothing_scale(input_amax, weight_amax, i / grids_num)
         error = expected_error(spec, weight, scale, inputs, gram)
-        best, lowest = torch.where(error < lowest, scale, best), torch.minimum(error, lowest)
+        better = error < lowest
+        best, lowest = torch.where(better, scale, best), torch.where(better, error, lowest)
     return best
 
 
