@@ -102,10 +102,7 @@ def refit(weight: Tensor, q: QTensor, gram: Tensor) -> QTensor:
     """
     c = weight.shape[1]
     width = q.scheme.group_size or c
-    codes = q.codes.to(weight.dtype)
-    if q.zero_point is not None:
-        unit = QTensor(q.codes, torch.ones_like(q.scale), q.zero_point, q.scheme)
-        codes = affine.dequantize(unit)
+    codes = affine.dequantize(QTensor(q.codes, torch.ones_like(q.scale), q.zero_point, q.scheme))
     pull = (affine.dequantize(q) - weight) @ gram
     scales = []
     for g, start in enumerate(range(0, c, width)):

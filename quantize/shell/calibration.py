@@ -11,7 +11,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.nn import functional
 
-from quantize.core import LayerSpec, Scheme, Solution, affine, linear, metrics, minmax
+from quantize.core import Scheme, Solution, affine, linear, metrics, minmax
 from quantize.shell import deployment
 from quantize.shell.config import Config, refusal
 from quantize.shell.report import Row
@@ -64,9 +64,8 @@ class CalibrationLinear(nn.Module):
         """
         algorithm, statistic = self.config.algorithm, None
         if self.fell_back:
-            inputs = self.config.spec.inputs
-            dynamic = None if inputs is None else Scheme(inputs.bits, inputs.symmetric, "token")
-            algorithm = minmax.algorithm(LayerSpec(self.config.spec.weight, dynamic))
+            spec = self.config.spec
+            algorithm = minmax.algorithm(replace(spec, inputs=_dynamic(spec.inputs)))
         elif not algorithm.data_free:
             # The model may have been cast since: one dtype for weight and statistic.
             dtype = affine.working_dtype(self.weight)
@@ -99,8 +98,7 @@ class CalibrationLinear(nn.Module):
         inputs = spec.inputs if s is None else s.inputs
         known: dict[str, Any] = {}
         if s is not None:
-            # The weight as the inputs meet it: without the factor that they are divided by.
-            reached = affine.dequantize(s.weight) / (1 if s.smoothing is None else s.smoothing)
+            reached = s.effective_weight()
             known = {
                 "weight_sqnr": metrics.sqnr(self.weight.detach().to(reached.dtype), reached).item(),
                 "error": None if s.error is None else s.error.item(),
@@ -154,8 +152,8 @@ class CalibrationLinear(nn.Module):
             self.statistics = pytree.tree_unflatten(state["statistics"], structure)
         else:
             saved, inputs = state["solution"], self.config.spec.inputs
-            if inputs is not None and saved["dynamic"]:
-                inputs = Scheme(inputs.bits, inputs.symmetric, "token")
+            if saved["dynamic"]:
+                inputs = _dynamic(inputs)
             tensors = deployment.solution(saved["tensors"], self.config.spec.weight, inputs)
             self.solution = replace(tensors, **{k: saved[k] for k in ("error", "baseline_error", "notes")})
         self._follow_weight()
@@ -179,3 +177,7 @@ class CalibrationLinear(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # An unfinished batch is no part of a copy, and weak references do not pickle.
         return {**self.__dict__, "recorder": None}
+
+
+def _dynamic(inputs: Scheme | None) -> Scheme | None:
+    return None if inputs is None else replace(inputs, strategy="token")

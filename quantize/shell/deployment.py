@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantize.core import QParams, QTensor, Scheme, Solution, dequantize
+from quantize.core import QParams, QTensor, Scheme, Solution
 from quantize.shell.kernels import reference
 from quantize.shell.report import Row
 
@@ -75,9 +75,7 @@ class QuantizedLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The weight ``[n, c]`` that the codes stand for, made on every access: for owners that read it directly."""
-        held = self.solution
-        weight = dequantize(held.weight)
-        return (weight if held.smoothing is None else weight / held.smoothing).to(self.dtype)
+        return self.solution.effective_weight().to(self.dtype)
 
     def extra_repr(self) -> str:
         """Shape and format, as ``print(model)`` shows them."""

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import torch.utils._pytree as pytree
 from torch import Tensor
 
+from quantize.core.affine import dequantize
 from quantize.core.observers import Observer
 from quantize.core.qtensor import QParams, QTensor, present
 from quantize.core.scheme import Scheme
@@ -63,6 +64,11 @@ class Solution:
     error: Tensor | None = None
     baseline_error: Tensor | None = None
     notes: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def effective_weight(self) -> Tensor:
+        """The weight ``[n, c]`` as unsmoothed inputs meet it: dequantized, without the factor of the smoothing."""
+        weight = dequantize(self.weight)
+        return weight if self.smoothing is None else weight / self.smoothing
 
 
 # As in QTensor, what is None is absent from the tree.
