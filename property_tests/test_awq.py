@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from property_tests.laws import assert_pure
 from property_tests.oracles import numpy64
 from property_tests.strategies import correlated_tokens, normal_matrices, weight_schemes
-from quantize.core import Scheme, awq, dequantize, round_to_nearest
+from quantize.core import Scheme, awq, dequantize, round_to_nearest, shrinkage
 
 F64 = torch.float64
 
@@ -34,6 +34,21 @@ def test_the_chosen_scale_is_the_best_by_running_the_layer(data, scheme, grids_n
     noise = 1e-12 * (x**2).sum().item() * (weight**2).sum().item()
     assert outputs_error(weight, x, chosen, scheme) <= min(errors) * (1 + 1e-6) + noise
     assert min((chosen - s).abs().max().item() for s in grid) < 1e-9
+
+
+@given(st.data(), weight_schemes(), st.floats(0, 1))
+def test_the_chosen_scale_never_loses_on_the_tokens_nor_without_chance(data, scheme, rho):
+    weight = data.draw(normal_matrices(st.integers(1, 5), st.integers(1, 9), F64))
+    x = data.draw(correlated_tokens(st.integers(1, 20), st.just(weight.shape[1])))
+    gram = x.T @ x
+    chosen = awq.search_scale(weight, x.abs().mean(0), gram, scheme, grids_num=7, rho=rho)
+    noise = 1e-12 * (x**2).sum().item() * (weight**2).sum().item()
+    for h in (gram, shrinkage.shrink(gram, torch.tensor(rho, dtype=F64))):
+        errors = [
+            np.einsum("ni,ij,nj->", d, numpy64(h), d)
+            for d in (numpy64(awq.scaled_error(weight, s, scheme)) for s in (chosen, torch.ones_like(chosen)))
+        ]
+        assert errors[0] <= errors[1] + noise
 
 
 @given(normal_matrices(st.integers(1, 5), st.integers(1, 9), F64), weight_schemes(), st.floats(0.001, 1000))

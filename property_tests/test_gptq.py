@@ -229,32 +229,10 @@ def test_a_factorization_that_fails_raises_the_damping_and_says_so(damp):
     torch.testing.assert_close(upper @ torch.diag(pivots) @ upper.T, indefinite + grown * torch.eye(2))
 
 
-@given(correlated_tokens(st.integers(1, 30), sizes))
-def test_shrinkage_keeps_the_diagonal_and_moves_between_its_ends(x):
-    gram = x.T @ x
-    shrunk = assert_pure(gptq.shrink, gram, torch.tensor(len(x)))
-    assert torch.equal(shrunk.diagonal(), gram.diagonal())
-    assert (shrunk.abs() <= gram.abs()).all()
-    tolerance = 1e-9 * (1 + gram.diagonal().max().item())
-    assert torch.linalg.eigvalsh(shrunk).min() >= -tolerance
-    many = gptq.shrink(gram, torch.tensor(10**15))
-    torch.testing.assert_close(many, gram, rtol=1e-6, atol=tolerance)
-    assert torch.equal(gptq.shrink(gram, torch.tensor(1)), torch.diag(gram.diagonal()))
-
-
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_a_gram_matrix_that_is_not_finite_is_refused(bad):
     with pytest.raises(ValueError, match="gram: NaN or inf"):
         gptq.factor(torch.tensor([[1.0, bad], [bad, 1.0]]), 0.01)
-
-
-def test_dead_channels_do_not_count_as_pairs():
-    x = torch.randn(200, 4, generator=torch.Generator().manual_seed(0), dtype=F64)
-    x[:, 1] += x[:, 0]
-    gram, padded = x.T @ x, torch.zeros(64, 64, dtype=F64)
-    padded[:4, :4] = gram
-    alone = gptq.shrink(gram, torch.tensor(200))
-    torch.testing.assert_close(gptq.shrink(padded, torch.tensor(200))[:4, :4], alone, rtol=1e-12, atol=0)
 
 
 def test_a_huge_gram_matrix_is_solved():

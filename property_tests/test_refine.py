@@ -143,3 +143,10 @@ def test_an_outlier_that_does_not_matter_is_clipped():
     assert found.scale.item() < round_to_nearest(weight, scheme).scale.item() / 2
     kept = ranges.search(weight, scheme, torch.ones(4))
     assert kept.scale.item() > found.scale.item()
+
+
+@given(st.lists(st.sampled_from([0.0, 1.0, 2.0, float("inf"), float("nan")]), min_size=1, max_size=6))
+def test_the_least_cost_wins_and_the_first_of_equals(costs):
+    place = assert_pure(refine.least, torch.arange(len(costs)), torch.tensor(costs)).item()
+    read = [float("inf") if cost != cost else cost for cost in costs]
+    assert place == read.index(min(read))

@@ -59,6 +59,20 @@ def assert_same_snapshot(a, b):
             ), key
 
 
+def statistics(model, names, observer, run):
+    """What ``observer`` remembers of the inputs of the layers ``names`` while ``run()`` calls the model."""
+    states = {name: observer.init(model.get_submodule(name).in_features) for name in names}
+
+    def observe(name):
+        return lambda _module, args: states.update({name: observer.update(states[name], args[0])})
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(observe(name)) for name in names]
+    run()
+    for handle in handles:
+        handle.remove()
+    return {name: observer.finalize(state) for name, state in states.items()}
+
+
 def rounding_bound(layer, x):
     """How far the integer and the float form of a layer may be apart: the bound of ``fake_quantized_linear``."""
     s = layer.solution

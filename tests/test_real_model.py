@@ -3,7 +3,6 @@
 import ast
 import copy
 import pathlib
-import statistics
 
 import pytest
 import torch
@@ -21,7 +20,7 @@ from quantize.core import (
     round_to_nearest,
 )
 from quantize.shell import demo
-from tests.models import TENSOR, TOKEN, WEIGHTS, assert_converts_by_rounding_only, config
+from tests.models import TENSOR, TOKEN, WEIGHTS, assert_converts_by_rounding_only, config, statistics
 
 LINEARS = 37
 INT4_GROUP = {**WEIGHTS, "type": "int4", "strategy": "group", "group_size": 64}
@@ -39,7 +38,7 @@ def encoder():
 def sentences():
     """First sentences of docstrings, the same on every machine with the same Python."""
     found = []
-    for file in sorted(pathlib.Path(statistics.__file__).parent.glob("*.py")):
+    for file in sorted(pathlib.Path(ast.__file__).parent.glob("*.py")):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and (text := ast.get_docstring(node)):
                 sentence = " ".join(text.split("\n\n")[0].split())
@@ -153,32 +152,18 @@ def test_every_format_runs_and_converts_by_rounding_only(first_block, name, weig
 @pytest.mark.parametrize("name", ["gptq", "awq"])
 def test_one_small_batch_stays_close_to_rounding_on_other_text(encoder, sentences, name):
     layers = {n: m for n, m in encoder.model.named_modules() if type(m) is torch.nn.Linear}
-    observer = product(channel_absmean, gram)
 
-    def statistics_of(batches):
-        states = {n: observer.init(layer.in_features) for n, layer in layers.items()}
-
-        def observe(n):
-            return lambda _module, args: states.update({n: observer.update(states[n], args[0])})
-
-        handles = [layer.register_forward_pre_hook(observe(n)) for n, layer in layers.items()]
-        for batch in batches:
-            encoder(batch)
-        for handle in handles:
-            handle.remove()
-        return {n: observer.finalize(state) for n, state in states.items()}
+    def observed(*batches):
+        observer = product(channel_absmean, gram)
+        return statistics(encoder.model, layers, observer, lambda: [encoder(batch) for batch in batches])
 
     # Four sentences, some 60 tokens, against 384 and 1536 channels.
-    seen, others = (
-        statistics_of([demo.SENTENCES[:4]]),
-        statistics_of([sentences[i : i + 16] for i in range(0, 128, 16)]),
-    )
+    seen, others = observed(demo.SENTENCES[:4]), observed(*(sentences[i : i + 16] for i in range(0, 128, 16)))
     scheme = Scheme(4, True, "group", 64)
     solve = ALGORITHMS[name].algorithm(LayerSpec(scheme), ALGORITHMS[name].Options()).solve
     with torch.no_grad():
         for n, layer in layers.items():
             solution = solve(layer.weight, seen[n] if name == "awq" else seen[n][1])
-            reached = dequantize(solution.weight) / (1 if solution.smoothing is None else solution.smoothing)
-            rounded = dequantize(round_to_nearest(layer.weight, scheme))
-            errors = [metrics.output_error(w - layer.weight, others[n][1].total) for w in (reached, rounded)]
+            reached = solution.effective_weight(), dequantize(round_to_nearest(layer.weight, scheme))
+            errors = [metrics.output_error(w - layer.weight, others[n][1].total) for w in reached]
             assert errors[0] <= 1.02 * errors[1], n

@@ -1,4 +1,4 @@
-"""Lower the output error ``tr((W - Q) H (W - Q)^T)`` of a quantized weight: sweeps over the columns, scales, rows."""
+"""Lower the output error ``tr((W - Q) H (W - Q)^T)`` of a quantized weight: sweeps, scales, rows, candidates."""
 
 from __future__ import annotations
 
@@ -136,3 +136,16 @@ def better_rows(weight: Tensor, first: QTensor, second: QTensor, gram: Tensor) -
     params = affine.select(take[: len(first.scale), None], second.params, first.params)
     codes = torch.where(take[:, None], second.codes, first.codes)
     return QTensor(codes, *params, first.scheme), take, errors
+
+
+def least(candidates: Tensor, costs: Tensor) -> Tensor:
+    """The candidate with the least cost, and the first of equals: ``candidates`` ``[r, ...]``, ``costs`` ``[r]``.
+
+    A cost that is NaN counts as infinite.
+
+    >>> least(torch.tensor([[1., 2.], [3., 4.], [5., 6.]]), torch.tensor([2., 1., 1.]))
+    tensor([3., 4.])
+    """
+    costs = costs.nan_to_num(nan=torch.inf, posinf=torch.inf)
+    places = torch.arange(len(costs), device=costs.device)
+    return candidates[torch.where(costs == costs.amin(), places, len(costs)).amin()]

@@ -12,7 +12,6 @@ import math
 import pathlib
 
 import torch
-from quantize.core.gptq import PAPER, Options
 
 from quantize.core import (
     ALGORITHMS,
@@ -20,17 +19,20 @@ from quantize.core import (
     Scheme,
     channel_absmean,
     dequantize,
+    gptq,
     gram,
     metrics,
     product,
     round_to_nearest,
 )
 from tests.benchmarks import smollm2
+from tests.models import statistics
 
-SCHEMES = {"int4 group 64": Scheme(4, True, "group", 64), "int4 channel": Scheme(4)}
+SCHEMES = {"int8 channel": Scheme(8), "int4 group 64": Scheme(4, True, "group", 64), "int4 channel": Scheme(4)}
+Options = gptq.Options
 OBSERVER = product(channel_absmean, gram)
 VARIANTS = {
-    "gptq, the paper's": ("gptq", PAPER),
+    "gptq, the paper's": ("gptq", gptq.PAPER),
     "  with act_order": ("gptq", Options(search_range=False, shrink=0.0, guard=False)),
     "  and search_range": ("gptq", Options(shrink=0.0, guard=False)),
     "  and shrink": ("gptq", Options(guard=False)),
@@ -45,20 +47,6 @@ VARIANTS = {
 }
 
 
-def statistics(model, names, tokens):
-    """What ``OBSERVER`` remembers of the inputs of the layers ``names`` on ``tokens``."""
-    states = {name: OBSERVER.init(model.get_submodule(name).in_features) for name in names}
-
-    def observe(name):
-        return lambda _module, args: states.update({name: OBSERVER.update(states[name], args[0])})
-
-    handles = [model.get_submodule(name).register_forward_pre_hook(observe(name)) for name in names]
-    smollm2.run(model, tokens)
-    for handle in handles:
-        handle.remove()
-    return {name: OBSERVER.finalize(state) for name, state in states.items()}
-
-
 @torch.no_grad()
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -71,8 +59,12 @@ def main():
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and any(f"layers.{block}." in name for block in given.blocks)
     ]
-    seen = {f"{n} batch{'es' * (n > 1)}": statistics(model, names, smollm2.rows("calib", 0, 4 * n)) for n in (1, 8)}
-    held_out = statistics(model, names, smollm2.rows("calib", 40, 72))
+
+    def observed(*rows):
+        return statistics(model, names, OBSERVER, lambda: smollm2.run(model, smollm2.rows(*rows)))
+
+    seen = {f"{n} batch{'es' * (n > 1)}": observed("calib", 0, 4 * n) for n in (1, 8)}
+    held_out = observed("calib", 40, 72)
     table = {}
     for title, scheme in SCHEMES.items():
         print(f"{title}, {len(names)} layers".ljust(36) + "".join(f"{column:>22}" for column in seen), flush=True)
@@ -84,9 +76,8 @@ def main():
                     weight, h = model.get_submodule(name).weight, held_out[name][1].total
                     statistic = stats[name] if algorithm == "awq" else stats[name][1]
                     solution = ALGORITHMS[algorithm].algorithm(LayerSpec(scheme), options).solve(weight, statistic)
-                    reached = dequantize(solution.weight) / (1 if solution.smoothing is None else solution.smoothing)
-                    rounded = dequantize(round_to_nearest(weight, scheme))
-                    errors = [metrics.output_error(each - weight, h).item() for each in (reached, rounded)]
+                    reached = solution.effective_weight(), dequantize(round_to_nearest(weight, scheme))
+                    errors = [metrics.output_error(each - weight, h).item() for each in reached]
                     ratios.append(errors[0] / errors[1])
                 mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
                 line[column] = {"mean": round(mean, 3), "worst": round(max(ratios), 3)}

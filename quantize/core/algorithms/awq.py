@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from quantize.core import affine, metrics, observers, ranges, refine
+from quantize.core import affine, metrics, observers, ranges, refine, shrinkage
 from quantize.core.algorithms.base import Algorithm, BaseOptions, LayerSpec, Solution, option
 from quantize.core.scheme import Scheme
 
@@ -26,10 +26,13 @@ class Options(BaseOptions):
 
     - ``grids_num``: how many exponents ``i / grids_num`` from 0 are tried.
     - ``clip``: afterwards clip the ranges of the scaled weight by a search, where that helps an output channel.
+    - ``shrink``: the strength with which correlations are shrunk as far as chance explains them, see
+      :func:`~quantize.core.shrinkage.intensity`; with 0, the errors on the tokens that were seen decide alone.
     """
 
     grids_num: int = option(20, "an int, at least 1", lambda value: value >= 1)
     clip: bool = option(True, "True or False")
+    shrink: float = option(4.0, "a number from 0 to 1e6", lambda value: 0 <= value <= 1e6)
 
 
 def algorithm(spec: LayerSpec, options: Options = Options()) -> Algorithm:
@@ -55,45 +58,59 @@ def candidate_scale(absmean: Tensor, ratio: float) -> Tensor:
     return torch.where(alive, torch.exp(ratio * (log - middle)), 1.0)
 
 
-def scaled_error(weight: Tensor, scale: Tensor, gram: Tensor, scheme: Scheme) -> Tensor:
-    """Output error ``[]`` of rounding ``weight * scale``: ``tr(delta H delta^T)``, ``delta = Q(W s) / s - W``.
+def scaled_error(weight: Tensor, scale: Tensor, scheme: Scheme) -> Tensor:
+    """The change of the weight ``[n, c]`` by rounding ``weight * scale``: ``Q(W s) / s - W``.
 
-    ``weight`` ``[n, c]``, ``scale`` ``[c]``, ``gram`` ``[c, c]``. Source: AWQ, equation 4, on the Gram matrix.
+    ``weight`` is ``[n, c]``, ``scale`` ``[c]``. Source: AWQ, equation 4.
     """
-    reached = affine.dequantize(affine.round_to_nearest(weight * scale, scheme)) / scale
-    return metrics.output_error(reached - weight, gram)
+    return affine.dequantize(affine.round_to_nearest(weight * scale, scheme)) / scale - weight
 
 
-def search_scale(weight: Tensor, absmean: Tensor, gram: Tensor, scheme: Scheme, *, grids_num: int = 20) -> Tensor:
+def search_scale(
+    weight: Tensor,
+    absmean: Tensor,
+    gram: Tensor,
+    scheme: Scheme,
+    *,
+    grids_num: int = 20,
+    rho: Tensor | float = 0.0,
+) -> Tensor:
     """The best of the candidates with ratios ``0, 1/grids_num, ...`` below 1: ``[c]``, and the first of equals.
 
-    Ratio 0 is plain rounding, so that the result is never worse on ``gram``.
+    A candidate counts by the larger of two errors, each relative to that of plain rounding, which is ratio 0: on
+    ``gram`` ``[c, c]`` as it is, so that the result is never worse there, and with the part ``rho`` of the
+    correlations taken out, so that it does not live on chance.
     """
-    best = torch.ones_like(absmean)
-    lowest = scaled_error(weight, best, gram, scheme)
-    for i in range(1, grids_num):
-        scale = candidate_scale(absmean, i / grids_num)
-        error = scaled_error(weight, scale, gram, scheme)
-        better = error < lowest
-        best, lowest = torch.where(better, scale, best), torch.where(better, error, lowest)
-    return best
+    diagonal = gram.diagonal()
+    scales = torch.stack([candidate_scale(absmean, i / grids_num) for i in range(grids_num)])
+
+    def errors(scale: Tensor) -> Tensor:
+        delta = scaled_error(weight, scale, scheme)
+        full = metrics.output_error(delta, gram)
+        return torch.stack([full, (1 - rho) * full + rho * (delta.square() * diagonal).sum()])
+
+    found = torch.stack([errors(scale) for scale in scales.unbind()])
+    return refine.least(scales, (found / torch.where(found[0] > 0, found[0], 1.0)).amax(1))
 
 
 def solve(spec: LayerSpec, options: Options, weight: Tensor, statistic: tuple[Tensor, observers.SumState]) -> Solution:
     """Scale and round ``weight`` ``[n, c]``; ``statistic``: mean magnitudes ``[c]`` and the Gram matrix ``[c, c]``."""
-    absmean, gram = statistic
+    absmean, (gram, _) = statistic
     wide = weight.to(affine.working_dtype(weight))
-    scale = search_scale(wide, absmean, gram.total, spec.weight, grids_num=options.grids_num)
-    scaled, gram_scaled = wide * scale, gram.total / scale / scale[:, None]
+    rho = shrinkage.intensity(statistic[1], options.shrink)
+    scale = search_scale(wide, absmean, gram, spec.weight, grids_num=options.grids_num, rho=rho)
+    scaled, gram_scaled = wide * scale, gram / scale / scale[:, None]
     quantized = affine.round_to_nearest(scaled, spec.weight)
     if options.clip:
         params = ranges.search(scaled, spec.weight, gram_scaled.diagonal())
         clipped = affine.quantize(scaled, params, spec.weight)
-        quantized, _, _ = refine.better_rows(scaled, clipped, quantized, gram_scaled)
+        for trusted in (shrinkage.shrink(gram_scaled, rho), gram_scaled):
+            clipped, _, _ = refine.better_rows(scaled, clipped, quantized, trusted)
+        quantized = clipped
     return Solution(
         quantized,
         smoothing=scale,
         error=metrics.output_error(affine.dequantize(quantized) - scaled, gram_scaled),
-        baseline_error=scaled_error(wide, torch.ones_like(scale), gram.total, spec.weight),
+        baseline_error=metrics.output_error(scaled_error(wide, torch.ones_like(scale), spec.weight), gram),
         notes={"dead_channels": (absmean == 0).sum()},
     )

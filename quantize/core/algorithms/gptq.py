@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from quantize.core import affine, observers, ranges, refine
+from quantize.core import affine, observers, ranges, refine, shrinkage
 from quantize.core.algorithms.base import Algorithm, BaseOptions, LayerSpec, Solution, option
 
 QUANTIZES_INPUTS = frozenset({False})
@@ -27,9 +27,8 @@ class Options(BaseOptions):
     - ``damp``: part of the mean diagonal of the Gram matrix that is added to its diagonal.
     - ``block_size``: columns between two large matmuls; a matter of speed alone.
     - ``search_range``: clip ranges by a search, weighted by the diagonal of the Gram matrix.
-    - ``shrink``: shrink correlations as far as chance explains them; ``shrink + c / tokens`` tokens count as one
-      independent normal one, 0 leaves the correlations as they are. Measured on text: 4 is best with many tokens,
-      and the second term keeps layers with fewer tokens than channels below rounding on other text.
+    - ``shrink``: the strength with which correlations are shrunk as far as chance explains them, see
+      :func:`~quantize.core.shrinkage.intensity`; 0 leaves them as they are. Measured on text, 4 is best.
     - ``sweeps``: rounds of coordinate descent on the codes, and of refitted scales, after the pass.
     - ``guard``: for every output channel, keep plain rounding where it is better.
     """
@@ -54,34 +53,6 @@ tokens cannot tell apart.
 def algorithm(spec: LayerSpec, options: Options = Options()) -> Algorithm:
     """GPTQ; remembers the Gram matrix of the inputs."""
     return Algorithm(observers.gram, partial(solve, spec, options))
-
-
-def shrink(gram: Tensor, tokens: Tensor) -> Tensor:
-    """Shrink the off-diagonal of ``gram`` ``[c, c]``, a sum over ``tokens`` ``[]``, as far as chance explains it.
-
-    The tokens of a text are neither independent nor normal: :class:`Options` counts several as one.
-
-    1. In units of the channels' scales, the covariance ``r_ij`` of two channels, estimated from ``t`` tokens, has
-       variance ``(1 + r_ij^2) / t`` under normal inputs with known scales.
-    2. The factor ``1 - rho`` on all of them with the least expected squared error has
-       ``rho = sum var(r_ij) / sum r_ij^2`` over ``i != j`` among the channels that were ever active, at most 1.
-
-    The diagonal stays. Source: Ledoit and Wolf 2004; Schaefer and Strimmer 2005, "A shrinkage approach to large-scale
-    covariance matrix estimation", with the diagonal as target.
-
-    >>> shrink(torch.tensor([[4., 2.], [2., 4.]]), torch.tensor(10))
-    tensor([[4., 1.],
-            [1., 4.]])
-    """
-    diagonal = gram.diagonal()
-    unit = torch.where(diagonal > 0, diagonal, 1.0).rsqrt()
-    squares = (gram * unit * unit[:, None]).square()
-    found = squares.sum() - squares.diagonal().sum()
-    active = (diagonal > 0).sum()
-    pairs = active * (active - 1)
-    chance = (pairs + found) / tokens
-    rho = torch.where(found > chance, chance / found, 1.0)
-    return torch.where(torch.eye(len(gram), dtype=torch.bool, device=gram.device), gram, gram * (1 - rho))
 
 
 def factor(gram: Tensor, damp: float) -> tuple[Tensor, Tensor, float]:
@@ -128,11 +99,11 @@ def solve(spec: LayerSpec, options: Options, weight: Tensor, statistic: observer
     Never fails on finite arguments. Notes: ``damp``, as large as the factorization needed it; ``dead_channels``;
     ``kept_rounding``, output channels that the guard gave back.
     """
-    gram, tokens = statistic
+    gram = statistic.total
     wide = weight.to(affine.working_dtype(weight))
     rounded = affine.round_to_nearest(wide, spec.weight)
     params = ranges.search(wide, spec.weight, gram.diagonal()) if options.search_range else rounded.params
-    trusted = shrink(gram, tokens / (options.shrink + len(gram) / tokens)) if options.shrink else gram
+    trusted = shrinkage.shrink(gram, shrinkage.intensity(statistic, options.shrink)) if options.shrink else gram
     order = torch.arange(len(gram), device=gram.device)
     if options.act_order:
         order = torch.argsort(gram.diagonal(), descending=True, stable=True)

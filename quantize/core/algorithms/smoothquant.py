@@ -13,7 +13,7 @@ import torch
 from einops import reduce
 from torch import Tensor
 
-from quantize.core import affine, linear, metrics, observers
+from quantize.core import affine, linear, metrics, observers, refine
 from quantize.core.algorithms.base import Algorithm, BaseOptions, LayerSpec, Solution, option
 
 QUANTIZES_INPUTS = frozenset({True})
@@ -93,14 +93,10 @@ def search_scale(
     """The divisor ``[c]`` with the least :func:`expected_error`, among ``grids_num + 1`` strengths and the identity."""
     input_amax = torch.maximum(-inputs.low, inputs.high)
     weight_amax = reduce(weight.abs(), "n c -> c", "max")
-    best = torch.ones_like(input_amax)
-    lowest = expected_error(spec, weight, best, inputs, gram)
-    for i in range(grids_num + 1):
-        scale = smoothing_scale(input_amax, weight_amax, i / grids_num)
-        error = expected_error(spec, weight, scale, inputs, gram)
-        better = error < lowest
-        best, lowest = torch.where(better, scale, best), torch.where(better, error, lowest)
-    return best
+    scales = [torch.ones_like(input_amax)]
+    scales += [smoothing_scale(input_amax, weight_amax, i / grids_num) for i in range(grids_num + 1)]
+    errors = [expected_error(spec, weight, scale, inputs, gram) for scale in scales]
+    return refine.least(torch.stack(scales), torch.stack(errors))
 
 
 def solve(spec: LayerSpec, options: Options, weight: Tensor, inputs: observers.Range) -> Solution:
