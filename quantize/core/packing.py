@@ -1,0 +1,52 @@
+"""Several low-bit codes in one machine word, and back."""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+_BITS = 4
+# The words that hold nibbles here: bytes, as CPUs address them, and int32, as the Ascend operators take them.
+_WIDTHS = {torch.uint8: 8, torch.int32: 32}
+
+
+def pack_int4(codes: Tensor, dtype: torch.dtype = torch.uint8) -> Tensor:
+    """Pack int4 codes ``[..., c]`` into words ``[..., ceil(c / r)]``, ``r`` = 2 for uint8 and 8 for int32.
+
+    Element ``j`` of a word is at bits ``4j ... 4j+3``, in two's complement; a last word that is not full ends with
+    zeros. ``codes`` is int8 with values from -8 to 7.
+
+    Raises:
+        ValueError: a ``dtype`` that is neither uint8 nor int32.
+
+    >>> pack_int4(torch.tensor([1, -2, 7], dtype=torch.int8)).tolist()
+    [225, 7]
+    """
+    r = _per_word(dtype)
+    missing = -codes.shape[-1] % r
+    nibbles = torch.constant_pad_nd(codes, (0, missing)).to(torch.int32).bitwise_and(0xF)
+    words = rearrange(nibbles, "... (g r) -> ... g r", r=r)
+    shifts = torch.arange(0, _BITS * r, _BITS, dtype=torch.int32, device=codes.device)
+    # The bits of different elements do not overlap: their sum is their union, and int32 may wrap to negative.
+    return words.bitwise_left_shift(shifts).sum(-1, dtype=torch.int32).to(dtype)
+
+
+def unpack_int4(words: Tensor, length: int) -> Tensor:
+    """Undo :func:`pack_int4`: ``[..., g]`` uint8 or int32 to int8 codes ``[..., length]``.
+
+    >>> unpack_int4(torch.tensor([225, 7], dtype=torch.uint8), 3).tolist()
+    [1, -2, 7]
+    """
+    r = _per_word(words.dtype)
+    shifts = torch.arange(0, _BITS * r, _BITS, dtype=torch.int32, device=words.device)
+    nibbles = rearrange(words, "... g -> ... g 1").to(torch.int32).bitwise_right_shift(shifts).bitwise_and(0xF)
+    # Two's complement: 8 to 15 stand for -8 to -1.
+    signed = (nibbles.bitwise_xor(8) - 8).to(torch.int8)
+    return rearrange(signed, "... g r -> ... (g r)")[..., :length]
+
+
+def _per_word(dtype: torch.dtype) -> int:
+    if dtype not in _WIDTHS:
+        raise ValueError(f"dtype: {dtype}; accepted: one of {', '.join(map(str, _WIDTHS))}")
+    return _WIDTHS[dtype] // _BITS
