@@ -4,7 +4,7 @@ Shapes are written in the letters ``n`` output channels, ``c`` input channels, `
 group, ``t`` tokens. Nothing here knows modules, devices, files or global state: same inputs, same bits.
 """
 
-from quantize.core import affine, linear, metrics, observers, ranges, refine, shrinkage
+from quantize.core import affine, linear, metrics, observers, packing, ranges, refine, shrinkage
 from quantize.core.affine import (
     dequantize,
     fake_quantize,
@@ -43,6 +43,7 @@ __all__ = [
     "metrics",
     "minmax",
     "observers",
+    "packing",
     "product",
     "qparams",
     "quantize",

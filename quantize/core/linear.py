@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from einops import rearrange, reduce
 from torch import Tensor
@@ -50,12 +52,14 @@ def input_params(x: Tensor, scheme: Scheme, static: QParams | None = None) -> QP
     return affine.qparams(*affine.group_ranges(x, scheme), scheme) if static is None else static
 
 
-def integer_linear(x: QTensor, weight: QTensor, bias: Tensor | None = None) -> Tensor:
+def integer_linear(
+    x: QTensor, weight: QTensor, bias: Tensor | None = None, *, matmul: Callable[[Tensor, Tensor], Tensor] = int_matmul
+) -> Tensor:
     """``x W^T + bias`` of quantized inputs and weights: ``[t, n]`` in float32.
 
     ``x`` has codes ``[t, c]`` and one scale a tensor or a token; ``weight`` has codes ``[n, c]``, one scale a tensor
     or a channel, and no zero point. The sum of the codes' products is exact (int32); the zero point of the inputs is
-    corrected in integers; scales and bias are applied in float32.
+    corrected in integers; scales and bias are applied in float32. ``matmul`` may be any exact :func:`int_matmul`.
 
     Derivation, with ``q`` and ``z`` for codes and zero point:
 
@@ -67,7 +71,7 @@ def integer_linear(x: QTensor, weight: QTensor, bias: Tensor | None = None) -> T
     """
     if weight.zero_point is not None or weight.scheme.strategy == "group":
         raise ValueError(f"weight: {weight.scheme}; accepted with quantized inputs: symmetric, tensor or channel")
-    total = int_matmul(x.codes, weight.codes)
+    total = matmul(x.codes, weight.codes)
     if x.zero_point is not None:
         row_sums = reduce(weight.codes.to(torch.int32), "n c -> 1 n", "sum")
         total = total - x.zero_point.to(torch.int32) * row_sums
@@ -83,12 +87,13 @@ def quantized_linear(
     inputs: Scheme | None = None,
     smoothing: Tensor | None = None,
     static: QParams | None = None,
+    matmul: Callable[[Tensor, Tensor], Tensor] = int_matmul,
 ) -> Tensor:
     """A deployed linear layer: ``[..., c]`` to ``[..., n]``, in the dtype of ``x``.
 
     ``inputs`` None multiplies with the dequantized weight, rounded to the dtype of ``x``; else the inputs are
     quantized with ``static`` parameters or their own, and :func:`integer_linear` follows. ``smoothing`` ``[c]``
-    divides the inputs first.
+    divides the inputs first; ``matmul`` as in :func:`integer_linear`.
 
     >>> weight = affine.round_to_nearest(torch.tensor([[127., 1.]]), Scheme())
     >>> quantized_linear(torch.tensor([1., 2.]), weight, inputs=Scheme(strategy="token"))
@@ -99,7 +104,7 @@ def quantized_linear(
         y = _float_linear(tokens.to(x.dtype), weight, bias)
     else:
         quantized = affine.quantize(tokens, input_params(tokens, inputs, static), inputs)
-        y = integer_linear(quantized, weight, bias).to(x.dtype)
+        y = integer_linear(quantized, weight, bias, matmul=matmul).to(x.dtype)
     return y.reshape(*x.shape[:-1], weight.codes.shape[0])
 
 

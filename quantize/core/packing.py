@@ -39,10 +39,10 @@ def unpack_int4(words: Tensor, length: int) -> Tensor:
     [1, -2, 7]
     """
     r = _per_word(words.dtype)
-    shifts = torch.arange(0, _BITS * r, _BITS, dtype=torch.int32, device=words.device)
-    nibbles = rearrange(words, "... g -> ... g 1").to(torch.int32).bitwise_right_shift(shifts).bitwise_and(0xF)
+    # A shift at a time, in the words' own width: several times faster than shifts along an axis.
+    nibbles = torch.stack([words.bitwise_right_shift(_BITS * j).bitwise_and(0xF) for j in range(r)], -1)
     # Two's complement: 8 to 15 stand for -8 to -1.
-    signed = (nibbles.bitwise_xor(8) - 8).to(torch.int8)
+    signed = nibbles.bitwise_xor(8).to(torch.int8) - 8
     return rearrange(signed, "... g r -> ... (g r)")[..., :length]
 
 
