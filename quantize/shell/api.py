@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,10 +11,11 @@ from torch import nn
 
 from quantize.core import affine
 from quantize.presets import INT8_MINMAX_WEIGHT_QUANT_CFG
-from quantize.shell import session
+from quantize.shell import loading, session
 from quantize.shell.calibration import CalibrationLinear
 from quantize.shell.config import QuantizeWarning, parse, refusal, shown
 from quantize.shell.deployment import QuantizedLinear
+from quantize.shell.kernels import KERNELS
 from quantize.shell.plan import Plan, plan, swap
 from quantize.shell.report import Report
 
@@ -85,29 +87,54 @@ def finish(model: nn.Module) -> None:
     session.solve(model)
 
 
-def convert(model: nn.Module) -> None:
+def convert(model: nn.Module, *, kernel: str | None = None, from_state: Mapping[str, Any] | None = None) -> None:
     """Replace every calibrated layer by a :class:`QuantizedLinear`, in place: codes, and no float weight.
 
     The result changes by rounding only: see :func:`quantize.core.linear.fake_quantized_linear` for the bound.
 
+    Args:
+        model: a model that is calibrated to the end; with ``from_state``, one in floating point, also on the meta
+            device.
+        kernel: ``'reference'``, ``'cpu'`` or ``'npu'`` for all layers; None chooses for each, by format and device.
+        from_state: the ``state_dict`` of a converted model of the same architecture; it needs neither float weights
+            nor calibration. Tensors go to the devices of the model, and from the meta device to their own.
+
     Raises:
-        QuantizeError: a model that is not calibrated to the end; it says what is missing.
+        QuantizeError: a model that is not calibrated to the end, a kernel that cannot serve a layer, or a state that
+            does not fit; it names the layer and what is missing. The model is left as it was.
     """
     _check_model(model)
+    if kernel is not None and kernel not in KERNELS:
+        raise refusal("kernel", shown(kernel), f"None or one of {', '.join(map(repr, KERNELS))}")
+    if from_state is None:
+        layers: dict[nn.Module, QuantizedLinear] = _deployed(model, kernel)
+    else:
+        layers = loading.layers(model, from_state, kernel)
+    for layer in layers.values():
+        if kernel is not None and layer.kernel != kernel:
+            raise refusal(f"layer {layer.row.name!r}", f"kernel {kernel!r}", f"another kernel ({layer.reason})")
+    swap(model, layers)
+    if from_state is None:
+        session.detach(model)
+    else:
+        loading.load(model, from_state)
+
+
+def _deployed(model: nn.Module, kernel: str | None) -> dict[nn.Module, QuantizedLinear]:
     layers = session.calibrated(model)
     if not layers:
         raise refusal("model", "not calibrated", "a model after quantize(model, config) and its forward passes")
     for layer in layers:
         missing = layer.config.batch_num - layer.seen
+        where = f"layer {layer.names[0]!r}"
         if not layer.active and missing > 0:
             seen = f"{layer.seen} of {layer.config.batch_num} batches seen"
-            raise refusal("model", seen, f"{missing} more forward passes of the whole model, or finish(model)")
+            raise refusal(where, seen, f"{missing} more forward passes of the whole model, or finish(model)")
         if not layer.active:
-            raise refusal("model", "solving was interrupted", "a model after finish(model)")
+            raise refusal(where, "solving was interrupted", "a model after finish(model)")
     if model in layers:
         raise refusal("model", "the layer itself: nothing holds it", "a model that contains the layer")
-    swap(model, {layer: layer.deployed() for layer in layers})
-    session.detach(model)
+    return {layer: layer.deployed(kernel) for layer in layers}
 
 
 def report(model: nn.Module) -> Report:
@@ -117,11 +144,7 @@ def report(model: nn.Module) -> Report:
         QuantizeError: a model without any quantized layer.
     """
     _check_model(model)
-    rows = [
-        module.record() if isinstance(module, CalibrationLinear) else module.record
-        for module in model.modules()
-        if isinstance(module, (CalibrationLinear, QuantizedLinear))
-    ]
+    rows = [module.record() for module in model.modules() if isinstance(module, (CalibrationLinear, QuantizedLinear))]
     if not rows:
         raise refusal("model", "not quantized", "a model after quantize(model, config)")
     found = [module.__dict__[session.KEY] for module in model.modules() if session.KEY in module.__dict__]

@@ -11,9 +11,10 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.nn import functional
 
-from quantize.core import Scheme, Solution, affine, linear, metrics, minmax
+from quantize.core import LayerSpec, Scheme, Solution, affine, linear, metrics, minmax
 from quantize.shell import deployment
 from quantize.shell.config import Config, refusal
+from quantize.shell.kernels import Layout, reference
 from quantize.shell.report import Row
 
 if TYPE_CHECKING:
@@ -77,13 +78,12 @@ class CalibrationLinear(nn.Module):
         self.solution = algorithm.solve(self.weight.detach(), statistic)
         self.statistics = None
 
-    def deployed(self) -> deployment.QuantizedLinear:
+    def deployed(self, kernel: str | None = None) -> deployment.QuantizedLinear:
         """The layer to put in the place of this one, once it is solved."""
         if self.solution is None:
             raise refusal(f"layer {self.names[0]!r}", "not solved", "a layer with a solution")
-        layer = deployment.QuantizedLinear(
-            self.solution, self.bias, replace(self.record(), stage="converted"), self.weight.dtype
-        )
+        row = replace(self.record(), stage="converted")
+        layer = deployment.QuantizedLinear(self.solution, self.bias, row, self.weight.dtype, kernel)
         deployment.adopt(layer, self)
         return layer
 
@@ -127,7 +127,7 @@ class CalibrationLinear(nn.Module):
         solved = None
         if s is not None:
             solved = {
-                "tensors": deployment.tensors(s),
+                "tensors": reference.prepare(s),
                 "dynamic": s.static is None,
                 "error": s.error,
                 "baseline_error": s.baseline_error,
@@ -154,8 +154,10 @@ class CalibrationLinear(nn.Module):
             saved, inputs = state["solution"], self.config.spec.inputs
             if saved["dynamic"]:
                 inputs = _dynamic(inputs)
-            tensors = deployment.solution(saved["tensors"], self.config.spec.weight, inputs)
-            self.solution = replace(tensors, **{k: saved[k] for k in ("error", "baseline_error", "notes")})
+            spec = LayerSpec(self.config.spec.weight, inputs)
+            layout = Layout(spec, self.out_features, self.in_features, self.weight.dtype)
+            solved = reference.restore(saved["tensors"], layout)
+            self.solution = replace(solved, **{k: saved[k] for k in ("error", "baseline_error", "notes")})
         self._follow_weight()
 
     def _format(self) -> str:

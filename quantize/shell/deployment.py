@@ -1,36 +1,19 @@
-"""The deployed layer: codes and parameters in, no float weight left."""
+"""The deployed layer: codes and parameters in the form that its kernel computes with, no float weight left."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from quantize.core import QParams, QTensor, Scheme, Solution
-from quantize.shell.kernels import reference
+from quantize.core import LayerSpec, Solution
+from quantize.shell import saved
+from quantize.shell.kernels import KERNELS, Layout, choose, obstacle, reference
 from quantize.shell.report import Row
-
-
-def tensors(solution: Solution) -> dict[str, Tensor | None]:
-    """The tensors that a kernel reads, by the names that they have in a ``state_dict``."""
-    static = solution.static or (None, None)
-    return {
-        "codes": solution.weight.codes,
-        "scale": solution.weight.scale,
-        "zero_point": solution.weight.zero_point,
-        "smoothing": solution.smoothing,
-        "input_scale": static[0],
-        "input_zero_point": static[1],
-    }
-
-
-def solution(held: Mapping[str, Any], weights: Scheme, inputs: Scheme | None) -> Solution:
-    """Undo :func:`tensors`."""
-    static = None if held["input_scale"] is None else QParams(held["input_scale"], held["input_zero_point"])
-    weight = QTensor(held["codes"], held["scale"], held["zero_point"], weights)
-    return Solution(weight, inputs, held["smoothing"], static)
 
 
 def adopt(new: nn.Module, old: nn.Module) -> None:
@@ -42,52 +25,143 @@ def adopt(new: nn.Module, old: nn.Module) -> None:
 class QuantizedLinear(nn.Module):
     """A linear layer on integer codes: ``[..., c]`` to ``[..., n]`` in the dtype of its input.
 
-    Buffers: ``codes`` int8 ``[n, c]``, ``scale``, and where the solution has them ``zero_point``, ``smoothing``,
-    ``input_scale``, ``input_zero_point``. The parameter ``bias`` is the original's.
+    The buffers are those of its :attr:`kernel`. A ``state_dict``, a copy and a pickle hold the form of the reference
+    kernel, whatever the kernel: ``codes`` (int8 ``[n, c]``, or two int4 in a byte, uint8 ``[n, ceil(c / 2)]``),
+    ``scale``, and where the solution has them ``zero_point``, ``smoothing``, ``input_scale``, ``input_zero_point``.
+    The parameter ``bias`` is the original's.
+
+    Args:
+        solved: the layer.
+        bias: ``[n]`` or None.
+        row: what the report says of it.
+        dtype: that of the float layer, and of the inputs to come.
+        kernel: the name of the kernel to use wherever it can serve; None chooses the fastest.
     """
 
     bias: nn.Parameter | None
 
-    def __init__(self, solved: Solution, bias: nn.Parameter | None, record: Row, dtype: torch.dtype) -> None:
+    def __init__(
+        self, solved: Solution, bias: nn.Parameter | None, row: Row, dtype: torch.dtype, kernel: str | None = None
+    ) -> None:
         super().__init__()
-        self.dtype = dtype
-        self.out_features, self.in_features = solved.weight.codes.shape
-        self.weights, self.inputs = solved.weight.scheme, solved.inputs
-        self.record = record
-        for name, tensor in tensors(solved).items():
-            self.register_buffer(name, tensor)
+        self.row, self.wanted = row, kernel
         self.register_parameter("bias", bias)
+        self._hold(solved, dtype)
+
+    def _hold(self, solved: Solution, dtype: torch.dtype) -> None:
+        reasons = []
+        if self.wanted is not None:
+            reasons.append(obstacle(self.wanted, solved, self.bias, dtype))
+        if reasons == [None]:
+            assert self.wanted is not None
+            self.kernel = self.wanted
+        else:
+            # On another device the wanted kernel may not be able to serve.
+            self.kernel, reason = choose(solved, self.bias, dtype)
+            reasons.append(reason)
+        self.reason = "; ".join(reason for reason in reasons if reason) or None
+        n, c = solved.weight.codes.shape
+        self.layout = Layout(LayerSpec(solved.weight.scheme, solved.inputs), n, c, dtype)
+        self._buffers.clear()
+        with torch.no_grad():
+            held = KERNELS[self.kernel].prepare(solved, self.bias, dtype)
+        for name, tensor in held.items():
+            self.register_buffer(name, tensor, persistent=False)
+
+    @property
+    def in_features(self) -> int:
+        """``c``."""
+        return self.layout.c
+
+    @property
+    def out_features(self) -> int:
+        """``n``."""
+        return self.layout.n
 
     @property
     def solution(self) -> Solution:
         """The tensors of this layer as the core's value."""
-        return solution(self._buffers, self.weights, self.inputs)
-
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Linear gives it
-        """Compute with the kernel; see :func:`quantize.core.linear.quantized_linear`."""
-        held = self.solution
-        # Autocast would round the matmul of the codes, which is exact as it stands.
-        with torch.autocast(input.device.type, enabled=False):
-            return reference.linear(
-                input, held.weight, self.bias, inputs=held.inputs, smoothing=held.smoothing, static=held.static
-            )
+        return KERNELS[self.kernel].restore(self._held(), self.layout)
 
     @property
     def weight(self) -> Tensor:
         """The weight ``[n, c]`` that the codes stand for, made on every access: for owners that read it directly."""
-        return self.solution.effective_weight().to(self.dtype)
+        return self.solution.effective_weight().to(self.layout.dtype)
+
+    def _held(self) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Linear gives it
+        """Compute with the kernel; see :func:`quantize.core.linear.quantized_linear`."""
+        # Autocast would round the matmul of the codes, which is exact as it stands.
+        with torch.autocast(input.device.type, enabled=False):
+            if input.requires_grad and torch.is_grad_enabled():
+                # The operators of the other kernels have no derivative.
+                return reference.compute(input, self.solution, self.bias)
+            return KERNELS[self.kernel].forward(input, self._held(), self.layout, self.bias)
+
+    def record(self) -> Row:
+        """The row of this layer in the report."""
+        return replace(self.row, kernel=self.kernel, kernel_reason=self.reason)
 
     def extra_repr(self) -> str:
-        """Shape and format, as ``print(model)`` shows them."""
-        inputs = self.inputs or "float"
-        return f"in_features={self.in_features}, out_features={self.out_features}, {self.weights}, inputs {inputs}"
+        """Shape, format and kernel, as ``print(model)`` shows them."""
+        spec = self.layout.spec
+        shape = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{shape}, {spec.weight}, inputs {spec.inputs or 'float'}, kernel {self.kernel}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         # A cast of the model moves the bias; scales keep the precision in which they were computed.
-        before = dict(self._buffers)
+        def moved(tensor: Tensor) -> Tensor:
+            new = fn(tensor)
+            return new if new.dtype == tensor.dtype else tensor.to(new.device)
+
+        held, dtype = self._held(), self.layout.dtype
+        here = held["scale"].device
+        probe = fn(torch.empty(0, dtype=dtype, device=here))
+        stays = (probe.dtype, probe.device) == (dtype, here)
+        solved = None if stays else pytree.tree_map_only(Tensor, moved, self.solution)
+        self._buffers.clear()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call] # torch leaves it bare
-        for name, tensor in before.items():
-            moved = self._buffers[name]
-            if tensor is not None and moved is not None and moved.dtype != tensor.dtype:
-                self._buffers[name] = tensor.to(moved.device)
+        if solved is None:
+            self._buffers.update({name: moved(tensor) for name, tensor in held.items()})
+        else:
+            self._hold(solved, probe.dtype)
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What a kernel holds may be of use on this processor only.
+        return {**self.__dict__, "_buffers": {}, "_held": reference.prepare(self.solution)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        held = state.pop("_held")
+        super().__setstate__(state)  # type: ignore[no-untyped-call] # torch leaves it bare
+        self._hold(reference.restore(held, self.layout), self.layout.dtype)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """The format and the row of the report, in plain containers."""
+        return saved.describe(self.layout, self.row)
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Take over the row of the report; the rest is checked with the tensors."""
+        self.row = saved.row(state)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.update({prefix + name: tensor for name, tensor in reference.prepare(self.solution).items()})
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
+    ) -> None:
+        own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+        others = {key: value for key, value in state_dict.items() if key.removeprefix(prefix) not in saved.TENSORS}
+        solved = None
+        if own:
+            solved = saved.solution(prefix.removesuffix("."), own, self.layout)
+        super()._load_from_state_dict(others, prefix, local_metadata, *rest)
+        if solved is not None:
+            # As with parameters: copied, or with assign=True taken as they are.
+            copy = not local_metadata.get("assign_to_params_buffers", False)
+            device = self._held()["scale"].device
+            solved = pytree.tree_map_only(Tensor, lambda t: t.to(device, copy=copy), solved)
+            self._hold(solved, self.layout.dtype)

@@ -16,7 +16,8 @@ class Row:
 
     ``tokens``: input vectors seen in calibration. ``weight_sqnr``: signal to quantization noise of the weight in dB.
     ``error`` and ``baseline_error``: ``tr(delta H delta^T)`` of the layer and of plain rounding, where the algorithm
-    knows them. ``notes``: what happened on the way.
+    knows them. ``notes``: what happened on the way. ``kernel``: what a converted layer computes with, and in
+    ``kernel_reason`` why not with a faster one.
     """
 
     names: tuple[str, ...]
@@ -30,6 +31,8 @@ class Row:
     error: float | None = None
     baseline_error: float | None = None
     notes: Mapping[str, float] = field(default_factory=dict)
+    kernel: str | None = None
+    kernel_reason: str | None = None
 
     @property
     def name(self) -> str:
@@ -58,13 +61,18 @@ class Report:
         }
 
     def __str__(self) -> str:
-        header = ("layer", "shape", "weights", "inputs", "algorithm", "stage", "tokens", "SQNR dB", "error/minmax")
+        header = ("layer", "shape", "weights", "inputs", "algorithm", "stage", "kernel", "tokens", "SQNR dB",
+                  "error/minmax")  # fmt: skip
         body = [_cells(row) for row in self.rows]
         widths = [max(len(line[i]) for line in (header, *body)) for i in range(len(header))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
                  for line in (header, tuple("-" * width for width in widths), *body)]  # fmt: skip
         lines += [f"{row.name}: {_notes(row.notes)}" for row in self.rows if row.notes]
+        reasons = dict.fromkeys(row.kernel_reason for row in self.rows if row.kernel_reason)
+        slower = [f"{reason}: {', '.join(row.name for row in self.rows if row.kernel_reason == reason)}"
+                  for reason in reasons]  # fmt: skip
         for title, entries in (
+            ("why not a faster kernel", slower),
             ("left in floating point", [f"{s.name or 'the model'}: {s.reason}" for s in self.skipped]),
             ("entries of skip_layers that matched nothing", [repr(word) for word in self.unmatched]),
         ):
@@ -85,7 +93,8 @@ def _cells(row: Row) -> tuple[str, ...]:
     sqnr = "" if row.weight_sqnr is None else f"{row.weight_sqnr:.1f}"
     shape = "x".join(map(str, row.shape))
     inputs = row.inputs or "float"
-    return " = ".join(row.names), shape, row.weights, inputs, row.algorithm, row.stage, str(row.tokens), sqnr, ratio
+    return (" = ".join(row.names), shape, row.weights, inputs, row.algorithm, row.stage, row.kernel or "",
+            str(row.tokens), sqnr, ratio)  # fmt: skip
 
 
 def _notes(notes: Mapping[str, float]) -> str:

@@ -1,5 +1,72 @@
-"""The kernel that runs everywhere and defines the result: the core's own quantized linear layer."""
+"""The kernel that runs everywhere and defines the result; what it keeps is also what a ``state_dict`` holds."""
 
-from quantize.core.linear import quantized_linear as linear
+from __future__ import annotations
 
-__all__ = ["linear"]
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from quantize.core import QParams, QTensor, Scheme, Solution, linear, packing
+from quantize.shell.kernels.contract import Layout
+
+DEVICES = None
+
+
+def obstacle(_solved: Solution, _bias: Tensor | None, _dtype: torch.dtype) -> None:
+    """There is none."""
+
+
+def prepare(solved: Solution, _bias: Tensor | None = None, _dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Codes and zero points of at most 4 bits two to a byte, and the other parameters as they are."""
+    weight, static = solved.weight, solved.static or QParams(None, None)  # type: ignore[arg-type]
+    kept = {
+        "codes": _pack(weight.codes, weight.scheme),
+        "scale": weight.scale,
+        "zero_point": None if weight.zero_point is None else _pack(weight.zero_point, weight.scheme),
+        "smoothing": solved.smoothing,
+        "input_scale": static.scale,
+        "input_zero_point": static.zero_point,
+    }
+    return {name: tensor for name, tensor in kept.items() if tensor is not None}
+
+
+def restore(held: Mapping[str, Tensor], layout: Layout) -> Solution:
+    """Undo :func:`prepare`."""
+    return solution(_unpack(held["codes"], layout.spec.weight, layout.c), held, layout)
+
+
+def solution(codes: Tensor, held: Mapping[str, Tensor], layout: Layout) -> Solution:
+    """The value of the int8 ``codes`` ``[n, c]`` and of all else that :func:`prepare` keeps."""
+    scheme, scale, zero_point = layout.spec.weight, held["scale"], held.get("zero_point")
+    if zero_point is not None:
+        zero_point = _unpack(zero_point, scheme, scale.shape[1])
+    static = QParams(held["input_scale"], held.get("input_zero_point")) if "input_scale" in held else None
+    return Solution(QTensor(codes, scale, zero_point, scheme), layout.spec.inputs, held.get("smoothing"), static)
+
+
+def forward(x: Tensor, held: Mapping[str, Tensor], layout: Layout, bias: Tensor | None) -> Tensor:
+    """See :func:`compute`."""
+    return compute(x, restore(held, layout), bias)
+
+
+def compute(
+    x: Tensor, s: Solution, bias: Tensor | None, *, matmul: Callable[[Tensor, Tensor], Tensor] = linear.int_matmul
+) -> Tensor:
+    """:func:`quantize.core.linear.quantized_linear` of a solved layer."""
+    return linear.quantized_linear(
+        x, s.weight, bias, inputs=s.inputs, smoothing=s.smoothing, static=s.static, matmul=matmul
+    )
+
+
+def narrow(scheme: Scheme) -> bool:
+    """Whether codes of ``scheme`` are kept two to a byte."""
+    return scheme.bits <= 4
+
+
+def _pack(codes: Tensor, scheme: Scheme) -> Tensor:
+    return packing.pack_int4(codes) if narrow(scheme) else codes
+
+
+def _unpack(codes: Tensor, scheme: Scheme, length: int) -> Tensor:
+    return packing.unpack_int4(codes, length) if narrow(scheme) else codes

@@ -1,0 +1,94 @@
+"""int4 weights in bfloat16 by ``torch._weight_int4pack_mm_for_cpu``: one of the ways of :mod:`.cpu`.
+
+The operator computes ``x W^T`` with ``W = code * scale + zero`` in groups of 32, 64, 128 or 256 inputs, scale and
+zero in bfloat16; scales of channels and tensors are repeated. Its packed form depends on the processor; :func:`_block`
+asks for it, so that codes come back exactly.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+
+import torch
+from einops import rearrange, repeat
+from torch import Tensor
+
+from quantize.core import Scheme, Solution, linear
+from quantize.shell.kernels import reference
+from quantize.shell.kernels.contract import Layout
+
+_SIZES = (256, 128, 64, 32)
+# From so many tokens on, a matmul of the unpacked and dequantized weight wins.
+_MANY = 96
+
+
+def obstacle(solved: Solution, dtype: torch.dtype) -> str | None:
+    """See :class:`~quantize.shell.kernels.contract.Kernel`."""
+    weight, block = solved.weight, _block()
+    n, c = weight.codes.shape
+    if solved.inputs is not None or weight.scheme.bits != 4:
+        return f"no matmul takes int{weight.scheme.bits} weights and {solved.inputs or 'float'} inputs"
+    if dtype != torch.bfloat16:
+        return f"the matmul of packed int4 is fast in bfloat16 only, not in {dtype}"
+    if _size(weight.scheme, c) is None:
+        return f"{weight.scheme} of {c} inputs is not in whole groups of 32, 64, 128 or 256"
+    if block is None:
+        return "torch packs int4 for this processor in an order that is unknown here"
+    return f"{n} outputs are no multiple of {block}" if n % block else None
+
+
+def prepare(solved: Solution) -> dict[str, Tensor]:
+    """See :class:`~quantize.shell.kernels.contract.Kernel`; the exact scales are kept beside those in bfloat16."""
+    weight, held = solved.weight, reference.prepare(solved)
+    n, c = weight.codes.shape
+    size = _size(weight.scheme, c)
+    assert size is not None
+    zero = torch.zeros_like(weight.scale) if weight.zero_point is None else -weight.zero_point * weight.scale
+    # [1, 1], [n, 1] or [n, g] to a pair for each group of each row.
+    pairs = torch.stack([weight.scale, zero], -1).expand(n, -1, -1)
+    if weight.scheme.strategy != "group":
+        pairs = repeat(pairs, "n 1 p -> n g p", g=c // size)
+    del held["codes"]
+    packed = torch._convert_weight_to_int4pack_for_cpu(weight.codes.to(torch.int32) + 8, 1)
+    return {**held, "packed": packed, "scale_and_zero": rearrange(pairs, "n g p -> g n p").to(torch.bfloat16)}
+
+
+def restore(held: Mapping[str, Tensor], layout: Layout) -> Solution:
+    """See :class:`~quantize.shell.kernels.contract.Kernel`."""
+    return reference.solution(unpack(held["packed"], _block() or 1), held, layout)
+
+
+def forward(x: Tensor, held: Mapping[str, Tensor], layout: Layout, bias: Tensor | None) -> Tensor:
+    """See :class:`~quantize.shell.kernels.contract.Kernel`."""
+    t = None if torch.compiler.is_compiling() else x.numel() // layout.c
+    if t is not None and (t == 0 or t >= _MANY):
+        return reference.compute(x, restore(held, layout), bias)
+    pairs = held["scale_and_zero"]
+    tokens = linear.smooth(rearrange(x, "... c -> (...) c"), held.get("smoothing")).to(pairs.dtype)
+    y = torch._weight_int4pack_mm_for_cpu(tokens.contiguous(), held["packed"], layout.c // pairs.shape[0], pairs)
+    y = y if bias is None else y + bias
+    return y.to(x.dtype).reshape(*x.shape[:-1], layout.n)
+
+
+def unpack(packed: Tensor, block: int) -> Tensor:
+    """Undo ``_convert_weight_to_int4pack_for_cpu``: bytes ``[n, c / 2]`` to int8 codes ``[n, c]``.
+
+    ``block`` rows lie together, column by column; a byte has row ``d`` below and row ``d + block / 2`` above.
+    """
+    columns = rearrange(packed.view(-1), "(n c d) -> n c d", c=packed.shape[1] * 2, d=block // 2)
+    codes = torch.cat([columns.bitwise_and(0xF), columns.bitwise_right_shift(4)], -1).to(torch.int8) - 8
+    return rearrange(codes, "n c d -> (n d) c")
+
+
+@functools.cache
+def _block() -> int | None:
+    """How many rows torch packs together on this processor; None where it is not as :func:`unpack` knows it."""
+    codes = torch.randint(-8, 8, (64, 32), generator=torch.Generator().manual_seed(0), dtype=torch.int8)
+    packed = torch._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32) + 8, 1)
+    return next((block for block in (64, 32) if torch.equal(unpack(packed, block), codes)), None)
+
+
+def _size(scheme: Scheme, c: int) -> int | None:
+    sizes = _SIZES if scheme.group_size is None else (scheme.group_size,)
+    return next((size for size in sizes if size in _SIZES and c % size == 0), None)
