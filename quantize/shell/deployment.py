@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from quantize.core import LayerSpec, Solution
 from quantize.shell import saved
-from quantize.shell.kernels import KERNELS, Layout, choose, obstacle, reference
+from quantize.shell.kernels import KERNELS, Layout, choose, reference
 from quantize.shell.report import Row
 
 
@@ -49,17 +49,7 @@ class QuantizedLinear(nn.Module):
         self._hold(solved, dtype)
 
     def _hold(self, solved: Solution, dtype: torch.dtype) -> None:
-        reasons = []
-        if self.wanted is not None:
-            reasons.append(obstacle(self.wanted, solved, self.bias, dtype))
-        if reasons == [None]:
-            assert self.wanted is not None
-            self.kernel = self.wanted
-        else:
-            # On another device the wanted kernel may not be able to serve.
-            self.kernel, reason = choose(solved, self.bias, dtype)
-            reasons.append(reason)
-        self.reason = "; ".join(reason for reason in reasons if reason) or None
+        self.kernel, self.reason = choose(solved, self.bias, dtype, self.wanted)
         n, c = solved.weight.codes.shape
         self.layout = Layout(LayerSpec(solved.weight.scheme, solved.inputs), n, c, dtype)
         self._buffers.clear()

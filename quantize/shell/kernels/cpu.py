@@ -35,13 +35,15 @@ _DIGITS, _BASE = 3, 128
 
 def obstacle(solved: Solution, _bias: Tensor | None, dtype: torch.dtype) -> str | None:
     """See :class:`~quantize.shell.kernels.contract.Kernel`."""
-    scheme = solved.weight.scheme
+    weight, scheme = solved.weight, solved.weight.scheme
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"{dtype} is none of float32, float16, bfloat16"
     if scheme.bits <= 4:
         return nibbles.obstacle(solved, dtype)
     if scheme.strategy == "group":
         return "no matmul takes int8 groups"
+    if weight.codes.shape[1] == 1:
+        return "a single input: torch._int_mm misreads a column"
     return None if exact_int_mm() else "torch._int_mm is not exact on this processor"
 
 
@@ -52,7 +54,7 @@ def prepare(solved: Solution, _bias: Tensor | None, dtype: torch.dtype) -> dict[
         return nibbles.prepare(solved)
     held, (n, c) = reference.prepare(solved), weight.codes.shape
     if solved.inputs is None and dtype == torch.bfloat16 and weight.zero_point is None and c % _INT8PACK == 0:
-        held["row_scale"] = weight.scale.to(dtype).expand(n, 1).flatten()
+        held["row_scale"] = weight.scale.to(dtype).expand(n, 1).flatten().contiguous()
     return held
 
 
@@ -106,10 +108,11 @@ def fixed_point_linear(x: Tensor, weight: QTensor, bias: Tensor | None) -> Tenso
         digits.append(digit)
         rest = (rest - digit).bitwise_right_shift(_BASE.bit_length() - 1)
     # One call for all digits: the weight is read once.
-    sums = int_mm(torch.cat([*digits, rest]).to(torch.int8), weight.codes)
+    rows = rearrange(torch.stack([*digits, rest]), "d t c -> (d t) c").to(torch.int8)
+    sums = rearrange(int_mm(rows, weight.codes), "(d t) n -> d t n", d=_DIGITS)
     # With a zero point large sums cancel.
     wide = torch.float32 if weight.zero_point is None else torch.float64
-    low, middle, high = (part.to(wide) for part in sums.chunk(_DIGITS))
+    low, middle, high = sums.to(wide).unbind()
     total = (high * _BASE + middle) * _BASE + low
     if weight.zero_point is not None:
         total = total - fixed.sum(1, keepdim=True).to(wide) * rearrange(weight.zero_point, "n 1 -> 1 n")
@@ -119,10 +122,29 @@ def fixed_point_linear(x: Tensor, weight: QTensor, bias: Tensor | None) -> Tenso
 
 def int_mm(a: Tensor, b: Tensor) -> Tensor:
     """:func:`quantize.core.linear.int_matmul` by ``torch._int_mm``."""
-    rows = 0 if torch.compiler.is_compiling() else a.shape[0]
-    if 1 < rows <= _ROWS and b.numel() >= _LARGE:
+    if torch.compiler.is_exporting():
+        # In the operators of torch alone; a row of zeros, for the reason below.
+        return torch._int_mm(torch.constant_pad_nd(a, (0, 0, 0, 1)), b.T)[:-1]
+    return _opaque_int_mm(a, b) if torch.compiler.is_compiling() else _int_mm(a, b)
+
+
+def _int_mm(a: Tensor, b: Tensor) -> Tensor:
+    # A compiler may hand over a single row with stride 0, which the operator misreads.
+    a = a if a.stride(0) else a.new_empty(a.shape).copy_(a)
+    if 1 < a.shape[0] <= _ROWS and b.numel() >= _LARGE:
         return torch.cat([torch._int_mm(row, b.T) for row in torch.split(a, 1)])
     return torch._int_mm(a, b.T)
+
+
+@torch.library.custom_op("quantize::int_mm", mutates_args=())
+def _opaque_int_mm(a: Tensor, b: Tensor) -> Tensor:
+    """As :func:`_int_mm`: a compiler leaves it alone."""
+    return _int_mm(a, b)
+
+
+@_opaque_int_mm.register_fake
+def _(a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty(a.shape[0], b.shape[0], dtype=torch.int32)
 
 
 @functools.cache

@@ -51,7 +51,8 @@ def prepare(solved: Solution) -> dict[str, Tensor]:
         pairs = repeat(pairs, "n 1 p -> n g p", g=c // size)
     del held["codes"]
     packed = torch._convert_weight_to_int4pack_for_cpu(weight.codes.to(torch.int32) + 8, 1)
-    return {**held, "packed": packed, "scale_and_zero": rearrange(pairs, "n g p -> g n p").to(torch.bfloat16)}
+    pairs = rearrange(pairs, "n g p -> g n p").to(torch.bfloat16).contiguous()
+    return {**held, "packed": packed, "scale_and_zero": pairs}
 
 
 def restore(held: Mapping[str, Tensor], layout: Layout) -> Solution:

@@ -1,0 +1,266 @@
+"""A converted model from its state_dict alone: no float weights, no calibration; and every refusal."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import quantize as qz
+from quantize.shell.kernels import cpu
+from tests.models import TENSOR, TOKEN, WEIGHTS, assert_same_snapshot, config, filled, randn, snapshot
+
+INT4 = {"type": "int4", "symmetric": False, "strategy": "group", "group_size": 64}
+CONFIGS = {
+    "minmax": config(),
+    "int4": config("gptq", weights=INT4),
+    "awq": config({"awq": {"grids_num": 3}}, weights=INT4),
+    "static": config("smoothquant", inputs={**TENSOR, "symmetric": False}),
+    "token": config("smoothquant", inputs=TOKEN),
+}
+PROBE = randn(3, 64, seed=3)
+
+
+class Tied(nn.Module):
+    """Embedding and head in one parameter, a layer under two names, a norm, a buffer, and a layer that stays float."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(64, 256)
+        self.norm = nn.LayerNorm(256)
+        self.first = nn.Linear(256, 64)
+        self.again = self.first
+        self.head = nn.Linear(256, 64, bias=False)
+        self.head.weight = self.embedding.weight
+        self.register_buffer("shift", torch.ones(64))
+
+    def forward(self, ids):
+        hidden = self.norm(self.embedding(ids))
+        return self.first(hidden) + self.again(hidden) + self.head(hidden) + self.shift
+
+
+IDS = torch.arange(64).view(4, 16)
+
+
+def converted(given, dtype=torch.float32):
+    model = filled(Tied()).to(dtype)
+    model.shift.uniform_(generator=torch.Generator().manual_seed(4))
+    qz.quantize(model, {**given, "skip_layers": ["head", "embedding"]})
+    model(IDS)
+    qz.convert(model)
+    return model
+
+
+def loaded(state):
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("given", CONFIGS.values(), ids=CONFIGS.keys())
+def test_a_state_makes_the_model(given, dtype, device):
+    model = converted(given, dtype)
+    with torch.device(device):
+        fresh = Tied().to(dtype)
+    state = loaded(model.state_dict())
+    qz.convert(fresh, from_state=state)
+    with torch.no_grad():
+        assert torch.equal(fresh(IDS), model(IDS))
+    assert fresh.first is fresh.again
+    assert fresh.head.weight is fresh.embedding.weight
+    assert str(fresh) == str(model)
+    assert qz.report(fresh).rows == qz.report(model).rows
+    assert not any(t.is_meta for t in (*fresh.parameters(), *fresh.buffers()))
+    again = fresh.state_dict()
+    assert again.keys() == state.keys()
+    assert all(torch.equal(again[key], state[key]) for key in again if isinstance(again[key], torch.Tensor))
+
+
+def test_the_kernel_of_a_loaded_model_can_be_chosen():
+    model = converted(CONFIGS["minmax"])
+    fresh = Tied()
+    qz.convert(fresh, from_state=model.state_dict(), kernel="reference")
+    assert fresh.first.kernel == "reference"
+    before = snapshot(plain := Tied())
+    with pytest.raises(qz.QuantizeError, match="layer 'first': kernel 'npu'; accepted: another kernel"):
+        qz.convert(plain, from_state=model.state_dict(), kernel="npu")
+    assert_same_snapshot(before, snapshot(plain))
+
+
+def test_the_tensors_of_a_loaded_model_are_its_own():
+    state = converted(CONFIGS["minmax"]).state_dict()
+    fresh = Tied()
+    qz.convert(fresh, from_state=state)
+    expected = fresh(IDS)
+    for tensor in state.values():
+        if isinstance(tensor, torch.Tensor):
+            tensor.zero_()
+    assert torch.equal(fresh(IDS), expected)
+
+
+def without(state, key):
+    return {name: value for name, value in state.items() if name != key}
+
+
+def extra(state, **changes):
+    return {**state, "first._extra_state": {**state["first._extra_state"], **changes}}
+
+
+BROKEN = {
+    "no mapping": (lambda s: [1], r"from_state: \[1\]; accepted: the state_dict of a converted model"),
+    "nothing converted": (lambda s: {"a": torch.ones(1)}, "from_state: no converted layer"),
+    "codes": (
+        lambda s: without(s, "first.codes"),
+        "layer 'first': no 'codes' in the state; accepted: 'codes', torch.u",
+    ),
+    "scale": (lambda s: without(s, "first.scale"), "layer 'first': no 'scale' in the state"),
+    "zero_point": (lambda s: without(s, "first.zero_point"), "layer 'first': no 'zero_point' in the state"),
+    "bias": (lambda s: without(s, "first.bias"), "'first.bias' in the state: None; accepted: torch.float32"),
+    "norm": (lambda s: without(s, "norm.weight"), "from_state: 'norm.weight' is missing in the state"),
+    "unknown": (lambda s: {**s, "x.y": torch.ones(1)}, "from_state: 'x.y' is in the state"),
+    "unknown in layer": (lambda s: {**s, "first.z": torch.ones(1)}, "layer 'first': 'z' in the state"),
+    "shape": (
+        lambda s: {**s, "first.codes": s["first.codes"][:, :-1]},
+        r"layer 'first': 'codes', torch.uint8 \[64, 127\]; accepted: 'codes', torch.uint8 \[64, 128\]",
+    ),
+    "codes dtype": (lambda s: {**s, "first.codes": s["first.codes"].int()}, "layer 'first': 'codes', torch.int32"),
+    "scale dtype": (lambda s: {**s, "first.scale": s["first.scale"].half()}, "layer 'first': 'scale', torch.float16"),
+    "other shape": (lambda s: {**s, "shift": torch.ones(65)}, r"'shift' in the state: torch.float32 \[65\]; accepted"),
+    "other dtype": (lambda s: {**s, "shift": torch.ones(64).half()}, r"'shift' in the state: torch.float16 \[64\]"),
+    "layer size": (lambda s: extra(s, shape=[64, 128]), "layer 'first': 64x128 in torch.float32 in the state"),
+    "layer dtype": (lambda s: extra(s, dtype="bfloat16"), "layer 'first': 64x256 in torch.bfloat16 in the state"),
+    "version": (lambda s: extra(s, quantized_linear=2), "layer 'first': .*; accepted: .* version 1"),
+    "no such layer": (
+        lambda s: {**s, "second._extra_state": s["first._extra_state"]},
+        "layer 'second': not in the model",
+    ),
+    "no linear": (
+        lambda s: {**s, "norm._extra_state": s["first._extra_state"]},
+        "layer 'norm': a LayerNorm in the model",
+    ),
+}
+
+
+@pytest.mark.parametrize(("broken", "message"), BROKEN.values(), ids=BROKEN.keys())
+def test_a_state_that_does_not_fit_changes_nothing(broken, message):
+    state = converted(CONFIGS["int4"]).state_dict()
+    fresh = Tied()
+    before = snapshot(fresh)
+    with pytest.raises(qz.QuantizeError, match=message):
+        qz.convert(fresh, from_state=broken(dict(state)))
+    assert_same_snapshot(before, snapshot(fresh))
+
+
+def test_a_buffer_that_no_state_brings_must_be_real():
+    class Rotary(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(64, 64)
+            self.register_buffer("frequencies", torch.ones(3), persistent=False)
+
+        def forward(self, x):
+            return self.layer(x)
+
+    model = filled(Rotary())
+    qz.quantize(model, config())
+    qz.convert(model)
+    with torch.device("meta"):
+        fresh = Rotary()
+    with pytest.raises(qz.QuantizeError, match="buffer 'frequencies': on the meta device"):
+        qz.convert(fresh, from_state=model.state_dict())
+    fresh.frequencies = torch.ones(3)
+    qz.convert(fresh, from_state=model.state_dict())
+    assert torch.equal(fresh(PROBE), model(PROBE))
+
+
+def test_the_state_of_a_model_under_calibration_is_refused():
+    model = nn.Sequential(nn.Linear(64, 64))
+    qz.quantize(model, config(inputs=TENSOR))
+    with pytest.raises(qz.QuantizeError, match="from_state: no converted layer"):
+        qz.convert(nn.Sequential(nn.Linear(64, 64)), from_state=model.state_dict())
+
+
+OTHERS = {
+    "another scheme": (config(weights={**WEIGHTS, "symmetric": False}), torch.float32, "int8 channel asymmetric"),
+    "another dtype": (config(), torch.bfloat16, "torch.bfloat16"),
+    "other inputs": (config(inputs=TOKEN), torch.float32, "inputs int8 token symmetric"),
+}
+
+
+@pytest.mark.parametrize(("given", "dtype", "told"), OTHERS.values(), ids=OTHERS.keys())
+def test_load_state_dict_refuses_another_format(given, dtype, told):
+    def make(config, dtype):
+        model = filled(nn.Sequential(nn.Linear(64, 64))).to(dtype)
+        qz.quantize(model, config)
+        model(PROBE.to(dtype))
+        qz.convert(model)
+        return model
+
+    mine, other = make(config(), torch.float32), make(given, dtype)
+    with pytest.raises(
+        qz.QuantizeError, match=f"layer '0': .*{told}.*; accepted: 64x64, weights int8 channel symmetric"
+    ):
+        mine.load_state_dict(other.state_dict())
+    short = without(mine.state_dict(), "0.codes")
+    with pytest.raises(qz.QuantizeError, match="layer '0': no 'codes' in the state"):
+        mine.load_state_dict(short)
+    with pytest.raises(RuntimeError, match=r"Missing key.*0\._extra_state"):
+        mine.load_state_dict({})
+    assert mine.load_state_dict({}, strict=False).missing_keys == ["0.bias", "0._extra_state"]
+
+
+def test_load_state_dict_takes_every_tensor_and_copies_it():
+    first, second = (converted(CONFIGS["int4"], torch.bfloat16) for _ in range(2))
+    with torch.no_grad():
+        second.first.bias.add_(1)
+    changed = second.state_dict()
+    changed["first.codes"] = changed["again.codes"] = changed["first.codes"].flip(0)
+    first.load_state_dict(changed)
+    assert torch.equal(first.first.solution.weight.codes, second.first.solution.weight.codes.flip(0))
+    assert torch.equal(first.first.bias, second.first.bias)
+    codes = first.first.solution.weight.codes
+    changed["first.codes"].zero_()
+    assert torch.equal(first.first.solution.weight.codes, codes)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
+def test_copies_hold_the_form_of_the_reference(copied, monkeypatch):
+    model = converted(CONFIGS["int4"], torch.bfloat16)
+    twin = copied(model)
+    with torch.no_grad():
+        assert torch.equal(twin(IDS), model(IDS))
+    # A processor without this kernel: the codes are the same all the same.
+    file = pickle.dumps(model)
+    monkeypatch.setattr(cpu, "DEVICES", frozenset())
+    elsewhere = pickle.loads(file)
+    assert elsewhere.first.kernel == "reference"
+    assert torch.equal(elsewhere.first.solution.weight.codes, model.first.solution.weight.codes)
+
+
+def test_unfinished_calibration_names_the_first_layer_and_the_batches_that_are_missing():
+    model = filled(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)))
+    qz.quantize(model, config(inputs=TENSOR, batch_num=3))
+    for missing in (3, 2, 1):
+        before = snapshot(model)
+        message = f"layer '0': {3 - missing} of 3 batches seen; accepted: {missing} more forward passes"
+        with pytest.raises(qz.QuantizeError, match=message):
+            qz.convert(model)
+        assert_same_snapshot(before, snapshot(model))
+        model(PROBE)
+    qz.convert(model)
+
+
+def test_a_partly_calibrated_model_names_the_part():
+    model = filled(nn.Sequential(nn.Sequential(nn.Linear(64, 64)), nn.Sequential(nn.Linear(64, 64))))
+    for part in model:
+        qz.quantize(part, config(inputs=TENSOR, batch_num=2))
+    for _ in range(2):
+        model[0](PROBE)
+    with pytest.raises(qz.QuantizeError, match="layer '0': 0 of 2 batches seen; accepted: 2 more"):
+        qz.convert(model)
+    assert [row.stage for row in qz.report(model).rows] == ["quantized", "calibrating"]

@@ -1,0 +1,347 @@
+"""The kernels: which serves what, that each agrees with the reference, and what a layer keeps."""
+
+import os
+import subprocess
+import sys
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+import quantize as qz
+from quantize.core import QParams, Scheme, Solution, linear, round_to_nearest
+from quantize.shell.kernels import KERNELS, cpu, nibbles
+from quantize.shell.report import Row
+from tests.models import TENSOR, TOKEN, WEIGHTS, config, filled, mlp, randn, rounding_bound
+
+INT4 = {"type": "int4", "symmetric": True, "strategy": "group", "group_size": 64}
+FLOATS = [torch.float32, torch.float16, torch.bfloat16]
+TOKENWISE = Scheme(strategy="token")
+STATIC = {symmetric: Scheme(8, symmetric, "tensor") for symmetric in (True, False)}
+
+
+def scheme_id(value):
+    return str(value) if isinstance(value, Scheme) else None
+
+
+def solved(scheme, inputs=None, *, n=64, c=256, smoothed=False, seed=0):
+    """A solution with every extreme: rows of very different sizes, codes at both ends."""
+    weight = randn(n, c, seed=seed) * torch.logspace(-3, 1, n)[:, None]
+    smoothing = torch.logspace(-1, 1, c) if smoothed else None
+    weight = weight if smoothing is None else weight * smoothing
+    static = None
+    if inputs is not None and inputs.strategy == "tensor":
+        zero_point = None if inputs.symmetric else torch.full((1, 1), 37, dtype=torch.int8)
+        static = QParams(torch.full((1, 1), 0.03), zero_point)
+    return Solution(round_to_nearest(weight, scheme), inputs, smoothing, static)
+
+
+def layer(solution, dtype, *, kernel=None, bias=True):
+    n, c = solution.weight.codes.shape
+    held = nn.Parameter(randn(n, seed=9).to(dtype)) if bias else None
+    row = Row(("layer",), (n, c), str(solution.weight.scheme), None, "minmax", "converted", 0)
+    return qz.QuantizedLinear(solution, held, row, dtype, kernel)
+
+
+def same(a, b):
+    return [str(s) for s in (a.weight.scheme, a.inputs)] == [str(s) for s in (b.weight.scheme, b.inputs)] and all(
+        torch.equal(x, y) and x.dtype == y.dtype
+        for x, y in zip(torch.utils._pytree.tree_leaves(a), torch.utils._pytree.tree_leaves(b), strict=True)
+    )
+
+
+CASES = [
+    (Scheme(), None, FLOATS),
+    (Scheme(symmetric=False), None, FLOATS),
+    (Scheme(strategy="tensor"), None, FLOATS),
+    (Scheme(symmetric=False, strategy="tensor"), None, FLOATS),
+    (Scheme(4, True, "group", 32), None, [torch.bfloat16]),
+    (Scheme(4, False, "group", 64), None, [torch.bfloat16]),
+    (Scheme(4, True, "group", 128), None, [torch.bfloat16]),
+    (Scheme(4, False, "channel"), None, [torch.bfloat16]),
+    (Scheme(4, True, "tensor"), None, [torch.bfloat16]),
+    (Scheme(), TOKENWISE, FLOATS),
+    (Scheme(strategy="tensor"), TOKENWISE, FLOATS),
+    (Scheme(), Scheme(8, False, "token"), FLOATS),
+    (Scheme(), STATIC[True], FLOATS),
+    (Scheme(strategy="tensor"), STATIC[False], FLOATS),
+]
+
+
+@pytest.mark.parametrize("smoothed", [False, True], ids=["", "smoothed"])
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize(("scheme", "inputs", "dtypes"), CASES, ids=scheme_id)
+def test_the_cpu_kernel_serves_as_the_reference_does(scheme, inputs, dtypes, bias, smoothed):
+    solution = solved(scheme, inputs, smoothed=smoothed)
+    for dtype in dtypes:
+        reason = KERNELS["cpu"].obstacle(solution, None, dtype)
+        if reason is not None and "processor" in reason:
+            pytest.skip(reason)
+        fast, plain = (layer(solution, dtype, kernel=kernel, bias=bias) for kernel in (None, "reference"))
+        assert (fast.kernel, fast.reason, plain.kernel) == ("cpu", None, "reference")
+        assert same(fast.solution, solution)
+        for t in (1, 2, 7, 40, 130):
+            x = randn(t, 256, seed=t).to(dtype)
+            with torch.no_grad():
+                y, expected = fast(x), plain(x)
+            assert y.dtype == dtype
+            if inputs is not None:
+                assert torch.equal(y, expected)
+            else:
+                assert ((y.double() - expected.double()).abs() <= rounding_bound(fast, x)).all(), (dtype, t)
+
+
+@pytest.mark.parametrize("odd", [1, 17, 100, 577])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("inputs", [None, TOKENWISE], ids=scheme_id)
+def test_int8_takes_any_shape(odd, dtype, inputs):
+    solution = solved(Scheme(), inputs, n=odd + 2, c=odd)
+    fast, plain = layer(solution, dtype), layer(solution, dtype, kernel="reference")
+    assert fast.kernel == "cpu" or "processor" in fast.reason or "single input" in fast.reason
+    for shape in ((3,), (1, 1), (2, 5), (0,)):
+        x = randn(*shape, odd).to(dtype)
+        with torch.no_grad():
+            y, expected = fast(x), plain(x)
+        assert y.shape == (*shape, odd + 2) == expected.shape
+        if x.numel():
+            assert ((y.double() - expected.double()).abs().flatten(0, -2) <= rounding_bound(fast, x)).all()
+    with torch.no_grad():
+        assert fast(randn(odd).to(dtype)).shape == (odd + 2,)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "dtype", "size", "reason"),
+    [
+        (Scheme(4, True, "group", 64), torch.float32, (64, 256), "fast in bfloat16 only, not in torch.float32"),
+        (Scheme(4, True, "group", 64), torch.bfloat16, (64, 100), "of 100 inputs is not in whole groups"),
+        (Scheme(4, True, "group", 96), torch.bfloat16, (64, 192), "is not in whole groups of 32, 64, 128 or 256"),
+        (Scheme(4, True, "group", 64), torch.bfloat16, (48, 256), "48 outputs are no multiple of"),
+        (Scheme(8, True, "group", 64), torch.bfloat16, (64, 256), "no matmul takes int8 groups"),
+        (Scheme(), torch.float64, (64, 256), "torch.float64 is none of float32, float16, bfloat16"),
+        (Scheme(3), torch.bfloat16, (64, 256), "no matmul takes int3 weights and float inputs"),
+    ],
+    ids=scheme_id,
+)
+def test_what_no_matmul_takes_is_served_by_the_reference_and_the_reason_told(scheme, dtype, size, reason):
+    solution = solved(scheme, n=size[0], c=size[1])
+    served = layer(solution, dtype)
+    assert served.kernel == "reference"
+    assert reason in served.reason or "processor" in served.reason
+    assert same(served.solution, solution)
+    x = randn(3, size[1]).to(dtype)
+    assert torch.equal(served(x), layer(solution, dtype, kernel="reference")(x))
+
+
+def test_the_integer_matmul_is_exact_at_the_extremes():
+    if not cpu.exact_int_mm():
+        pytest.skip("not exact on this processor")
+    for t, n, c in ((1, 1, 2), (4, 1, 64), (1, 8, 4096), (3, 65, 1030), (64, 32, 2048), (5, 1 << 11, 1 << 10)):
+        for a, b in ((-128, -128), (-128, 127), (127, 127)):
+            left = torch.full((t, c), a, dtype=torch.int8)
+            right = torch.full((n, c), b, dtype=torch.int8)
+            assert (cpu.int_mm(left, right) == a * b * c).all()
+    # One row that repeats itself: its stride is 0.
+    numbers = torch.arange(-50, 50, dtype=torch.int8)
+    row = numbers.as_strided((1, 100), (0, 1))
+    assert torch.equal(cpu.int_mm(row, numbers[None]), (row.int() ** 2).sum(1, keepdim=True).int())
+
+
+def test_a_processor_that_saturates_is_found_out(monkeypatch):
+    def saturating(a, b):
+        pairs = (a.int()[:, :, None] * b.int()).split(2, 1)
+        return sum(pair.sum(1).clamp(-(2**15), 2**15 - 1) for pair in pairs).to(torch.int32)
+
+    cpu.exact_int_mm.cache_clear()
+    monkeypatch.setattr(torch, "_int_mm", saturating)
+    try:
+        assert not cpu.exact_int_mm()
+        served = layer(solved(Scheme()), torch.float32)
+        assert (served.kernel, served.reason) == ("reference", "cpu: torch._int_mm is not exact on this processor")
+    finally:
+        cpu.exact_int_mm.cache_clear()
+
+
+def test_fixed_point_tokens_meet_their_bound():
+    for seed, outlier in ((0, 1.0), (1, 1e4), (2, 1e-4)):
+        x = randn(50, 96, seed=seed)
+        x[:, 3] *= outlier
+        weight = round_to_nearest(randn(20, 96, seed=seed), Scheme(symmetric=seed == 1))
+        exact = x.double() @ qz.core.dequantize(weight).double().T
+        step = x.abs().amax(1, keepdim=True).double() / (127 * 2**14)
+        size = qz.core.dequantize(weight).double().abs()
+        bound = step * 0.625 * size.sum(1) + 8 * 2.0**-24 * (x.double().abs() @ size.T)
+        error = (cpu.fixed_point_linear(x, weight, None).double() - exact).abs()
+        assert (error <= bound).all()
+        # Rounding to steps is what is left: far below, the bound would say nothing.
+        assert (error > bound / 100).any()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("t", [2, 10, 130])
+def test_a_token_that_is_not_finite_spoils_its_own_output_only(dtype, value, t):
+    served = layer(solved(Scheme()), dtype)
+    x = randn(t, 256).to(dtype)
+    with torch.no_grad():
+        clean = served(x)
+        x[1, 5] = value
+        y = served(x)
+    assert not torch.isfinite(y[1]).any()
+    assert torch.equal(y[0], clean[0])
+
+
+@pytest.mark.parametrize("scheme", [Scheme(), Scheme(4, True, "group", 64)], ids=scheme_id)
+def test_gradients_reach_the_inputs(scheme):
+    solution = solved(scheme)
+    x = randn(5, 256).bfloat16().requires_grad_()
+    layer(solution, torch.bfloat16)(x).sum().backward()
+    expected = qz.core.dequantize(solution.weight).bfloat16().float().sum(0)
+    assert ((x.grad.float() - expected).abs() <= expected.abs().amax() * 2.0**-7).all()
+
+
+def test_a_kernel_can_be_forced_and_is_refused_before_anything_changes():
+    model = mlp().bfloat16()
+    qz.quantize(model, config())
+    with pytest.raises(qz.QuantizeError, match=r"kernel: 'fast'; accepted: None or one of 'reference', 'cpu', 'npu'"):
+        qz.convert(model, kernel="fast")
+    with pytest.raises(qz.QuantizeError, match=r"layer '0': kernel 'npu'; accepted: .*its tensors are on 'cpu', not"):
+        qz.convert(model, kernel="npu")
+    assert [row.stage for row in qz.report(model).rows] == ["quantized"] * 2
+    qz.convert(model, kernel="reference")
+    assert [row.kernel for row in qz.report(model).rows] == ["reference"] * 2
+
+
+def test_the_report_names_the_kernels_and_why_not_a_faster_one():
+    model = filled(nn.Sequential(nn.Linear(256, 64), nn.Linear(64, 40), nn.Linear(40, 48))).bfloat16()
+    qz.quantize(model, config(weights={**INT4, "group_size": 32}))
+    qz.convert(model)
+    rows = qz.report(model).rows
+    assert [row.kernel for row in rows[1:]] == ["reference"] * 2
+    text = str(qz.report(model))
+    assert "why not a faster kernel" in text
+    assert all(row.kernel_reason in text for row in rows[1:])
+    assert qz.report(model).as_dict()["layers"][1]["kernel_reason"] == rows[1].kernel_reason
+    assert f"kernel {rows[0].kernel}" in str(model)
+
+
+def test_another_dtype_chooses_again_from_the_same_codes():
+    solution = solved(Scheme(4, False, "group", 64), smoothed=True)
+    model = nn.Sequential(layer(solution, torch.float32))
+    kernels = []
+    for dtype in (torch.bfloat16, torch.float32, torch.float16, torch.bfloat16):
+        model.to(dtype)
+        kernels.append(model[0].kernel)
+        assert same(model[0].solution, solution)
+        assert model[0].bias.dtype == model(randn(2, 256).to(dtype)).dtype == model[0].weight.dtype == dtype
+    assert kernels[1] == kernels[2] == "reference"
+    assert kernels[0] == kernels[3]
+    assert kernels[0] == "cpu" or "processor" in model[0].reason
+    # Forced, it stays.
+    forced = nn.Sequential(layer(solution, torch.float32, kernel="reference")).bfloat16()
+    assert (forced[0].kernel, forced[0].reason) == ("reference", None)
+
+
+def test_another_device_chooses_again(monkeypatch):
+    solution = solved(Scheme())
+    model = nn.Sequential(layer(solution, torch.bfloat16, kernel="cpu"))
+    model.to("meta")
+    assert model[0].kernel == "reference"
+    assert "cpu: its tensors are on 'meta', not on 'cpu'" in model[0].reason
+    assert model[0].bias.is_meta
+    model.to_empty(device="cpu")
+    assert model[0].kernel == "cpu"
+    # Another kernel for the device: what the layer held must not reach it.
+    model = nn.Sequential(layer(solution, torch.bfloat16))
+    monkeypatch.setattr(cpu, "DEVICES", frozenset({"meta"}))
+    model.double()
+    assert model[0].kernel == "reference"
+    assert same(model[0].solution, solution)
+
+
+def bytes_of(module):
+    return sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
+
+
+@pytest.mark.parametrize(
+    ("weights", "dtype", "share"),
+    [
+        (INT4, torch.float32, 0.16),
+        (INT4, torch.bfloat16, 0.32),
+        ({**INT4, "symmetric": False}, torch.float32, 0.16),
+        ({**INT4, "symmetric": False}, torch.bfloat16, 0.32),
+        (WEIGHTS, torch.float32, 0.26),
+        (WEIGHTS, torch.bfloat16, 0.52),
+    ],
+)
+def test_a_converted_layer_is_small_and_the_float_weight_gone(weights, dtype, share):
+    model = filled(nn.Sequential(nn.Linear(1024, 1024, bias=False))).to(dtype)
+    before = bytes_of(model)
+    weight = weakref.ref(model[0].weight)
+    qz.quantize(model, config("gptq", weights=weights))
+    model(randn(16, 1024).to(dtype))
+    statistics = weakref.ref(model[0].solution.weight.codes) if weights is INT4 else None
+    qz.convert(model)
+    assert bytes_of(model) <= share * before
+    assert weight() is None
+    # Codes of a byte each are gone with the float weight.
+    assert statistics is None or statistics() is None
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # the compiler's own
+@pytest.mark.parametrize("given", [config(weights=INT4), config(), config(inputs=TOKEN), config(inputs=TENSOR)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_compile_and_export(given, dtype):
+    torch._dynamo.reset()
+    model = filled(nn.Sequential(nn.Linear(256, 128), nn.GELU(), nn.Linear(128, 64))).to(dtype)
+    qz.quantize(model, given)
+    model(randn(5, 256).to(dtype))
+    qz.convert(model)
+    x = randn(7, 256).to(dtype)
+    with torch.no_grad():
+        exported = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("t")},)).module()
+        compiled = torch.compile(model, fullgraph=True)
+        for t in (7, 3, 1):
+            y = model(x[:t])
+            # Between the layers a code may move where fused roundings fall on the other side: one step of the inputs,
+            # on 128 weights of at most 0.4; without inputs to quantize, a rounding of bfloat16.
+            near = {"atol": 0.05, "rtol": 0.02} if dtype == torch.bfloat16 else {"atol": 2e-3, "rtol": 1e-3}
+            for other in (exported(x[:t]), compiled(x[:t])):
+                torch.testing.assert_close(other, y, **near)
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{"ATEN_CPU_CAPABILITY": "avx2"}, {"ATEN_CPU_CAPABILITY": "default"}, {"ONEDNN_MAX_CPU_ISA": "AVX2"}],
+    ids=lambda e: "=".join(*e.items()),
+)
+def test_older_processors_agree_too(environment):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "serves or any_shape"]
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert " passed" in done.stdout
+
+
+def test_packed_codes_come_back_in_both_known_orders():
+    codes = torch.randint(-8, 8, (128, 64), generator=torch.Generator().manual_seed(1), dtype=torch.int8)
+    for block in (64, 32):
+        # Row d of a block below, row d + block / 2 above, column by column.
+        rows = (codes + 8).to(torch.uint8).view(-1, 2, block // 2, 64)
+        packed = (rows[:, 0] | rows[:, 1] << 4).transpose(1, 2).reshape(128, 32)
+        assert torch.equal(nibbles.unpack(packed, block), codes)
+
+
+def test_autocast_and_other_input_dtypes():
+    model = nn.Sequential(layer(solved(Scheme(4, True, "group", 64)), torch.bfloat16))
+    x = randn(3, 256)
+    with torch.no_grad():
+        assert model(x).dtype == torch.float32
+        assert torch.equal(model(x), model(x.bfloat16()).float())
+    wide = layer(solved(Scheme()), torch.float32)
+    with torch.no_grad():
+        for dtype in (torch.bfloat16, torch.float64):
+            y = wide(x.to(dtype))
+            assert y.dtype == dtype
+            expected = linear.quantized_linear(x.to(dtype), wide.solution.weight, wide.bias)
+            bound = rounding_bound(wide, x.to(dtype))
+            assert ((y.double() - expected.double()).abs() <= bound).all()
