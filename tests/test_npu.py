@@ -1,0 +1,286 @@
+"""The npu kernel against the vendor's checks, the documented rules, and an emulator; on a device, against that."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import quantize as qz
+from quantize.core import LayerSpec, QParams, Scheme, Solution, dequantize, linear, packing, round_to_nearest
+from quantize.shell.kernels import Layout, cpu, npu, reference
+from tests import ascend
+from tests.models import TENSOR, TOKEN, WEIGHTS, config, filled, randn
+
+if ascend.ON_A_DEVICE:
+    import torch_npu  # noqa: F401 - registers the device
+
+pytestmark = pytest.mark.npu
+N, C = 64, 96
+HALVES = [torch.float16, torch.bfloat16]
+TOKENWISE = Scheme(strategy="token")
+STATIC = [Scheme(8, symmetric, "tensor") for symmetric in (True, False)]
+WEIGHT_ONLY = [
+    Scheme(bits, symmetric, strategy, 32 if strategy == "group" else None)
+    for bits in (8, 4)
+    for symmetric in (True, False)
+    for strategy in ("tensor", "channel", "group")
+]
+MATRIX = [(scheme, None) for scheme in WEIGHT_ONLY] + [
+    (Scheme(strategy=strategy), inputs) for strategy in ("tensor", "channel") for inputs in (*STATIC, TOKENWISE)
+]
+every_cell = pytest.mark.parametrize(("scheme", "inputs"), MATRIX, ids=lambda s: str(s or "float"))
+every_dtype = pytest.mark.parametrize("dtype", HALVES, ids=str)
+with_bias = pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+with_smoothing = pytest.mark.parametrize("smoothed", [False, True], ids=["", "smoothed"])
+
+
+def solved(scheme, inputs, *, smoothed=False, n=N, c=C):
+    smoothing = 2.0 ** torch.linspace(-3, 3, c) if smoothed else None
+    weight = randn(n, c, seed=1) * torch.logspace(-1, 1, n)[:, None]
+    weight = weight if smoothing is None else weight * smoothing
+    static = None
+    if inputs is not None and inputs.strategy == "tensor":
+        zero_point = None if inputs.symmetric else torch.full((1, 1), -21, dtype=torch.int8)
+        static = QParams(torch.full((1, 1), 0.031), zero_point)
+    return Solution(round_to_nearest(weight, scheme), inputs, smoothing, static)
+
+
+def made(scheme, inputs, dtype, *, bias, smoothed):
+    """The kernel's tensors on the device, its layout and bias, and the solution that they come from."""
+    solution = solved(scheme, inputs, smoothed=smoothed)
+    held_bias = randn(N, seed=2).to(dtype) if bias else None
+    assert npu.obstacle(solution, held_bias, dtype) is None
+    on_device = torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.to(ascend.DEVICE), solution)
+    placed = None if held_bias is None else held_bias.to(ascend.DEVICE)
+    held = npu.prepare(on_device, placed, dtype)
+    return held, Layout(LayerSpec(scheme, inputs), N, C, dtype), held_bias, solution
+
+
+def bound(x, s, bias, dtype):
+    """How far kernel and reference may be apart, ``[t, n]``; ``u`` and ``v`` of the dtype and of float32.
+
+    Both round the result to ``dtype`` and add the bias there or before (2 u each); c products are summed in float32.
+    """
+    u, v, c = torch.finfo(dtype).eps / 2, 2.0**-24, x.shape[-1]
+    weight = dequantize(s.weight).double().abs()
+    tokens = linear.smooth(x.flatten(0, -2) if x.ndim > 1 else x[None], s.smoothing).double()
+    size = 0 if bias is None else bias.double().abs()
+    if s.inputs is None:
+        # Both round the smoothed inputs in one way; the reference rounds the weight (u), the operator its scale and
+        # the weight (2 u).
+        return (7 * u + (2 * c + 16) * v) * (tokens.abs() @ weight.T + size)
+    if s.static is not None:
+        step = s.static.scale.double()
+        place = tokens / step
+        # A quotient within rounding of a tie may fall to the other code.
+        torn = ((place - place.floor()) - 0.5).abs() <= 8 * v * (place.abs() + 130)
+        low, high = (-128, 127) if s.inputs.symmetric else (-128 + 21, 127 + 21)
+        entered = place.clamp(low, high) * step
+        m = (entered.abs() + step / 2) @ weight.T + size
+        scale = s.weight.scale.double() * step
+        # The int32 bias is a multiple of the scale, which float16 outputs have to 2^-11.
+        short = 2.0**-11 if dtype == torch.float16 else 0
+        return torn.double() * step @ weight.T + (4 * u + 16 * v + short) * m + scale.T.expand(1, len(weight)) / 2
+    amax = tokens.abs().amax(1, keepdim=True)
+    # Each rounds to steps of its own: the reference to max / 127 or -min / 128, the operator to max / 127 of tokens
+    # times a rounded 1 / smoothing.
+    near = amax / 127 * (1 + 4 * u) + 2 * u * tokens.abs()
+    return near @ weight.T + (4 * u + 16 * v) * ((tokens.abs() + near) @ weight.T + size)
+
+
+@every_cell
+@every_dtype
+@with_bias
+@with_smoothing
+def test_the_kernel_agrees_with_the_reference(scheme, inputs, dtype, bias, smoothed):
+    held, layout, held_bias, s = made(scheme, inputs, dtype, bias=bias, smoothed=smoothed)
+    placed = None if held_bias is None else held_bias.to(ascend.DEVICE)
+    for shape in ((), (1,), (37,), (2, 3), (2, 1, 2, 2)):
+        x = randn(*shape, C, seed=5).to(dtype)
+        y = npu.forward(x.to(ascend.DEVICE), held, layout, placed).cpu()
+        expected = reference.compute(x, s, held_bias)
+        assert (y.shape, y.dtype) == (expected.shape, expected.dtype) == ((*shape, N), dtype)
+        difference = (y.double() - expected.double()).abs().reshape(-1, N)
+        assert (difference <= bound(x, s, held_bias, dtype)).all(), shape
+
+
+@every_cell
+@every_dtype
+@with_smoothing
+def test_the_codes_come_back(scheme, inputs, dtype, smoothed):
+    held, layout, _, solution = made(scheme, inputs, dtype, bias=True, smoothed=smoothed)
+    restored = npu.restore(held, layout)
+    assert restored.weight.scheme == solution.weight.scheme
+    leaves, expected = (torch.utils._pytree.tree_leaves(s) for s in (restored, solution))
+    for a, b in zip(leaves, expected, strict=True):
+        assert torch.equal(a.cpu(), b)
+        assert a.dtype == b.dtype
+
+
+@every_cell
+@every_dtype
+@with_bias
+@with_smoothing
+@pytest.mark.parametrize("shape", [(C,), (5, C), (2, 3, C), (2, 1, 2, C), (0, C)], ids=str)
+def test_the_vendor_accepts_every_call(scheme, inputs, dtype, bias, smoothed, shape):
+    held, layout, held_bias, _ = made(scheme, inputs, dtype, bias=bias, smoothed=smoothed)
+    held = {name: tensor.to("meta") for name, tensor in held.items()}
+    x = torch.empty(shape, dtype=dtype, device="meta")
+    y = npu.forward(x, held, layout, None if held_bias is None else held_bias.to("meta"))
+    assert (tuple(y.shape), y.dtype, y.is_meta) == ((*shape[:-1], N), dtype, True)
+
+
+def test_every_operator_was_called(monkeypatch):
+    called = set()
+    for name in ascend.OPERATORS:
+        operator = getattr(torch.ops.npu, name)
+
+        def counted(*args, _name=name, _operator=operator, **kwargs):
+            called.add(_name)
+            return _operator(*args, **kwargs)
+
+        monkeypatch.setattr(torch.ops.npu, name, counted)
+    for scheme, inputs in MATRIX:
+        held, layout, _, _ = made(scheme, inputs, torch.float16, bias=False, smoothed=True)
+        npu.forward(randn(2, C).half().to(ascend.DEVICE), held, layout, None)
+    assert called == ascend.OPERATORS.keys() - {"npu_convert_weight_to_int4pack"}
+
+
+def test_packed_words_are_the_vendors():
+    codes = torch.randint(-8, 8, (40, 64), generator=torch.Generator().manual_seed(0), dtype=torch.int8)
+    words = torch.ops.npu.npu_convert_weight_to_int4pack(codes.to(torch.int32).to(ascend.DEVICE)).cpu()
+    assert torch.equal(packing.pack_int4(codes, torch.int32), words)
+    assert np.array_equal(ascend.nibbles(words.numpy()), codes.numpy())
+
+
+def test_a_float16_scale_loses_nothing_to_the_truncation():
+    for seed in range(20):
+        s = solved(Scheme(), STATIC[0])
+        weight = s.weight.scale * (1 + torch.rand(N, 1, generator=torch.Generator().manual_seed(seed)))
+        s = Solution(qz.core.QTensor(s.weight.codes, weight, None, Scheme()), s.inputs, None, s.static)
+        exact = (weight * s.static.scale).double().flatten()
+        kept = npu.prepare(s, None, torch.float16)["output_scale"]
+        assert ((kept.view(torch.int32) & 0x1FFF) == 0).all()
+        assert ((kept.double() - exact).abs() <= exact * 2.0**-11).all()
+        full = npu.prepare(s, None, torch.bfloat16)["output_scale"]
+        assert ((full.double() - exact).abs() <= exact * 2.0**-23).all()
+
+
+@pytest.mark.parametrize(
+    ("solution", "dtype", "bias", "reason"),
+    [
+        (solved(Scheme(), None), torch.float32, None, "torch.float32 is neither float16 nor bfloat16"),
+        (solved(Scheme(4), None, n=20), torch.float16, None, "20 outputs are no multiple of 8"),
+        (
+            solved(Scheme(8, True, "group", 40), None),
+            torch.float16,
+            None,
+            "group_size 40 is no multiple of 32 below 96",
+        ),
+        (
+            solved(Scheme(8, True, "group", 96), None),
+            torch.float16,
+            None,
+            "group_size 96 is no multiple of 32 below 96",
+        ),
+        (solved(Scheme(4), TOKENWISE), torch.float16, None, "no operator takes int4 weights and int8 token symmetric"),
+        (solved(Scheme(6), None), torch.float16, None, "no operator takes int6 weights and float inputs"),
+        (solved(Scheme(), Scheme(8, False, "token")), torch.float16, None, "npu_dynamic_quant is symmetric"),
+        (solved(Scheme(), None, n=2, c=65536), torch.float16, None, "at most 65535 of each"),
+        (solved(Scheme(), STATIC[0]), torch.bfloat16, torch.full((N,), 1e9), "do not fit the int32 bias"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_no_operator_takes_is_told(solution, dtype, bias, reason):
+    assert reason in npu.obstacle(solution, bias, dtype)
+
+
+def test_the_int32_bias_fits_to_the_last_unit():
+    codes, scale = torch.ones(1, C, dtype=torch.int8), torch.full((1, 1), 2.0**-7)
+    s = Solution(qz.core.QTensor(codes, scale, None, Scheme()), STATIC[0], None, QParams(torch.full((1, 1), 2.0**-5)))
+    # A unit of the sum is 2^-12; products of C codes may come on top, at most 2^14 each.
+    reach = (2**31 - C * 2**14) * 2.0**-12
+    for sign, fits in ((1, False), (-1, True)):
+        assert (npu.obstacle(s, torch.tensor([sign * reach]), torch.bfloat16) is None) is fits
+    # The next numbers of float32.
+    assert npu.obstacle(s, torch.tensor([reach - 2.0**-5]), torch.bfloat16) is None
+    assert "do not fit" in npu.obstacle(s, torch.tensor([-reach - 2.0**-5]), torch.bfloat16)
+
+
+def test_scales_that_the_dtype_would_lose_are_told():
+    for size in (1e-6, 1e7):
+        small = Solution(round_to_nearest(randn(N, C) * size, Scheme()))
+        assert "do not fit torch.float16" in npu.obstacle(small, None, torch.float16)
+        assert npu.obstacle(small, None, torch.bfloat16) is None
+    smoothed = Solution(round_to_nearest(randn(N, C), Scheme()), TOKENWISE, torch.full((C,), 1e-6))
+    assert "do not fit torch.float16" in npu.obstacle(smoothed, None, torch.float16)
+
+
+@pytest.mark.skipif(ascend.ON_A_DEVICE, reason="the emulator is not in use")
+def test_the_documented_rules_are_asserted():
+    held, layout, _, _ = made(Scheme(), STATIC[1], torch.float16, bias=True, smoothed=True)
+    x = randn(3, C).half()
+    npu.forward(x, held, layout, None)
+    for name, wrong in (
+        ("output_scale", held["output_scale"].double()),
+        ("output_bias", held["output_bias"].float()),
+        ("input_offset", held["input_offset"][:1]),
+        ("input_multiplier", held["input_multiplier"].half()),
+        ("codes", held["codes"].to(torch.int32)),
+        ("codes", held["codes"].T.contiguous().T),
+    ):
+        with pytest.raises(AssertionError, match="the documentation of the operator asks for"):
+            npu.forward(x, {**held, name: wrong}, layout, None)
+    held, layout, _, _ = made(Scheme(4, False, "group", 32), None, torch.bfloat16, bias=True, smoothed=False)
+    for name, wrong in (
+        ("antiquant_scale", held["antiquant_scale"].float()),
+        ("antiquant_offset", held["antiquant_offset"][:2]),
+        ("codes", held["codes"].T.contiguous().T),
+    ):
+        with pytest.raises(AssertionError, match="the documentation of the operator asks for"):
+            npu.forward(x.bfloat16(), {**held, name: wrong}, layout, None)
+
+
+def test_other_input_dtypes_come_back_as_they_came():
+    for inputs in (None, STATIC[0], TOKENWISE):
+        held, layout, bias, s = made(Scheme(), inputs, torch.bfloat16, bias=True, smoothed=True)
+        x = randn(3, C).bfloat16()
+        y = npu.forward(x.float().to(ascend.DEVICE), held, layout, bias.to(ascend.DEVICE)).cpu()
+        assert y.dtype == torch.float32
+        assert ((y.double() - reference.compute(x, s, bias).double()).abs() <= bound(x, s, bias, torch.bfloat16)).all()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        config(),
+        config("gptq", weights={"type": "int4", "symmetric": False, "strategy": "group", "group_size": 32}),
+        config("awq", weights={**WEIGHTS, "symmetric": False}),
+        config("smoothquant", inputs={**TENSOR, "symmetric": False}),
+        config("smoothquant", inputs=TOKEN),
+    ],
+    ids=["minmax", "gptq", "awq", "static", "token"],
+)
+@every_dtype
+def test_a_model_is_calibrated_converted_and_saved(given, dtype, monkeypatch):
+    if not ascend.ON_A_DEVICE:
+        # The tensors stay on the CPU; the kernels are told otherwise.
+        monkeypatch.setattr(npu, "DEVICES", frozenset({"cpu"}))
+        monkeypatch.setattr(cpu, "DEVICES", frozenset())
+    model = filled(nn.Sequential(nn.Linear(C, N), nn.GELU(), nn.Linear(N, 40))).to(dtype).to(ascend.DEVICE)
+    x = randn(64, C).to(dtype).to(ascend.DEVICE)
+    qz.quantize(model, given)
+    model(x)
+    with torch.no_grad():
+        solved_output = model(x)
+        qz.convert(model)
+        y = model(x)
+    assert [row.kernel for row in qz.report(model).rows] == ["npu", "npu"]
+    # The whole range of the outputs in 127 steps, through two layers.
+    assert (y - solved_output).abs().max() <= solved_output.abs().max() * 0.05
+    fresh = nn.Sequential(nn.Linear(C, N), nn.GELU(), nn.Linear(N, 40)).to(dtype)
+    qz.convert(fresh, from_state={k: v.cpu() if torch.is_tensor(v) else v for k, v in model.state_dict().items()})
+    for a, b in zip(model[::2], fresh[::2], strict=True):
+        assert torch.equal(a.solution.weight.codes.cpu(), b.solution.weight.codes)
+    with torch.no_grad():
+        assert torch.equal(fresh.to(ascend.DEVICE)(x), y)
