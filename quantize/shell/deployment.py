@@ -83,12 +83,17 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Linear gives it
         """Compute with the kernel; see :func:`quantize.core.linear.quantized_linear`."""
-        # Autocast would round the matmul of the codes, which is exact as it stands.
-        with torch.autocast(input.device.type, enabled=False):
-            if input.requires_grad and torch.is_grad_enabled():
-                # The operators of the other kernels have no derivative.
-                return reference.compute(input, self.solution, self.bias)
-            return KERNELS[self.kernel].forward(input, self._held(), self.layout, self.bias)
+        if torch.is_autocast_enabled(input.device.type):
+            # It would round the matmul of the codes, which is exact as it stands.
+            with torch.autocast(input.device.type, enabled=False):
+                return self._forward(input)
+        return self._forward(input)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        if x.requires_grad and torch.is_grad_enabled():
+            # The operators of the other kernels have no derivative.
+            return reference.compute(x, self.solution, self.bias)
+        return KERNELS[self.kernel].forward(x, self._held(), self.layout, self.bias)
 
     def record(self) -> Row:
         """The row of this layer in the report."""

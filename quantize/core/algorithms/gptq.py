@@ -42,6 +42,9 @@ class Options(BaseOptions):
     guard: bool = option(True, "True or False")
 
 
+# Ascend.
+_WITHOUT_CHOLESKY = frozenset({"npu"})
+
 PAPER = Options(act_order=False, search_range=False, shrink=0.0, sweeps=0, guard=False)
 """The paper's algorithm 1, to the last code, with the scales of groups fixed before the pass.
 
@@ -78,7 +81,7 @@ def factor(gram: Tensor, damp: float) -> tuple[Tensor, Tensor, float]:
     mean = (diagonal / len(gram)).sum()
     dead = (diagonal == 0).to(gram.dtype)
     while True:
-        lower, failed = torch.linalg.cholesky_ex((gram + torch.diag(damp * mean + dead)).flip(0, 1))
+        lower, failed = _cholesky((gram + torch.diag(damp * mean + dead)).flip(0, 1))
         if not failed and bool(torch.isfinite(lower).all()):
             break
         if damp > 1e30:
@@ -87,6 +90,12 @@ def factor(gram: Tensor, damp: float) -> tuple[Tensor, Tensor, float]:
     upper = lower.flip(0, 1)
     root = upper.diagonal()
     return upper / root, root.square(), damp
+
+
+def _cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    # On the CPU for devices that have no such operator: the one step of any algorithm that asks for more than matmuls.
+    lower, failed = torch.linalg.cholesky_ex(matrix.cpu() if matrix.device.type in _WITHOUT_CHOLESKY else matrix)
+    return lower.to(matrix.device), failed
 
 
 def solve(spec: LayerSpec, options: Options, weight: Tensor, statistic: observers.SumState) -> Solution:

@@ -5,8 +5,8 @@ of the same shape. The packed matmuls are fast in bfloat16 and for few tokens; i
 slower than dequantizing.
 
 - int8 inputs: ``_int_mm``; the very bits of ``reference``.
-- int8 weights alone, one scale a tensor or a channel: :func:`fixed_point_linear`; in bfloat16 ``_weight_int8pack_mm``
-  for a few tokens, and the dequantized weight for many.
+- int8 weights alone, one scale a tensor or a channel: in bfloat16 ``_weight_int8pack_mm`` for a few tokens, and for
+  more the weight dequantized in bfloat16; in float32 and float16 :func:`fixed_point_linear`.
 - int4 weights alone, in bfloat16: see :mod:`~quantize.shell.kernels.nibbles`.
 """
 
@@ -16,7 +16,6 @@ import functools
 from collections.abc import Mapping
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from quantize.core import QTensor, Solution, linear
@@ -24,25 +23,31 @@ from quantize.shell.kernels import nibbles, reference
 from quantize.shell.kernels.contract import Layout
 
 DEVICES = frozenset({"cpu"})
-# Up to so many tokens _weight_int8pack_mm wins in bfloat16; from so many on, a matmul of the dequantized weight.
-_FEW, _MANY = 6, 96
+# Up to so many tokens _weight_int8pack_mm wins over a matmul of the dequantized weight.
+_FEW = 16
 # The length of a token must be a multiple of this, or _weight_int8pack_mm reads past its end.
 _INT8PACK = 16
+# With fewer outputs, splitting the tokens costs more than the integer matmul saves.
+_OUTPUTS = 1024
 # The second operand of _int_mm is reordered at each call, unless there is one row: a loop wins for large weights.
 _ROWS, _LARGE = 8, 1 << 20
-_DIGITS, _BASE = 3, 128
 
 
 def obstacle(solved: Solution, _bias: Tensor | None, dtype: torch.dtype) -> str | None:
     """See :class:`~quantize.shell.kernels.contract.Kernel`."""
     weight, scheme = solved.weight, solved.weight.scheme
+    n, c = weight.codes.shape
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"{dtype} is none of float32, float16, bfloat16"
     if scheme.bits <= 4:
         return nibbles.obstacle(solved, dtype)
     if scheme.strategy == "group":
         return "no matmul takes int8 groups"
-    if weight.codes.shape[1] == 1:
+    if solved.inputs is None and dtype == torch.bfloat16:
+        return None
+    if solved.inputs is None and n < _OUTPUTS:
+        return f"with fewer than {_OUTPUTS} outputs in {dtype} it is no faster"
+    if c == 1:
         return "a single input: torch._int_mm misreads a column"
     return None if exact_int_mm() else "torch._int_mm is not exact on this processor"
 
@@ -52,8 +57,8 @@ def prepare(solved: Solution, _bias: Tensor | None, dtype: torch.dtype) -> dict[
     weight = solved.weight
     if weight.scheme.bits <= 4:
         return nibbles.prepare(solved)
-    held, (n, c) = reference.prepare(solved), weight.codes.shape
-    if solved.inputs is None and dtype == torch.bfloat16 and weight.zero_point is None and c % _INT8PACK == 0:
+    held, n = reference.prepare(solved), len(weight.codes)
+    if solved.inputs is None and dtype == torch.bfloat16:
         held["row_scale"] = weight.scale.to(dtype).expand(n, 1).flatten().contiguous()
     return held
 
@@ -70,53 +75,55 @@ def forward(x: Tensor, held: Mapping[str, Tensor], layout: Layout, bias: Tensor 
     s = restore(held, layout)
     if s.inputs is not None:
         return reference.compute(x, s, bias, matmul=int_mm)
-    # A compiled graph serves any number of tokens.
-    t = None if torch.compiler.is_compiling() else x.numel() // layout.c
-    if x.dtype == torch.float64 or t == 0 or (x.dtype == torch.bfloat16 and t is not None and t >= _MANY):
+    if x.dtype == torch.float64 or (x.dtype == torch.bfloat16) != ("row_scale" in held):
         return reference.compute(x, s, bias)
-    tokens = linear.smooth(rearrange(x, "... c -> (...) c"), s.smoothing).to(x.dtype)
-    row_scale = held.get("row_scale")
-    if row_scale is not None and x.dtype == row_scale.dtype and t is not None and t <= _FEW:
-        y = torch._weight_int8pack_mm(tokens.contiguous(), s.weight.codes, row_scale)
+    tokens = linear.smooth(x.reshape(-1, layout.c), s.smoothing).to(x.dtype)
+    if "row_scale" not in held:
+        y = fixed_point_linear(tokens, s.weight, bias)
+    elif s.weight.zero_point is None and layout.c % _INT8PACK == 0 and few(tokens, _FEW):
+        y = torch._weight_int8pack_mm(tokens.contiguous(), s.weight.codes, held["row_scale"])
         y = y if bias is None else y + bias
     else:
-        y = fixed_point_linear(tokens, s.weight, bias)
+        # bfloat16 holds all integers up to 256.
+        codes = s.weight.codes.to(x.dtype)
+        codes = codes if s.weight.zero_point is None else codes - s.weight.zero_point
+        y = torch.nn.functional.linear(tokens, codes * held["row_scale"][:, None], bias)
     return y.to(x.dtype).reshape(*x.shape[:-1], layout.n)
+
+
+def few(tokens: Tensor, most: int) -> bool:
+    """Whether ``tokens`` ``[t, c]`` are from 1 to ``most``; an exported graph is made for more."""
+    return not torch.compiler.is_exporting() and 0 < len(tokens) <= most
 
 
 def fixed_point_linear(x: Tensor, weight: QTensor, bias: Tensor | None) -> Tensor:
     """``x W^T + bias`` of float tokens ``[t, c]`` and int8 weights, a scale a tensor or a channel, by integer matmuls.
 
-    A token is rounded to multiples of ``step = max|x| / (127 * 2^14)`` and split into three digits of base 128, from
-    -127 to 127; the product of each digit with the codes is exact. With ``u`` = 2^-24 and ``m = |x| |W|^T + |bias|``::
+    A token is rounded to multiples of ``step = max|x| / (127 * 256)`` and split into two digits of base 256; the
+    product of each digit with the codes is exact. With ``u`` = 2^-24 and ``m = |x| |W|^T + |bias|``::
 
-        |error| <= step * (1/2 + 1/8) * sum |W| + 8 u m
+        |error| <= 0.51 * step * sum |W| + 8 u m
 
-    1. ``x / step`` has 21 bits, and its division an error of half a bit in 24: ``step / 8``; rounding adds
-       ``step / 2``;
-    2. three sums become float32 (``u`` each) and are added (``2 u``), a zero point in float64; two scales multiply
-       (``2 u``), and the bias is added (``u``).
+    1. ``x / step`` is at most 2^15, its rounding errors are below 0.01; rounding it to an integer adds 1/2;
+    2. the two sums become float32 and are added (``3 u``, a zero point in float64); two scales multiply (``2 u``),
+       and the bias is added (``u``).
 
-    A token with NaN or inf gives NaN or inf.
+    int8 weights have lost far more, whatever the inputs: half of a symmetric scale times ``max|x|`` is 128 ``step``
+    times the largest weight of the row. A token with NaN or inf gives NaN or inf.
     """
-    step = x.abs().amax(1, keepdim=True).float() / ((_BASE - 1) * _BASE ** (_DIGITS - 1))
-    step = step.clamp(min=torch.finfo(torch.float32).tiny)
-    fixed = torch.round(x / step).to(torch.int32)
-    digits, rest = [], fixed
-    for _ in range(_DIGITS - 1):
-        digit = (rest + _BASE // 2).bitwise_and(_BASE - 1) - _BASE // 2
-        digits.append(digit)
-        rest = (rest - digit).bitwise_right_shift(_BASE.bit_length() - 1)
-    # One call for all digits: the weight is read once.
-    rows = rearrange(torch.stack([*digits, rest]), "d t c -> (d t) c").to(torch.int8)
-    sums = rearrange(int_mm(rows, weight.codes), "(d t) n -> d t n", d=_DIGITS)
+    t = len(x)
+    step = (x.abs().amax(1, keepdim=True).float() / (127 * 256)).clamp(min=torch.finfo(torch.float32).tiny)
+    fixed = torch.round(x / step).to(torch.int16)
+    # The low byte minus 128 is the low digit, in two's complement: its highest bit turned. The carry is in the high.
+    digits = (fixed + 0x80).bitwise_xor(0x80)[..., None].view(torch.int8)
+    # One call for both digits: the weight is read once.
+    sums = int_mm(digits.permute(2, 0, 1).reshape(2 * t, x.shape[1]), weight.codes).view(2, t, len(weight.codes))
     # With a zero point large sums cancel.
     wide = torch.float32 if weight.zero_point is None else torch.float64
-    low, middle, high = sums.to(wide).unbind()
-    total = (high * _BASE + middle) * _BASE + low
+    total = sums[1].to(wide) * 256 + sums[0]
     if weight.zero_point is not None:
-        total = total - fixed.sum(1, keepdim=True).to(wide) * rearrange(weight.zero_point, "n 1 -> 1 n")
-    y: Tensor = total.float() * step * rearrange(weight.scale, "n 1 -> 1 n")
+        total = total - fixed.sum(1, keepdim=True) * weight.zero_point.T.to(wide)
+    y: Tensor = total.float() * step * weight.scale.T
     return y if bias is None else y + bias
 
 

@@ -38,11 +38,15 @@ def restore(held: Mapping[str, Tensor], layout: Layout) -> Solution:
 
 def solution(codes: Tensor, held: Mapping[str, Tensor], layout: Layout) -> Solution:
     """The value of the int8 ``codes`` ``[n, c]`` and of all else that :func:`prepare` keeps."""
-    scheme, scale, zero_point = layout.spec.weight, held["scale"], held.get("zero_point")
-    if zero_point is not None:
-        zero_point = _unpack(zero_point, scheme, scale.shape[1])
+    weight = QTensor(codes, held["scale"], zero_point(held, layout), layout.spec.weight)
     static = QParams(held["input_scale"], held.get("input_zero_point")) if "input_scale" in held else None
-    return Solution(QTensor(codes, scale, zero_point, scheme), layout.spec.inputs, held.get("smoothing"), static)
+    return Solution(weight, layout.spec.inputs, held.get("smoothing"), static)
+
+
+def zero_point(held: Mapping[str, Tensor], layout: Layout) -> Tensor | None:
+    """The zero points that :func:`prepare` keeps, in the shape of the scales."""
+    kept = held.get("zero_point")
+    return None if kept is None else _unpack(kept, layout.spec.weight, held["scale"].shape[1])
 
 
 def forward(x: Tensor, held: Mapping[str, Tensor], layout: Layout, bias: Tensor | None) -> Tensor:
