@@ -103,6 +103,12 @@ def test_the_tensors_of_a_loaded_model_are_its_own():
     assert torch.equal(fresh(IDS), expected)
 
 
+def test_a_frozen_bias_stays_frozen():
+    fresh = Tied().requires_grad_(False)
+    qz.convert(fresh, from_state=converted(CONFIGS["minmax"]).state_dict())
+    assert not any(p.requires_grad for p in fresh.parameters())
+
+
 def without(state, key):
     return {name: value for name, value in state.items() if name != key}
 
@@ -236,6 +242,7 @@ def test_copies_hold_the_form_of_the_reference(copied, monkeypatch):
         assert torch.equal(twin(IDS), model(IDS))
     # A processor without this kernel: the codes are the same all the same.
     file = pickle.dumps(model)
+    assert model.first.__getstate__()["_buffers"] == {}
     monkeypatch.setattr(cpu, "DEVICES", frozenset())
     elsewhere = pickle.loads(file)
     assert elsewhere.first.kernel == "reference"

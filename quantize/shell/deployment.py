@@ -53,6 +53,7 @@ class QuantizedLinear(nn.Module):
         n, c = solved.weight.codes.shape
         self.layout = Layout(LayerSpec(solved.weight.scheme, solved.inputs), n, c, dtype)
         self._buffers.clear()
+        self._non_persistent_buffers_set.clear()
         with torch.no_grad():
             held = KERNELS[self.kernel].prepare(solved, self.bias, dtype)
         for name, tensor in held.items():

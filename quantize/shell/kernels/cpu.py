@@ -75,7 +75,7 @@ def forward(x: Tensor, held: Mapping[str, Tensor], layout: Layout, bias: Tensor 
     s = restore(held, layout)
     if s.inputs is not None:
         return reference.compute(x, s, bias, matmul=int_mm)
-    if x.dtype == torch.float64 or (x.dtype == torch.bfloat16) != ("row_scale" in held):
+    if x.dtype != layout.dtype:
         return reference.compute(x, s, bias)
     tokens = linear.smooth(x.reshape(-1, layout.c), s.smoothing).to(x.dtype)
     if "row_scale" not in held:

@@ -63,14 +63,16 @@ def restore(held: Mapping[str, Tensor], layout: Layout) -> Solution:
 def forward(x: Tensor, held: Mapping[str, Tensor], layout: Layout, bias: Tensor | None) -> Tensor:
     """See :class:`~quantize.shell.kernels.contract.Kernel`."""
     pairs = held["scale_and_zero"]
-    tokens = linear.smooth(x.reshape(-1, layout.c), held.get("smoothing")).to(pairs.dtype)
+    if x.dtype != pairs.dtype:
+        return reference.compute(x, restore(held, layout), bias)
+    tokens = linear.smooth(x.reshape(-1, layout.c), held.get("smoothing")).to(x.dtype)
     if torch.compiler.is_exporting() or len(tokens) <= _MANY:
         group = layout.c // len(pairs)
         y = torch._weight_int4pack_mm_for_cpu(tokens.contiguous(), held["packed"], group, pairs)
         y = y if bias is None else y + bias
     else:
         y = torch.nn.functional.linear(tokens, _dequantize(held, layout), bias)
-    return y.to(x.dtype).reshape(*x.shape[:-1], layout.n)
+    return y.reshape(*x.shape[:-1], layout.n)
 
 
 def _dequantize(held: Mapping[str, Tensor], layout: Layout) -> Tensor:
