@@ -185,6 +185,8 @@ def test_infinities_clip():
     ("arguments", "text"),
     [
         ({"bits": 9}, "bits: 9; accepted: an int from 2 to 8"),
+        ({"bits": "8"}, "bits: '8'; accepted: an int from 2 to 8"),
+        ({"strategy": "group", "group_size": 32.0}, "group_size: 32.0; accepted: a positive int"),
         ({"strategy": "row"}, "strategy: 'row'; accepted: one of tensor, channel, group, token"),
         ({"strategy": "group"}, "group_size: None; accepted: a positive int with strategy 'group'"),
         ({"group_size": 32}, "group_size: 32; accepted: None with strategy 'channel'"),

@@ -1,15 +1,19 @@
 """The Ascend operators without a device: the vendor's own checks, the documented rules, and an emulator in NumPy.
 
-Without Ascend's libraries torch_npu cannot be imported, but its meta registrations are plain Python: they are run here
-with a stub in its place. The emulator follows the documented formulas. On a machine with a device nothing here is
-registered, and the tests run on the operators themselves.
+Without Ascend's libraries torch_npu cannot be imported, and where it is installed all the same, torch and transformers
+fail to import too. But its meta registrations are plain Python: they are taken out of the wheel of the tested version,
+which pip downloads once, and run with a stub in the place of torch_npu. The emulator follows the documented formulas.
+On a machine with a device nothing here is registered, and the tests run on the operators themselves.
 """
 
 import importlib.util
 import os
 import pathlib
+import subprocess
 import sys
+import tempfile
 import types
+import zipfile
 from unittest import mock
 
 import numpy as np
@@ -29,10 +33,33 @@ OPERATORS = {
     "Tensor? bias=None, int? output_dtype=None, int? x1_dtype=None, int? x2_dtype=None, "
     "int? pertoken_scale_dtype=None, int? scale_dtype=None, int[]? group_sizes=None, Tensor? y_scale=None) -> Tensor",
 }
+VERSION = "2.13.0"
 ON_A_DEVICE = "ASCEND_HOME_PATH" in os.environ
 DEVICE = "npu" if ON_A_DEVICE else "cpu"
 # How a dtype arrives at an operator: as its number.
 _FLOAT16, _BFLOAT16, _QINT8 = 5, 15, 12
+
+
+def vendor_file():
+    """The meta registrations of torch_npu: those of the wheel, kept beside pytest's cache."""
+    kept = pathlib.Path(__file__).parent.parent / ".pytest_cache" / f"torch_npu-{VERSION}" / "registrations.py"
+    if kept.exists():
+        return kept
+    with tempfile.TemporaryDirectory() as directory:
+        # For the one platform whose wheel is read, wherever this runs.
+        where = ["--platform", "manylinux_2_28_x86_64", "--python-version", "3.11", "--only-binary", ":all:"]
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *where, "--dest", directory]
+        done = subprocess.run([*command, f"torch_npu=={VERSION}"], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"torch_npu=={VERSION} cannot be downloaded, whose checks are run here: {done.stderr}")
+        (wheel,) = pathlib.Path(directory).glob("*.whl")
+        content = zipfile.ZipFile(wheel).read("torch_npu/op_plugin/meta/_meta_registrations.py")
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    # Whole or not at all: others may be about to read it.
+    temporary = kept.with_suffix(f".{os.getpid()}")
+    temporary.write_bytes(content)
+    temporary.rename(kept)
+    return kept
 
 
 class Stub(types.ModuleType):
@@ -46,8 +73,7 @@ class Stub(types.ModuleType):
 
 def vendor_registrations():
     """The functions that torch_npu registers for meta tensors, by operator, from the installed package."""
-    found = importlib.util.find_spec("torch_npu")
-    file = pathlib.Path(found.origin).parent / "op_plugin" / "meta" / "_meta_registrations.py"
+    file = vendor_file()
     registered = {}
 
     def impl(_library, name, *_rest):

@@ -1,5 +1,6 @@
 """What is quantized, what is not, and that it is said."""
 
+import copy
 import warnings
 
 import pytest
@@ -98,11 +99,14 @@ def test_a_bare_string_is_not_read_by_character():
 
 
 def test_an_entry_that_matches_nothing_is_reported_and_warned_of():
-    model = mlp()
-    with pytest.warns(qz.QuantizeWarning, match="skip_layers entry 'lm_haed' matched nothing"):
-        qz.quantize(model, config(skip_layers="lm_haed"))
-    assert qz.report(model).unmatched == ("lm_haed",)
-    assert "'lm_haed'" in str(qz.report(model))
+    model = nn.ModuleDict({"body": nn.Linear(4, 4), "norm": nn.LayerNorm(4)})
+    # A norm has no weight matrix: to skip it is to skip nothing.
+    for entry in ("lm_haed", "norm"):
+        fresh = copy.deepcopy(model)
+        with pytest.warns(qz.QuantizeWarning, match=f"skip_layers entry '{entry}' matched nothing"):
+            qz.quantize(fresh, config(skip_layers=entry))
+        assert qz.report(fresh).unmatched == (entry,)
+        assert f"'{entry}'" in str(qz.report(fresh))
 
 
 @pytest.mark.parametrize(

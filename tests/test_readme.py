@@ -14,6 +14,6 @@ def test_its_blocks_run(block, capsys):
 
 
 def test_it_has_the_blocks_that_it_promises():
-    assert len(BLOCKS) == 3
+    assert len(BLOCKS) == 4
     for name in ("minmax", "gptq", "awq", "smoothquant"):
         assert f"| `{name}` |" in TEXT

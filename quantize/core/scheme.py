@@ -32,11 +32,11 @@ class Scheme:
     group_size: int | None = None
 
     def __post_init__(self) -> None:
-        if not 2 <= self.bits <= 8:
+        if type(self.bits) is not int or not 2 <= self.bits <= 8:
             raise ValueError(f"bits: {self.bits!r}; accepted: an int from 2 to 8")
         if self.strategy not in get_args(Strategy):
             raise ValueError(f"strategy: {self.strategy!r}; accepted: one of {', '.join(get_args(Strategy))}")
-        if self.strategy == "group" and not (self.group_size is not None and self.group_size >= 1):
+        if self.strategy == "group" and not (type(self.group_size) is int and self.group_size >= 1):
             raise ValueError(f"group_size: {self.group_size!r}; accepted: a positive int with strategy 'group'")
         if self.strategy != "group" and self.group_size is not None:
             raise ValueError(f"group_size: {self.group_size!r}; accepted: None with strategy {self.strategy!r}")

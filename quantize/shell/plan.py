@@ -37,7 +37,7 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Plan:
-    """What :func:`plan` found; ``unmatched``: entries of ``skip_layers`` that no name contains."""
+    """What :func:`plan` found; ``unmatched``: entries of ``skip_layers`` that match no module with a weight matrix."""
 
     layers: tuple[LayerPlan, ...]
     skipped: tuple[Skipped, ...]
@@ -59,17 +59,19 @@ def plan(model: nn.Module, config: Config) -> Plan:
                 direct.update({module.get_submodule(child): owner.__name__ for child in children})
     layers: list[LayerPlan] = []
     skipped: list[Skipped] = []
+    concerned: list[str] = []
     for module, all_names in names.items():
         reason = _reason(module, all_names, config, direct.get(module))
         asked = next((word for word in config.skip_layers if any(word in name for name in all_names)), None)
+        if reason is not None or isinstance(module, nn.Linear):
+            concerned.extend(all_names)
         if asked is not None and (reason is not None or isinstance(module, nn.Linear)):
             skipped.extend(Skipped(name, f"skip_layers: {asked!r}", asked=True) for name in all_names)
         elif reason is not None:
             skipped.extend(Skipped(name, reason) for name in all_names)
         elif type(module) is nn.Linear:
             layers.append(LayerPlan(tuple(all_names), module))
-    every_name = [name for all_names in names.values() for name in all_names]
-    unmatched = tuple(word for word in config.skip_layers if not any(word in name for name in every_name))
+    unmatched = tuple(word for word in config.skip_layers if not any(word in name for name in concerned))
     if not layers:
         found = "; ".join(f"{s.name or type(model).__name__!r}: {s.reason}" for s in skipped) or "no weight matrix"
         raise QuantizeError(f"model: nothing to quantize ({found}); accepted: a model that contains an nn.Linear")
