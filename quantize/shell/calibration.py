@@ -15,10 +15,11 @@ from quantize.core import LayerSpec, Scheme, Solution, affine, linear, metrics, 
 from quantize.shell import deployment
 from quantize.shell.config import Config, refusal
 from quantize.shell.kernels import Layout, reference
+from quantize.shell.recording import Batch
 from quantize.shell.report import Row
 
 if TYPE_CHECKING:
-    from quantize.shell.session import Recorder
+    from quantize.shell.recording import Calls, Recorder
 
 
 class CalibrationLinear(nn.Module):
@@ -43,7 +44,9 @@ class CalibrationLinear(nn.Module):
         self.statistics = statistics
         self.solution: Solution | None = None
         self.active = False
-        self.recorder: Recorder | None = None
+        self.recorder: Recorder | Calls | None = None
+        # On the first layer of a session that is solved stage by stage: what the model was called with.
+        self.batches: list[Batch] | None = None
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Linear gives it
         """``input`` ``[..., c]`` to ``[..., n]``: float, or fake-quantized once the model is solved."""
@@ -57,6 +60,14 @@ class CalibrationLinear(nn.Module):
             return linear.fake_quantized_linear(
                 input, s.weight, self.bias, inputs=s.inputs, smoothing=s.smoothing, static=s.static
             )
+
+    def restart(self) -> None:
+        """Forget what was learned of the inputs."""
+        weight = self.weight
+        self.statistics = self.config.algorithm.observer.init(
+            self.in_features, dtype=affine.working_dtype(weight), device=weight.device
+        )
+        self.tokens = 0
 
     def solve(self) -> None:
         """Compute the solution from the statistics, which are dropped; without tokens, fall back to minmax.
@@ -135,7 +146,8 @@ class CalibrationLinear(nn.Module):
             }
         leaves = pytree.tree_leaves(self.statistics)
         return {"format": self._format(), "seen": self.seen, "tokens": self.tokens, "active": self.active,
-                "statistics": leaves, "solution": solved}  # fmt: skip
+                "statistics": leaves, "solution": solved,
+                "batches": None if self.batches is None else [vars(batch) for batch in self.batches]}  # fmt: skip
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Continue where the saved layer was.
@@ -147,6 +159,7 @@ class CalibrationLinear(nn.Module):
             raise refusal(f"layer {self.names[0]!r}", state["format"], f"a state of {self._format()}")
         self.seen, self.tokens, self.active = state["seen"], state["tokens"], state["active"]
         self.statistics, self.solution = None, None
+        self.batches = None if state["batches"] is None else [Batch(**batch) for batch in state["batches"]]
         if state["solution"] is None:
             structure = pytree.tree_structure(self.config.algorithm.observer.init(0))
             self.statistics = pytree.tree_unflatten(state["statistics"], structure)
@@ -175,6 +188,8 @@ class CalibrationLinear(nn.Module):
         self.statistics, self.solution = pytree.tree_map_only(
             Tensor, lambda tensor: tensor.to(device), (self.statistics, self.solution)
         )
+        for batch in self.batches or ():
+            batch.move(device)
 
     def __getstate__(self) -> dict[str, Any]:
         # An unfinished batch is no part of a copy, and weak references do not pickle.

@@ -3,54 +3,17 @@
 from __future__ import annotations
 
 import warnings
-import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from quantize.shell import stages
 from quantize.shell.calibration import CalibrationLinear
 from quantize.shell.config import Config, QuantizeWarning, refusal
 from quantize.shell.plan import Plan, check_weight
-
-
-class Recorder:
-    """The statistics of one forward pass, apart from the layers until the pass has succeeded."""
-
-    def __init__(self) -> None:
-        self.pending: dict[CalibrationLinear, tuple[Any, int]] = {}
-        self._shared: dict[tuple[int, ...], tuple[weakref.ref[Tensor], Any, Any]] = {}
-
-    def observe(self, layer: CalibrationLinear, x: Tensor) -> None:
-        """Add the inputs ``x`` ``[..., c]`` of a call of ``layer``."""
-        state, tokens = self.pending.get(layer, (layer.statistics, layer.tokens))
-        with untracked(x.device):
-            self.pending[layer] = self._update(layer, state, x), tokens + x.numel() // layer.in_features
-
-    def _update(self, layer: CalibrationLinear, state: Any, x: Tensor) -> Any:
-        """``update(state, x)``, computed once for all layers that share the state and read the same tensor.
-
-        Layers start from one initial state, so those that always read the same tensor share one state to the end;
-        the first difference parts them. Inference tensors do not tell whether they were written to in between, so
-        they are not shared.
-        """
-        update = layer.config.algorithm.observer.update
-        if x.is_inference():
-            return update(state, x)
-        key = (id(x), x._version, *(id(leaf) for leaf in pytree.tree_leaves(state)))
-        if key in self._shared:
-            reference, _, new = self._shared[key]
-            # An id may come back with another tensor: the weak reference tells.
-            if reference() is x:
-                return new
-        new = update(state, x)
-        # What nobody can ask for again must not keep its states alive.
-        self._shared = {key: entry for key, entry in self._shared.items() if entry[0]() is not None}
-        self._shared[key] = weakref.ref(x), state, new
-        return new
+from quantize.shell.recording import Batch, Calls, Recorder, attention_mask, keepable, untracked
 
 
 class Session:
@@ -62,36 +25,58 @@ class Session:
 
     def __init__(self, config: Config, plan: Plan) -> None:
         self.config, self.skipped, self.unmatched = config, plan.skipped, plan.unmatched
+        self.remarks: tuple[str, ...] = ()
+        self.replaying = False
 
-    def begin(self, root: nn.Module, _args: Any) -> None:
+    def begin(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before a forward pass: start a new recorder; what an unfinished pass left is forgotten."""
+        if self.replaying:
+            return
         layers = unsolved(root)
-        recorder = Recorder() if layers and layers[0].seen < self.config.batch_num else None
+        recorder = None
+        if layers and layers[0].seen < self.config.batch_num:
+            recorder = self._recorder(root, args, kwargs)
         for layer in layers:
             layer.recorder = recorder
 
-    def end(self, root: nn.Module, _args: Any, _output: Any) -> None:
+    def end(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any) -> None:
         """After a forward pass that succeeded: commit the statistics, count the batch, solve after the last.
 
         Raises:
             QuantizeError: NaN or inf among the inputs of a layer; the batch counts for nothing.
         """
-        layers = unsolved(root)
+        layers = [] if self.replaying else unsolved(root)
         recorder = layers[0].recorder if layers else None
         for layer in layers:
             layer.recorder = None
         if recorder is None:
             return
-        for layer, (state, tokens) in recorder.pending.items():
-            leaves = [leaf for leaf in pytree.tree_leaves(state) if leaf.is_floating_point()]
-            if tokens and not all(bool(torch.isfinite(leaf).all()) for leaf in leaves):
-                where = f"layer {layer.names[0]!r}"
-                raise refusal(where, f"NaN or inf in batch {layer.seen + 1}", "finite inputs; the batch is not counted")
+        if isinstance(recorder, Recorder):
+            recorder.commit(layers[0].seen + 1)
+        else:
+            recorder.check(layers[0].seen + 1)
+            kept = carrier(root).batches
+            assert kept is not None
+            kept.append(recorder.batch)
         for layer in layers:
-            layer.statistics, layer.tokens = recorder.pending.get(layer, (layer.statistics, layer.tokens))
             layer.seen += 1
         if layers[0].seen == self.config.batch_num:
             solve(root)
+
+    def _recorder(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recorder | Calls:
+        kept = carrier(root).batches
+        odd = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if not keepable(leaf)]
+        if kept is None or not odd:
+            mask = attention_mask(root, args, kwargs)
+            return Recorder(mask) if kept is None else Calls(Batch.of(args, kwargs, mask))
+        told = f"an argument of type {type(odd[0]).__name__}, which may not be given twice"
+        if kept:
+            raise refusal("model", told, "arguments like those of the batches before: tensors and plain values")
+        remark = f"calibrated in one pass, not stage by stage: the model was called with {told}"
+        self.remarks += (remark,)
+        carrier(root).batches = None
+        warnings.warn(remark, QuantizeWarning, stacklevel=2)
+        return Recorder(attention_mask(root, args, kwargs))
 
 
 KEY = "_quantization"
@@ -101,8 +86,10 @@ def attach(model: nn.Module, config: Config, plan: Plan) -> None:
     """Put the session and its hooks on ``model``."""
     session = Session(config, plan)
     model.__dict__[KEY] = session
-    model.register_forward_pre_hook(session.begin)
-    model.register_forward_hook(session.end)
+    if getattr(config.options, "sequential", False):
+        carrier(model).batches = []
+    model.register_forward_pre_hook(session.begin, with_kwargs=True)
+    model.register_forward_hook(session.end, with_kwargs=True)
 
 
 def detach(model: nn.Module) -> None:
@@ -111,6 +98,8 @@ def detach(model: nn.Module) -> None:
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), Session)]:
                 del hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+                module._forward_hooks_with_kwargs.pop(key, None)
 
 
 def calibrated(model: nn.Module) -> list[CalibrationLinear]:
@@ -123,6 +112,11 @@ def unsolved(model: nn.Module) -> list[CalibrationLinear]:
     return [layer for layer in calibrated(model) if not layer.active]
 
 
+def carrier(root: nn.Module) -> CalibrationLinear:
+    """The layer that holds what belongs to all layers of a session: so it enters a ``state_dict``."""
+    return calibrated(root)[0]
+
+
 def solve(model: nn.Module) -> None:
     """Solve every layer, then let all compute as quantized; layers solved before an interruption are kept.
 
@@ -132,11 +126,15 @@ def solve(model: nn.Module) -> None:
     layers = unsolved(model)
     for layer in layers:
         check_weight(layer.names[0], layer.weight)
+    roots = [module for module in model.modules() if KEY in module.__dict__]
     with untracked(layers[0].weight.device):
+        for root in roots:
+            if carrier(root).batches is not None:
+                _solve_in_stages(root)
         for layer in _progress([layer for layer in layers if layer.solution is None]):
-            layer.solve()
+            _solve_layer(layer)
     for layer in layers:
-        layer.active = True
+        layer.active, layer.batches = True, None
     idle = [layer.names[0] for layer in layers if layer.fell_back]
     if idle:
         warnings.warn(
@@ -146,17 +144,71 @@ def solve(model: nn.Module) -> None:
         )
 
 
-def _progress(layers: list[CalibrationLinear]) -> Any:
+def _solve_in_stages(root: nn.Module) -> None:
+    """Solve the stages of ``root`` one after the other, each on what the quantized ones before give it."""
+    session: Session = root.__dict__[KEY]
+    layers, batches = calibrated(root), carrier(root).batches or []
+    order = stages.ordered(stages.stages(root, layers), batches)
+    replay = stages.Replay(root, [module for module, _ in order], batches)
+    session.replaying = True
+    random = torch.get_rng_state()
+    buffers = [(buffer, buffer.clone()) for buffer in root.buffers()]
+    try:
+        with replay.installed():
+            for place, (_, members) in enumerate(_progress(order)):
+                if any(layer.solution is None for layer in members):
+                    _observe(replay, place, members, batches)
+                for layer in members:
+                    if layer.solution is None:
+                        _solve_layer(layer)
+                    layer.active = True
+    except BaseException:
+        # As before: all in floating point, and to be continued.
+        for layer in layers:
+            layer.active = False
+        raise
+    finally:
+        session.replaying = False
+        torch.set_rng_state(random)
+        for buffer, kept in buffers:
+            if not torch.equal(buffer, kept):
+                buffer.copy_(kept)
+
+
+def _observe(replay: stages.Replay, place: int, members: list[CalibrationLinear], batches: list[Batch]) -> None:
+    # Of an interrupted solve nothing may be counted twice.
+    for layer in members:
+        layer.restart()
+    for number, batch in enumerate(batches):
+        expected = {layer: batch.calls[layer.names[0]] for layer in members if layer.names[0] in batch.calls}
+        if not expected:
+            continue
+
+        def recorder(mask: Tensor | None = batch.mask) -> Recorder:
+            new = Recorder(mask)
+            for layer in members:
+                layer.recorder = new
+            return new
+
+        try:
+            replay.run(number, place, expected, recorder).commit(number + 1)
+        finally:
+            for layer in members:
+                layer.recorder = None
+
+
+def _solve_layer(layer: CalibrationLinear) -> None:
+    try:
+        layer.solve()
+    except Exception as error:
+        error.add_note(f"while solving layer {layer.names[0]!r}; the others are as they were")
+        raise
+
+
+def _progress(items: list[Any]) -> Any:
     try:
         from tqdm import tqdm
     except ImportError:
-        return layers
+        return items
     # Quick work shows nothing; without a terminal neither.
-    return tqdm(layers, desc="quantize", unit="layer", leave=False, delay=1, disable=None)
-
-
-@contextmanager
-def untracked(device: torch.device) -> Iterator[None]:
-    """No gradients, no inference tensors and no autocast, whatever the caller has switched on."""
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
-        yield
+    return tqdm(items, desc="quantize", leave=False, delay=1, disable=None)

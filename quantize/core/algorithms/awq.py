@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from quantize.core import affine, metrics, observers, ranges, refine, shrinkage
-from quantize.core.algorithms.base import Algorithm, BaseOptions, LayerSpec, Solution, option
+from quantize.core.algorithms.base import Algorithm, DataOptions, LayerSpec, Solution, option
 from quantize.core.scheme import Scheme
 
 QUANTIZES_INPUTS = frozenset({False})
 
 
 @dataclass(frozen=True)
-class Options(BaseOptions):
+class Options(DataOptions):
     """The paper's search, and what improves on it in the same deployed format.
 
     - ``grids_num``: how many exponents ``i / grids_num`` from 0 are tried.

@@ -37,6 +37,17 @@ class BaseOptions:
 
 
 @dataclass(frozen=True)
+class DataOptions(BaseOptions):
+    """Options of an algorithm that fits a layer to its inputs.
+
+    - ``sequential``: fit every part of a model to what the quantized parts before it give, not to the inputs of the
+      float model. The algorithm itself does not look at it.
+    """
+
+    sequential: bool = option(False, "True or False")
+
+
+@dataclass(frozen=True)
 class LayerSpec:
     """The format that a linear layer shall take: ``inputs`` None leaves the inputs in floating point."""
 

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from quantize.core import affine, observers, ranges, refine, shrinkage
-from quantize.core.algorithms.base import Algorithm, BaseOptions, LayerSpec, Solution, option
+from quantize.core.algorithms.base import Algorithm, DataOptions, LayerSpec, Solution, option
 
 QUANTIZES_INPUTS = frozenset({False})
 
 
 @dataclass(frozen=True)
-class Options(BaseOptions):
+class Options(DataOptions):
     """The paper's algorithm, and switches for what improves on it in the same deployed format.
 
     - ``act_order``: quantize channels with large inputs first.

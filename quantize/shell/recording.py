@@ -1,0 +1,172 @@
+"""What one forward pass is remembered for, apart from the layers until the pass has succeeded."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from quantize.shell.config import refusal
+
+if TYPE_CHECKING:
+    from quantize.shell.calibration import CalibrationLinear
+
+# What can be kept and given again, in containers that are pytrees.
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
+
+
+@dataclass
+class Batch:
+    """One forward pass: its arguments, and how often it called each layer, in the order of the first calls."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    mask: Tensor | None
+    autocast: tuple[str, bool, torch.dtype]
+    random: Tensor
+    calls: dict[str, int]
+
+    @classmethod
+    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any], mask: Tensor | None) -> Batch:
+        """The pass that begins now."""
+        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        device = tensors[0].device.type if tensors else "cpu"
+        autocast = (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+        with torch.inference_mode(False):
+            args, kwargs = copied((args, kwargs))
+            return cls(args, kwargs, mask, autocast, torch.get_rng_state(), {})
+
+    def move(self, device: torch.device) -> None:
+        """Bring the arguments to a device, where the model has gone."""
+        self.args, self.kwargs, self.mask = pytree.tree_map_only(
+            Tensor, lambda tensor: tensor.to(device), (self.args, self.kwargs, self.mask)
+        )
+
+
+def keepable(value: Any) -> bool:
+    """Whether ``value`` consists of tensors and plain values in plain containers: it can be given a second time."""
+    return all(isinstance(leaf, (Tensor, *_PLAIN)) for leaf in pytree.tree_leaves(value))
+
+
+def copied(value: Any) -> Any:
+    """The same with tensors of their own."""
+    return pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), value)
+
+
+class Recorder:
+    """The statistics of one forward pass; tokens where ``mask`` ``[b, t]`` is 0 do not count."""
+
+    def __init__(self, mask: Tensor | None = None) -> None:
+        self.calls: Counter[CalibrationLinear] = Counter()
+        self._mask = mask
+        self._pending: dict[CalibrationLinear, tuple[Any, int]] = {}
+        self._shared: dict[tuple[int, ...], tuple[weakref.ref[Tensor], Any, Any]] = {}
+
+    def observe(self, layer: CalibrationLinear, x: Tensor) -> None:
+        """Add the inputs ``x`` ``[..., c]`` of a call of ``layer``."""
+        state, tokens = self._pending.get(layer, (layer.statistics, layer.tokens))
+        self.calls[layer] += 1
+        with untracked(x.device):
+            state, new = self._update(layer, state, x)
+            self._pending[layer] = state, tokens + new
+
+    def commit(self, batch: int) -> None:
+        """Hand the statistics over to the layers.
+
+        Raises:
+            QuantizeError: NaN or inf among the inputs of a layer; nothing is handed over.
+        """
+        for layer, (state, tokens) in self._pending.items():
+            leaves = [leaf for leaf in pytree.tree_leaves(state) if leaf.is_floating_point()]
+            if tokens and not all(bool(torch.isfinite(leaf).all()) for leaf in leaves):
+                raise not_finite(layer, batch)
+        for layer, (state, tokens) in self._pending.items():
+            layer.statistics, layer.tokens = state, tokens
+
+    def _update(self, layer: CalibrationLinear, state: Any, x: Tensor) -> tuple[Any, int]:
+        """``update(state, x)``, computed once for all layers that share the state and read the same tensor.
+
+        Layers start from one initial state, so those that always read the same tensor share one state to the end;
+        the first difference parts them. Inference tensors do not tell whether they were written to in between, so
+        they are not shared.
+        """
+        update = layer.config.algorithm.observer.update
+        tokens = self._counted(x)
+        count = tokens.numel() // layer.in_features
+        if x.is_inference():
+            return update(state, tokens), count
+        key = (id(x), x._version, *(id(leaf) for leaf in pytree.tree_leaves(state)))
+        if key in self._shared:
+            reference, _, new = self._shared[key]
+            # An id may come back with another tensor: the weak reference tells.
+            if reference() is x:
+                return new, count
+        new = update(state, tokens)
+        # What nobody can ask for again must not keep its states alive.
+        self._shared = {key: entry for key, entry in self._shared.items() if entry[0]() is not None}
+        self._shared[key] = weakref.ref(x), state, new
+        return new, count
+
+    def _counted(self, x: Tensor) -> Tensor:
+        mask = self._mask
+        return x if mask is None or x.ndim != 3 or x.shape[:2] != mask.shape else x[mask.to(x.device)]
+
+
+class Calls:
+    """How often one forward pass called each layer, in the order of the first calls: written into ``batch.calls``."""
+
+    def __init__(self, batch: Batch) -> None:
+        self.batch = batch
+        self._finite: dict[CalibrationLinear, Tensor] = {}
+
+    def observe(self, layer: CalibrationLinear, x: Tensor) -> None:
+        """Count a call of ``layer``."""
+        name = layer.names[0]
+        self.batch.calls[name] = self.batch.calls.get(name, 0) + 1
+        with untracked(x.device):
+            finite = torch.isfinite(x).all()
+            self._finite[layer] = finite & self._finite[layer] if layer in self._finite else finite
+
+    def check(self, batch: int) -> None:
+        """Refuse a pass with NaN or inf among the inputs of a layer.
+
+        Raises:
+            QuantizeError: it names the layer.
+        """
+        for layer, finite in self._finite.items():
+            if not bool(finite):
+                raise not_finite(layer, batch)
+
+
+def not_finite(layer: CalibrationLinear, batch: int) -> Exception:
+    """The error for NaN or inf in a batch."""
+    where = f"layer {layer.names[0]!r}"
+    return refusal(where, f"NaN or inf in batch {batch}", "finite inputs; the batch is not counted")
+
+
+def attention_mask(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Which tokens ``[b, t]`` are no padding, where the model is called with such an argument."""
+    try:
+        given = inspect.signature(root.forward).bind_partial(*args, **kwargs).arguments
+    except (TypeError, ValueError):
+        given = {}
+    mask = given.get("attention_mask", kwargs.get("attention_mask", given.get("kwargs", {}).get("attention_mask")))
+    # Masks of floats are added to scores: 0 means the opposite there.
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.is_floating_point():
+        return None
+    return mask != 0
+
+
+@contextmanager
+def untracked(device: torch.device) -> Iterator[None]:
+    """No gradients, no inference tensors and no autocast, whatever the caller has switched on."""
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
