@@ -94,9 +94,9 @@ def rounding_bound(layer, x):
         # The float form: weights (u), c products and the sum (v), product and sum with the bias (2 u). A packed
         # matmul: scale or zero and weight (2 u), and the rest likewise.
         packed = (7 * u + (2 * x.shape[-1] + 16) * v) * m
-        # Fixed point: half a step of the token, and what its rounding adds, on every weight.
-        step = tokens.abs().amax(1, keepdim=True) / (127 * 256)
-        return packed + (x.dtype != torch.bfloat16) * step * 0.51 * dequantize(s.weight).double().abs().sum(1)
+        # Fixed point: a step of the token on every weight.
+        step = tokens.abs().amax(1, keepdim=True) / (127 * 2**16)
+        return packed + (x.dtype != torch.bfloat16) * step * dequantize(s.weight).double().abs().sum(1)
     tokens = linear.smooth(x.flatten(0, -2), s.smoothing)
     entered = fake_quantize(tokens, linear.input_params(tokens, s.inputs, s.static), s.inputs)
     m = entered.double().abs() @ dequantize(s.weight).double().abs().T

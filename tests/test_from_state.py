@@ -271,3 +271,159 @@ def test_a_partly_calibrated_model_names_the_part():
     with pytest.raises(qz.QuantizeError, match="layer '0': 0 of 2 batches seen; accepted: 2 more"):
         qz.convert(model)
     assert [row.stage for row in qz.report(model).rows] == ["quantized", "calibrating"]
+
+
+def test_a_layer_under_two_names_must_be_the_same_in_the_state():
+    state = converted(CONFIGS["int4"]).state_dict()
+    for change in (
+        {"again.codes": state["again.codes"][:, :5]},
+        {"again.codes": torch.zeros_like(state["again.codes"])},
+        {"again.bias": state["again.bias"] + 1},
+    ):
+        fresh = Tied()
+        before = snapshot(fresh)
+        with pytest.raises(qz.QuantizeError, match=r"layer 'again': another '.*' than 'first'"):
+            qz.convert(fresh, from_state={**state, **change})
+        assert_same_snapshot(before, snapshot(fresh))
+
+
+class Migrating(nn.Module):
+    """Multiplies states of an older version by 10; refuses to be loaded where it is told to."""
+
+    _version = 2
+
+    def __init__(self, *, refuses=False):
+        super().__init__()
+        self.layer, self.factor, self.refuses = nn.Linear(64, 64), nn.Parameter(torch.ones(3)), refuses
+
+    def forward(self, x):
+        return self.layer(x)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *rest):
+        if self.refuses:
+            raise RuntimeError("not today")
+        if local_metadata.get("version", 1) < 2:
+            state_dict[prefix + "factor"] = state_dict[prefix + "factor"] * 10
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_modules_see_the_version_of_the_state_and_may_fail(device):
+    model = filled(Migrating())
+    qz.quantize(model, config())
+    qz.convert(model)
+    with torch.device(device):
+        fresh, failing = Migrating(), Migrating(refuses=True)
+    qz.convert(fresh, from_state=model.state_dict())
+    assert torch.equal(fresh.factor, model.factor)
+    with pytest.raises(RuntimeError, match="not today"):
+        qz.convert(failing, from_state=model.state_dict())
+    assert type(failing.layer) is nn.Linear
+
+
+@pytest.mark.parametrize("given", [config(), config(inputs=TOKEN)], ids=["weights", "token"])
+def test_tensors_that_do_not_belong_to_the_format_are_refused(given):
+    model = filled(nn.Sequential(nn.Linear(64, 64)))
+    qz.quantize(model, given)
+    model(PROBE)
+    qz.convert(model)
+    for key, value in (("zero_point", torch.full((64, 1), 5, dtype=torch.int8)), ("input_scale", torch.ones(1, 1))):
+        broken = {**model.state_dict(), f"0.{key}": value}
+        message = f"layer '0': '{key}' in the state; accepted: codes, scale with 64x64"
+        with pytest.raises(qz.QuantizeError, match=message):
+            qz.convert(nn.Sequential(nn.Linear(64, 64)), from_state=broken)
+        with pytest.raises(qz.QuantizeError, match=message):
+            model.load_state_dict(broken)
+
+
+def test_assigned_tensors_leave_the_meta_device():
+    model = filled(nn.Sequential(nn.Linear(64, 64)))
+    qz.quantize(model, config())
+    qz.convert(model)
+    fresh = copy.deepcopy(model).to("meta")
+    fresh.load_state_dict(model.state_dict(), assign=True)
+    assert torch.equal(fresh(PROBE), model(PROBE))
+
+
+class SharedBias(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(64))
+        self.first, self.second = nn.Linear(64, 64), nn.Linear(64, 64)
+        self.first.bias = self.second.bias = self.bias
+        self.register_buffer("shift", torch.ones(64))
+        self.part = nn.Module()
+        self.part.register_buffer("shift", self.shift)
+
+    def forward(self, x):
+        return self.second(self.first(x)) + self.bias + self.part.shift
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta", "partly"])
+def test_whatever_was_one_tensor_stays_one(device):
+    model = filled(SharedBias())
+    qz.quantize(model, config())
+    qz.convert(model)
+    with torch.device("meta" if device == "meta" else "cpu"):
+        fresh = SharedBias()
+    if device == "partly":
+        fresh.second = fresh.second.to("meta")
+        fresh.second.bias = fresh.bias
+    kept = None if device == "meta" else fresh.bias
+    qz.convert(fresh, from_state=model.state_dict())
+    assert torch.equal(fresh(PROBE), model(PROBE))
+    assert fresh.bias is fresh.first.bias is fresh.second.bias
+    assert fresh.shift is fresh.part.shift
+    if kept is not None:
+        # What was real is the same object, and no alias of the state.
+        assert kept is fresh.bias
+        with torch.no_grad():
+            fresh.bias.add_(1)
+        assert not torch.equal(fresh.bias, model.bias)
+
+
+def test_tensors_of_a_state_may_lie_as_they_like():
+    model = filled(nn.Sequential(nn.Linear(64, 64))).bfloat16()
+    qz.quantize(model, config())
+    qz.convert(model)
+    state = model.state_dict()
+    state["0.codes"] = state["0.codes"].T.contiguous().T
+    fresh = nn.Sequential(nn.Linear(64, 64)).bfloat16()
+    qz.convert(fresh, from_state=state)
+    with torch.no_grad():
+        assert torch.equal(fresh(PROBE.bfloat16()), model(PROBE.bfloat16()))
+    model.load_state_dict(state, assign=True)
+    with torch.no_grad():
+        assert torch.equal(fresh(PROBE.bfloat16()), model(PROBE.bfloat16()))
+
+
+def test_a_bias_alone_can_be_loaded():
+    model = filled(nn.Sequential(nn.Linear(64, 64)))
+    qz.quantize(model, config())
+    qz.convert(model)
+    found = model.load_state_dict({"0.bias": torch.full((64,), 3.0)}, strict=False)
+    assert found.missing_keys == ["0._extra_state"]
+    assert (model[0].bias == 3).all()
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"quantized_linear": 1},
+        {"weights": {"bits": 99}},
+        {"dtype": "foo"},
+        {"row": {}},
+        {"shape": [64]},
+        {"row": None},
+        {"weights": 3},
+    ],
+    ids=str,
+)
+def test_a_state_that_cannot_be_read_is_refused_by_name(extra):
+    model = filled(nn.Sequential(nn.Linear(64, 64)))
+    qz.quantize(model, config())
+    qz.convert(model)
+    state = model.state_dict()
+    state["0._extra_state"] = extra if "quantized_linear" in extra else {**state["0._extra_state"], **extra}
+    with pytest.raises(qz.QuantizeError, match="layer '0': a state that cannot be read"):
+        qz.convert(nn.Sequential(nn.Linear(64, 64)), from_state=state)

@@ -165,14 +165,14 @@ def test_a_processor_that_saturates_is_found_out(monkeypatch):
 
 
 def test_fixed_point_tokens_meet_their_bound():
-    for seed, outlier in ((0, 1.0), (1, 1e4), (2, 1e-4)):
+    for seed, outlier in ((0, 1.0), (1, 1e4), (2, 1e-4), (3, 1e35)):
         x = randn(50, 96, seed=seed)
         x[:, 3] *= outlier
         weight = round_to_nearest(randn(20, 96, seed=seed), Scheme(symmetric=seed == 1))
         exact = x.double() @ qz.core.dequantize(weight).double().T
-        step = x.abs().amax(1, keepdim=True).double() / (127 * 256)
+        step = x.abs().amax(1, keepdim=True).double() / (127 * 2**16)
         size = qz.core.dequantize(weight).double().abs()
-        bound = step * 0.51 * size.sum(1) + 8 * 2.0**-24 * (x.double().abs() @ size.T)
+        bound = step * size.sum(1) + 8 * 2.0**-24 * (x.double().abs() @ size.T)
         error = (cpu.fixed_point_linear(x, weight, None).double() - exact).abs()
         assert (error <= bound).all()
         # Rounding to steps is what is left: far below, the bound would say nothing.
@@ -359,5 +359,5 @@ def test_large_sums_cancel_without_a_trace():
     assert (weight.zero_point == -128).all()
     x = torch.rand(20, 256, generator=torch.Generator().manual_seed(0)) + 0.5
     error = cpu.fixed_point_linear(x, weight, None).double() - x[:, :1].double()
-    step = x.amax(1, keepdim=True).double() / (127 * 256)
-    assert (error.abs() <= 0.51 * step + 8 * 2.0**-24 * x[:, :1]).all()
+    step = x.amax(1, keepdim=True).double() / (127 * 2**16)
+    assert (error.abs() <= step + 8 * 2.0**-24 * x[:, :1]).all()

@@ -17,6 +17,7 @@ from quantize.shell.config import QuantizeWarning, parse, refusal, shown
 from quantize.shell.deployment import QuantizedLinear
 from quantize.shell.kernels import KERNELS
 from quantize.shell.plan import Plan, plan, swap
+from quantize.shell.recording import untracked
 from quantize.shell.report import Report
 
 
@@ -52,7 +53,7 @@ def quantize(model: nn.Module, config: object = None) -> None:
         weight = layer.module.weight
         key = (weight.shape[1], affine.working_dtype(weight), weight.device)
         if key not in initial:
-            with session.untracked(weight.device):
+            with untracked(weight.device):
                 initial[key] = algorithm.observer.init(key[0], dtype=key[1], device=key[2])
         layers[layer.module] = CalibrationLinear(layer.module, layer.names, parsed, initial[key])
     swap(model, layers)
@@ -113,11 +114,11 @@ def convert(model: nn.Module, *, kernel: str | None = None, from_state: Mapping[
     for layer in layers.values():
         if kernel is not None and layer.kernel != kernel:
             raise refusal(f"layer {layer.row.name!r}", f"kernel {kernel!r}", f"another kernel ({layer.reason})")
-    swap(model, layers)
     if from_state is None:
+        swap(model, layers)
         session.detach(model)
     else:
-        loading.load(model, from_state)
+        loading.load(model, from_state, layers)
 
 
 def _deployed(model: nn.Module, kernel: str | None) -> dict[nn.Module, QuantizedLinear]:

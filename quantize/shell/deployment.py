@@ -9,9 +9,11 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
 
 from quantize.core import LayerSpec, Solution
 from quantize.shell import saved
+from quantize.shell.config import refusal
 from quantize.shell.kernels import KERNELS, Layout, choose, reference
 from quantize.shell.report import Row
 
@@ -45,6 +47,8 @@ class QuantizedLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.row, self.wanted = row, kernel
+        # The names of the buffers that are the kernel's; others are a user's.
+        self._kept: tuple[str, ...] = ()
         self.register_parameter("bias", bias)
         self._hold(solved, dtype)
 
@@ -52,12 +56,12 @@ class QuantizedLinear(nn.Module):
         self.kernel, self.reason = choose(solved, self.bias, dtype, self.wanted)
         n, c = solved.weight.codes.shape
         self.layout = Layout(LayerSpec(solved.weight.scheme, solved.inputs), n, c, dtype)
-        self._buffers.clear()
-        self._non_persistent_buffers_set.clear()
         with torch.no_grad():
             held = KERNELS[self.kernel].prepare(solved, self.bias, dtype)
+        self._release()
         for name, tensor in held.items():
             self.register_buffer(name, tensor, persistent=False)
+        self._kept = tuple(held)
 
     @property
     def in_features(self) -> int:
@@ -80,18 +84,27 @@ class QuantizedLinear(nn.Module):
         return self.solution.effective_weight().to(self.layout.dtype)
 
     def _held(self) -> dict[str, Tensor]:
-        return {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
+        return {name: tensor for name in self._kept if (tensor := self._buffers[name]) is not None}
+
+    def _release(self) -> None:
+        for name in self._kept:
+            del self._buffers[name]
+            self._non_persistent_buffers_set.discard(name)
+        self._kept = ()
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Linear gives it
         """Compute with the kernel; see :func:`quantize.core.linear.quantized_linear`."""
-        if torch.is_autocast_enabled(input.device.type):
+        kind = input.device.type
+        if not input.is_floating_point():
+            raise refusal(f"layer {self.row.name!r}", f"inputs of {input.dtype}", "inputs in floating point")
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
             # It would round the matmul of the codes, which is exact as it stands.
-            with torch.autocast(input.device.type, enabled=False):
+            with torch.autocast(kind, enabled=False):
                 return self._forward(input)
         return self._forward(input)
 
     def _forward(self, x: Tensor) -> Tensor:
-        if x.requires_grad and torch.is_grad_enabled():
+        if (x.requires_grad and torch.is_grad_enabled()) or _has_tangent(x):
             # The operators of the other kernels have no derivative.
             return reference.compute(x, self.solution, self.bias)
         return KERNELS[self.kernel].forward(x, self._held(), self.layout, self.bias)
@@ -117,8 +130,14 @@ class QuantizedLinear(nn.Module):
         probe = fn(torch.empty(0, dtype=dtype, device=here))
         stays = (probe.dtype, probe.device) == (dtype, here)
         solved = None if stays else pytree.tree_map_only(Tensor, moved, self.solution)
-        self._buffers.clear()
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call] # torch leaves it bare
+        kept = self._kept
+        self._release()
+        try:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call] # torch leaves it bare
+        finally:
+            for name, tensor in held.items():
+                self.register_buffer(name, tensor, persistent=False)
+            self._kept = kept
         if solved is None:
             self._buffers.update({name: moved(tensor) for name, tensor in held.items()})
         else:
@@ -127,7 +146,10 @@ class QuantizedLinear(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # What a kernel holds may be of use on this processor only.
-        return {**self.__dict__, "_buffers": {}, "_held": reference.prepare(self.solution)}
+        others = {name: buffer for name, buffer in self._buffers.items() if name not in self._kept}
+        hidden = self._non_persistent_buffers_set - set(self._kept)
+        held = reference.prepare(self.solution)
+        return {**self.__dict__, "_buffers": others, "_non_persistent_buffers_set": hidden, "_kept": (), "_held": held}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         held = state.pop("_held")
@@ -152,12 +174,20 @@ class QuantizedLinear(nn.Module):
         own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
         others = {key: value for key, value in state_dict.items() if key.removeprefix(prefix) not in saved.TENSORS}
         solved = None
-        if own:
+        # Nothing of the layer but its bias: as ever, what is missing is listed.
+        if own.keys() & {*saved.TENSORS, saved.EXTRA}:
             solved = saved.solution(prefix.removesuffix("."), own, self.layout)
         super()._load_from_state_dict(others, prefix, local_metadata, *rest)
         if solved is not None:
             # As with parameters: copied, or with assign=True taken as they are.
-            copy = not local_metadata.get("assign_to_params_buffers", False)
-            device = self._held()["scale"].device
-            solved = pytree.tree_map_only(Tensor, lambda t: t.to(device, copy=copy), solved)
+            if not local_metadata.get("assign_to_params_buffers", False):
+                device = self._held()["scale"].device
+                solved = pytree.tree_map_only(Tensor, lambda t: t.to(device, copy=True), solved)
             self._hold(solved, self.layout.dtype)
+
+
+def _has_tangent(x: Tensor) -> bool:
+    # Forward-mode derivatives do not show in requires_grad.
+    if torch.compiler.is_compiling():
+        return False
+    return unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call] # torch leaves it bare

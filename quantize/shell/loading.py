@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from quantize.shell import saved
 from quantize.shell.config import QuantizeError, refusal, shown
 from quantize.shell.deployment import QuantizedLinear, adopt
+from quantize.shell.plan import swap
 
 
 def layers(model: nn.Module, state: object, kernel: str | None) -> dict[nn.Module, QuantizedLinear]:
@@ -35,30 +37,70 @@ def layers(model: nn.Module, state: object, kernel: str | None) -> dict[nn.Modul
             parts[name][last] = value
     rest = {key: value for key, value in state.items() if key.rpartition(".")[0] not in parts}
     built: dict[nn.Module, QuantizedLinear] = {}
+    first: dict[nn.Module, str] = {}
     for name, part in parts.items():
         module = _linear(model, name)
-        # A layer under two names is one layer.
-        if module not in built:
-            built[module] = _layer(name, part, module, kernel)
+        if module in built:
+            # A layer under two names is one layer.
+            _check_same(first[module], parts[first[module]], name, part)
+        else:
+            built[module], first[module] = _layer(name, part, module, kernel), name
     _check_rest(model, rest, parts)
     return built
 
 
-def load(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """Everything of ``state`` outside of the converted layers, into a model that :func:`layers` accepted."""
-    floats = [name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)]
-    rest = {key: value for key, value in state.items() if key.rpartition(".")[0] not in floats}
-    parameters = list(model.named_parameters(remove_duplicate=False))
-    meta = any(p.is_meta for _, p in parameters) or any(b.is_meta for b in model.buffers())
-    model.load_state_dict(rest, strict=False, assign=meta)
-    if not meta:
-        return
-    # Assigned one by one, what was one parameter under two names has become two.
-    first: dict[nn.Parameter, nn.Parameter] = {}
-    for name, old in parameters:
-        owner, _, key = name.rpartition(".")
-        module = model.get_submodule(owner)
-        module._parameters[key] = first.setdefault(old, module.get_parameter(key))
+def load(model: nn.Module, state: Mapping[str, Any], built: Mapping[nn.Module, QuantizedLinear]) -> None:
+    """Put ``built`` into the model, and all else that ``state`` holds: both as :func:`layers` accepted them."""
+    names = {name for name, module in model.named_modules(remove_duplicate=False) if module in built}
+    rest = {key: value for key, value in state.items() if key.rpartition(".")[0] not in names}
+    before = _tensors(model)
+    swap(model, built)
+    try:
+        for on_meta in (False, True):
+            part = {k: v for k, v in rest.items() if (k in before and before[k].is_meta) is on_meta}
+            if part:
+                model.load_state_dict(_with_versions(part, state), strict=False, assign=on_meta)
+    except BaseException:
+        swap(model, {new: old for old, new in built.items()})
+        raise
+    after = _tensors(model)
+    for old, new in built.items():
+        kept, loaded = old._parameters["bias"], new._parameters["bias"]
+        if kept is not None and loaded is not None and not kept.is_meta:
+            with torch.no_grad():
+                kept.copy_(loaded)
+            new._parameters["bias"] = kept
+    # Made one by one, what was one tensor under two names has become two.
+    made: dict[int, Tensor] = {}
+    for name in before.keys() & after.keys():
+        if before[name].is_meta:
+            owner, _, key = name.rpartition(".")
+            module = model.get_submodule(owner)
+            tensors = module._parameters if key in module._parameters else module._buffers
+            tensors[key] = made.setdefault(id(before[name]), after[name])  # type: ignore[assignment]
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers under all of their names."""
+    return dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
+
+
+def _with_versions(part: dict[str, Any], state: Mapping[str, Any]) -> dict[str, Any]:
+    # Modules read from here how old a state is.
+    ordered = OrderedDict(part)
+    if hasattr(state, "_metadata"):
+        ordered._metadata = state._metadata  # type: ignore[attr-defined] # an attribute that torch adds
+    return ordered
+
+
+def _check_same(first: str, part: Mapping[str, Any], second: str, other: Mapping[str, Any]) -> None:
+    for key in (*saved.TENSORS, "bias"):
+        a, b = part.get(key), other.get(key)
+        same = torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a is b
+        if not same:
+            raise refusal(
+                f"layer {second!r}", f"another {key!r} than {first!r}", "the same: in the model it is one layer"
+            )
 
 
 def _linear(model: nn.Module, name: str) -> nn.Linear:

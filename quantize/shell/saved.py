@@ -19,6 +19,7 @@ TENSORS = ("codes", "scale", "zero_point", "smoothing", "input_scale", "input_ze
 # Shape, and the dtypes that are accepted.
 _Form = tuple[tuple[int, ...], tuple[torch.dtype, ...]]
 _MARK, _VERSION = "quantized_linear", 1
+_DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
 
 
 def describe(layout: Layout, row: Row) -> dict[str, Any]:
@@ -42,7 +43,8 @@ def described(extra: object) -> bool:
 def row(extra: Mapping[str, Any]) -> Row:
     """The row of the report in what :func:`describe` makes."""
     known = extra["row"]
-    return Row(**{**known, "names": tuple(known["names"]), "shape": tuple(known["shape"])})
+    n, c = known["shape"]
+    return Row(**{**known, "names": tuple(known["names"]), "shape": (n, c)})
 
 
 def layout(name: str, extra: object) -> Layout:
@@ -54,10 +56,15 @@ def layout(name: str, extra: object) -> Layout:
     if not isinstance(extra, Mapping) or extra.get(_MARK) != _VERSION:
         found = "no such state" if extra is None else shown(extra)
         raise refusal(f"layer {name!r}", found, f"the state of a converted layer, version {_VERSION}")
-    inputs = extra["inputs"]
-    spec = LayerSpec(Scheme(**extra["weights"]), None if inputs is None else Scheme(**inputs))
-    n, c = extra["shape"]
-    return Layout(spec, n, c, getattr(torch, extra["dtype"]))
+    try:
+        row(extra)
+        inputs = extra["inputs"]
+        spec = LayerSpec(Scheme(**extra["weights"]), None if inputs is None else Scheme(**inputs))
+        n, c = extra["shape"]
+        return Layout(spec, n, c, _DTYPES[extra["dtype"]])
+    except (KeyError, TypeError, ValueError) as error:
+        told = f"a state that cannot be read ({type(error).__name__}: {error})"
+        raise refusal(f"layer {name!r}", told, "what a converted layer saves") from error
 
 
 def solution(name: str, held: Mapping[str, Any], expected: Layout) -> Solution:
@@ -70,7 +77,10 @@ def solution(name: str, held: Mapping[str, Any], expected: Layout) -> Solution:
     where, found = f"layer {name!r}", layout(name, held.get(EXTRA))
     if found != expected:
         raise refusal(where, _told(found), _told(expected))
-    for key, (shape, dtypes) in _forms(found, held).items():
+    forms = _forms(found, held)
+    for key in (key for key in TENSORS if key in held and key not in forms):
+        raise refusal(where, f"{key!r} in the state", f"{', '.join(forms)} with {_told(found)}")
+    for key, (shape, dtypes) in forms.items():
         tensor = held.get(key)
         accepted = f"{' or '.join(map(str, dtypes))} {list(shape)}"
         if not isinstance(tensor, Tensor):

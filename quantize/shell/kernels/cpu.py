@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from quantize.core import QTensor, Solution, linear
-from quantize.shell.kernels import nibbles, reference
+from quantize.shell.kernels import nibbles, packed, reference
 from quantize.shell.kernels.contract import Layout
 
 DEVICES = frozenset({"cpu"})
@@ -29,8 +29,10 @@ _FEW = 16
 _INT8PACK = 16
 # With fewer outputs, splitting the tokens costs more than the integer matmul saves.
 _OUTPUTS = 1024
-# The second operand of _int_mm is reordered at each call, unless there is one row: a loop wins for large weights.
-_ROWS, _LARGE = 8, 1 << 20
+# So many products of two int8 fill an int32.
+_LONGEST = 1 << 17
+# Fixed point: digits of a byte, the highest up to 127.
+_DIGITS = 3
 
 
 def obstacle(solved: Solution, _bias: Tensor | None, dtype: torch.dtype) -> str | None:
@@ -49,6 +51,8 @@ def obstacle(solved: Solution, _bias: Tensor | None, dtype: torch.dtype) -> str 
         return f"with fewer than {_OUTPUTS} outputs in {dtype} it is no faster"
     if c == 1:
         return "a single input: torch._int_mm misreads a column"
+    if c >= _LONGEST:
+        return f"{c} inputs: sums may not fit int32"
     return None if exact_int_mm() else "torch._int_mm is not exact on this processor"
 
 
@@ -59,6 +63,7 @@ def prepare(solved: Solution, _bias: Tensor | None, dtype: torch.dtype) -> dict[
         return nibbles.prepare(solved)
     held, n = reference.prepare(solved), len(weight.codes)
     if solved.inputs is None and dtype == torch.bfloat16:
+        held["codes"] = packed.aligned(held["codes"])
         held["row_scale"] = weight.scale.to(dtype).expand(n, 1).flatten().contiguous()
     return held
 
@@ -81,7 +86,7 @@ def forward(x: Tensor, held: Mapping[str, Tensor], layout: Layout, bias: Tensor 
     if "row_scale" not in held:
         y = fixed_point_linear(tokens, s.weight, bias)
     elif s.weight.zero_point is None and layout.c % _INT8PACK == 0 and few(tokens, _FEW):
-        y = torch._weight_int8pack_mm(tokens.contiguous(), s.weight.codes, held["row_scale"])
+        y = packed.int8pack_mm(tokens, s.weight.codes, held["row_scale"])
         y = y if bias is None else y + bias
     else:
         # bfloat16 holds all integers up to 256.
@@ -93,73 +98,58 @@ def forward(x: Tensor, held: Mapping[str, Tensor], layout: Layout, bias: Tensor 
 
 def few(tokens: Tensor, most: int) -> bool:
     """Whether ``tokens`` ``[t, c]`` are from 1 to ``most``; an exported graph is made for more."""
-    return not torch.compiler.is_exporting() and 0 < len(tokens) <= most
+    return not torch.compiler.is_exporting() and 0 < tokens.shape[0] <= most
 
 
 def fixed_point_linear(x: Tensor, weight: QTensor, bias: Tensor | None) -> Tensor:
     """``x W^T + bias`` of float tokens ``[t, c]`` and int8 weights, a scale a tensor or a channel, by integer matmuls.
 
-    A token is rounded to multiples of ``step = max|x| / (127 * 256)`` and split into two digits of base 256; the
-    product of each digit with the codes is exact. With ``u`` = 2^-24 and ``m = |x| |W|^T + |bias|``::
+    A token is rounded to multiples of ``step = max(max|x| / (127 * 2^16), 2^-126)``, which has 24 bits as float32 has,
+    and split into three digits of a byte; the product of each digit with the codes is exact. With ``u`` = 2^-24 and
+    ``m = |x| |W|^T + |bias|``::
 
-        |error| <= 0.51 * step * sum |W| + 8 u m
+        |error| <= step * sum |W| + 8 u m
 
-    1. ``x / step`` is at most 2^15, its rounding errors are below 0.01; rounding it to an integer adds 1/2;
-    2. the two sums become float32 and are added (``3 u``, a zero point in float64); two scales multiply (``2 u``),
-       and the bias is added (``u``).
+    1. ``x / step`` is at most 2^23: its rounding errors are below 1/2, and rounding it to an integer adds 1/2;
+    2. three sums become float32 (``u`` each) and are added (``2 u``; with a zero point all in float64); two scales
+       multiply (``2 u``), and the bias is added (``u``).
 
-    int8 weights have lost far more, whatever the inputs: half of a symmetric scale times ``max|x|`` is 128 ``step``
-    times the largest weight of the row. A token with NaN or inf gives NaN or inf.
+    A token with NaN or inf gives NaN or inf.
     """
-    t = len(x)
-    step = (x.abs().amax(1, keepdim=True).float() / (127 * 256)).clamp(min=torch.finfo(torch.float32).tiny)
-    fixed = torch.round(x / step).to(torch.int16)
-    # The low byte minus 128 is the low digit, in two's complement: its highest bit turned. The carry is in the high.
-    digits = (fixed + 0x80).bitwise_xor(0x80)[..., None].view(torch.int8)
-    # One call for both digits: the weight is read once.
-    sums = int_mm(digits.permute(2, 0, 1).reshape(2 * t, x.shape[1]), weight.codes).view(2, t, len(weight.codes))
+    t, c = x.shape
+    step = x.abs().amax(1, keepdim=True).float() / (127 * 256 ** (_DIGITS - 1))
+    step = step.clamp(min=torch.finfo(torch.float32).tiny)
+    fixed = torch.round(x / step).to(torch.int32)
+    # A byte minus 128 is a digit, in two's complement: its highest bit turned. The addition carries to the next.
+    offset = 0x80 * (1 + 256 + 256**2)
+    digits = (fixed + offset).bitwise_xor(offset)[..., None].view(torch.int8)[..., :_DIGITS]
+    # One call for all digits: the weight is read once.
+    sums = int_mm(digits.permute(2, 0, 1).reshape(_DIGITS * t, c), weight.codes)
     # With a zero point large sums cancel.
     wide = torch.float32 if weight.zero_point is None else torch.float64
-    total = sums[1].to(wide) * 256 + sums[0]
+    low, middle, high = sums.view(_DIGITS, t, weight.codes.shape[0]).to(wide).unbind()
+    total = (high * 256 + middle) * 256 + low
     if weight.zero_point is not None:
         total = total - fixed.sum(1, keepdim=True) * weight.zero_point.T.to(wide)
-    y: Tensor = total.float() * step * weight.scale.T
+    # The scales first: the total times one of them may overflow.
+    y: Tensor = total.float() * (step * weight.scale.T)
     return y if bias is None else y + bias
 
 
 def int_mm(a: Tensor, b: Tensor) -> Tensor:
     """:func:`quantize.core.linear.int_matmul` by ``torch._int_mm``."""
     if torch.compiler.is_exporting():
-        # In the operators of torch alone; a row of zeros, for the reason below.
+        # In the operators of torch alone. A row of zeros more: a single row may come with a stride that is misread.
         return torch._int_mm(torch.constant_pad_nd(a, (0, 0, 0, 1)), b.T)[:-1]
-    return _opaque_int_mm(a, b) if torch.compiler.is_compiling() else _int_mm(a, b)
-
-
-def _int_mm(a: Tensor, b: Tensor) -> Tensor:
-    # A compiler may hand over a single row with stride 0, which the operator misreads.
-    a = a if a.stride(0) else a.new_empty(a.shape).copy_(a)
-    if 1 < a.shape[0] <= _ROWS and b.numel() >= _LARGE:
-        return torch.cat([torch._int_mm(row, b.T) for row in torch.split(a, 1)])
-    return torch._int_mm(a, b.T)
-
-
-@torch.library.custom_op("quantize::int_mm", mutates_args=())
-def _opaque_int_mm(a: Tensor, b: Tensor) -> Tensor:
-    """As :func:`_int_mm`: a compiler leaves it alone."""
-    return _int_mm(a, b)
-
-
-@_opaque_int_mm.register_fake
-def _(a: Tensor, b: Tensor) -> Tensor:
-    return a.new_empty(a.shape[0], b.shape[0], dtype=torch.int32)
+    return packed.int_mm(a, b)
 
 
 @functools.cache
 def exact_int_mm() -> bool:
     """Whether ``torch._int_mm`` is exact here: without VNNI, sums of neighbours may saturate at 16 bits."""
-    random = torch.Generator().manual_seed(0)
+    random = torch.Generator("cpu").manual_seed(0)
     for t, n, c in ((1, 33, 1030), (2, 64, 64), (40, 7, 515)):
-        a, b = (torch.randint(0, 2, (rows, c), generator=random) * 255 - 128 for rows in (t, n))
+        a, b = (torch.randint(0, 2, (rows, c), generator=random, device="cpu") * 255 - 128 for rows in (t, n))
         a[0], b[0] = -128, -128
         a, b = a.to(torch.int8), b.to(torch.int8)
         if not torch.equal(torch._int_mm(a, b.T), linear.int_matmul(a, b)):

@@ -15,7 +15,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from quantize.core import Scheme, Solution, linear
-from quantize.shell.kernels import reference
+from quantize.shell.kernels import packed, reference
 from quantize.shell.kernels.contract import Layout
 
 _SIZES = (256, 128, 64, 32)
@@ -44,20 +44,22 @@ def prepare(solved: Solution) -> dict[str, Tensor]:
     n, c = weight.codes.shape
     size = _size(weight.scheme, c)
     assert size is not None
-    zero = torch.zeros_like(weight.scale) if weight.zero_point is None else -weight.zero_point * weight.scale
+    # The zero of the rounded scale: with that of the exact one, the errors of both would meet every input of a group.
+    scale = weight.scale.to(torch.bfloat16).to(weight.scale.dtype)
+    zero = torch.zeros_like(scale) if weight.zero_point is None else -weight.zero_point * scale
     # [1, 1], [n, 1] or [n, g] to a pair for each group of each row.
-    pairs = torch.stack([weight.scale, zero], -1).expand(n, -1, -1)
+    pairs = torch.stack([scale, zero], -1).expand(n, -1, -1)
     if weight.scheme.strategy != "group":
         pairs = repeat(pairs, "n 1 p -> n g p", g=c // size)
     del held["codes"]
-    packed = torch._convert_weight_to_int4pack_for_cpu(weight.codes.to(torch.int32) + 8, 1)
+    codes = torch._convert_weight_to_int4pack_for_cpu(weight.codes.to(torch.int32) + 8, 1)
     pairs = rearrange(pairs, "n g p -> g n p").to(torch.bfloat16).contiguous()
-    return {**held, "packed": packed, "scale_and_zero": pairs}
+    return {**held, "packed": codes, "scale_and_zero": pairs}
 
 
 def restore(held: Mapping[str, Tensor], layout: Layout) -> Solution:
     """See :class:`~quantize.shell.kernels.contract.Kernel`."""
-    return reference.solution(unpack(held["packed"], _block() or 1), held, layout)
+    return reference.solution(unpack(held["packed"], known_block()), held, layout)
 
 
 def forward(x: Tensor, held: Mapping[str, Tensor], layout: Layout, bias: Tensor | None) -> Tensor:
@@ -66,9 +68,8 @@ def forward(x: Tensor, held: Mapping[str, Tensor], layout: Layout, bias: Tensor 
     if x.dtype != pairs.dtype:
         return reference.compute(x, restore(held, layout), bias)
     tokens = linear.smooth(x.reshape(-1, layout.c), held.get("smoothing")).to(x.dtype)
-    if torch.compiler.is_exporting() or len(tokens) <= _MANY:
-        group = layout.c // len(pairs)
-        y = torch._weight_int4pack_mm_for_cpu(tokens.contiguous(), held["packed"], group, pairs)
+    if torch.compiler.is_exporting() or tokens.shape[0] <= _MANY:
+        y = packed.int4pack_mm(tokens, held["packed"], layout.c // len(pairs), pairs)
         y = y if bias is None else y + bias
     else:
         y = torch.nn.functional.linear(tokens, _dequantize(held, layout), bias)
@@ -77,7 +78,7 @@ def forward(x: Tensor, held: Mapping[str, Tensor], layout: Layout, bias: Tensor 
 
 def _dequantize(held: Mapping[str, Tensor], layout: Layout) -> Tensor:
     """The weight ``[n, c]``, a transposed view, in bfloat16: each product of a code and a scale is rounded once."""
-    block, scale = _block() or 1, held["scale_and_zero"][..., 0].contiguous()
+    block, scale = known_block(), held["scale_and_zero"][..., 0].contiguous()
     columns = rearrange(held["packed"].view(-1), "(n c d) -> n c d", c=layout.c, d=block // 2)
     codes = torch.cat([columns.bitwise_and(0xF), columns.bitwise_right_shift(4)], -1).view(torch.int8)
     codes = rearrange(rearrange(codes, "n c d -> c (n d)"), "(g k) n -> g k n", g=len(scale))
@@ -86,22 +87,29 @@ def _dequantize(held: Mapping[str, Tensor], layout: Layout) -> Tensor:
     return rearrange((codes - zero).to(scale.dtype) * scale[:, None], "g k n -> n (g k)")
 
 
-def unpack(packed: Tensor, block: int) -> Tensor:
+def unpack(words: Tensor, block: int) -> Tensor:
     """Undo ``_convert_weight_to_int4pack_for_cpu``: bytes ``[n, c / 2]`` to int8 codes ``[n, c]``.
 
     ``block`` rows lie together, column by column; a byte has row ``d`` below and row ``d + block / 2`` above.
     """
-    columns = rearrange(packed.view(-1), "(n c d) -> n c d", c=packed.shape[1] * 2, d=block // 2)
+    columns = rearrange(words.view(-1), "(n c d) -> n c d", c=words.shape[1] * 2, d=block // 2)
     codes = torch.cat([columns.bitwise_and(0xF), columns.bitwise_right_shift(4)], -1).to(torch.int8) - 8
     return rearrange(codes, "n c d -> (n d) c")
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def known_block() -> int:
+    """:func:`_block` where :func:`obstacle` found none."""
+    return _block() or 1
 
 
 @functools.cache
 def _block() -> int | None:
     """How many rows torch packs together on this processor; None where it is not as :func:`unpack` knows it."""
-    codes = torch.randint(-8, 8, (64, 32), generator=torch.Generator().manual_seed(0), dtype=torch.int8)
-    packed = torch._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32) + 8, 1)
-    return next((block for block in (64, 32) if torch.equal(unpack(packed, block), codes)), None)
+    random = torch.Generator("cpu").manual_seed(0)
+    codes = torch.randint(-8, 8, (64, 32), generator=random, dtype=torch.int8, device="cpu")
+    found = torch._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32) + 8, 1)
+    return next((block for block in (64, 32) if torch.equal(unpack(found, block), codes)), None)
 
 
 def _size(scheme: Scheme, c: int) -> int | None:

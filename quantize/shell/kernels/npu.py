@@ -44,7 +44,10 @@ def obstacle(solved: Solution, bias: Tensor | None, dtype: torch.dtype) -> str |
         # The sum of the products may come on top.
         low, high = -(2**31) + c * 2**14, 2**31 - 1 - c * 2**14
         fits = bool((folded >= low).all() & (folded <= high).all())
-        return None if fits else "bias and zero point of the inputs do not fit the int32 bias of npu_quant_matmul"
+        if not fits:
+            return "bias and zero point of the inputs do not fit the int32 bias of npu_quant_matmul"
+        multiplier = _multiplier(solved)
+        return None if bool(multiplier.isfinite().all()) else "an input scale too small to be divided by in float32"
     if not inputs.symmetric:
         return "npu_dynamic_quant is symmetric"
     return None if solved.smoothing is None else _loss(1 / solved.smoothing, dtype)
@@ -60,18 +63,15 @@ def _obstacle_of_weights(weight: QTensor, dtype: torch.dtype) -> str | None:
     return _loss(weight.scale, dtype)
 
 
-def prepare(solved: Solution, bias: Tensor | None, dtype: torch.dtype) -> dict[str, Tensor]:
+def prepare(solved: Solution, _bias: Tensor | None, dtype: torch.dtype) -> dict[str, Tensor]:
     """See :class:`~quantize.shell.kernels.contract.Kernel`; the exact parameters stay beside the operators' own."""
     weight, held = solved.weight, reference.prepare(solved)
     if solved.static is not None:
-        multiplier = 1 / (solved.static.scale.flatten() * (1 if solved.smoothing is None else solved.smoothing))
-        held["input_multiplier"] = multiplier.float()
+        held["input_multiplier"] = multiplier = _multiplier(solved)
         if solved.static.zero_point is not None:
             held["input_offset"] = solved.static.zero_point.float().flatten().expand_as(multiplier).contiguous()
-        device = weight.codes.device
-        held["output_scale"] = _output_scale(solved, dtype).to(device)
-        if bias is not None or solved.static.zero_point is not None:
-            held["output_bias"] = _folded_bias(solved, bias, dtype).to(torch.int32).to(device)
+            held["output_offset"] = _folded_bias(solved, None, dtype).to(torch.int32).to(weight.codes.device)
+        held["output_scale"] = _output_scale(solved, dtype).to(weight.codes.device)
     elif solved.inputs is None:
         if weight.scheme.bits == 4:
             held["codes"] = packing.pack_int4(weight.codes.T, torch.int32).contiguous()
@@ -94,6 +94,8 @@ def restore(held: Mapping[str, Tensor], layout: Layout) -> Solution:
 
 def forward(x: Tensor, held: Mapping[str, Tensor], layout: Layout, bias: Tensor | None) -> Tensor:
     """See :class:`~quantize.shell.kernels.contract.Kernel`."""
+    if x.dtype != layout.dtype:
+        return reference.compute(x, restore(held, layout), bias)
     # The operators refuse tensors without elements.
     if x.numel() == 0:
         return x.new_zeros(*x.shape[:-1], layout.n)
@@ -101,15 +103,15 @@ def forward(x: Tensor, held: Mapping[str, Tensor], layout: Layout, bias: Tensor 
     if layout.spec.inputs is None:
         y = _weight_only(tokens, held, layout, bias)
     elif "input_scale" in held:
-        y = _static(tokens, held, layout)
+        y = _static(tokens, held, layout, bias)
     else:
         y = _dynamic(tokens, held, layout, bias)
-    return y.to(x.dtype).reshape(*x.shape[:-1], layout.n)
+    return y.reshape(*x.shape[:-1], layout.n)
 
 
 def _weight_only(x: Tensor, held: Mapping[str, Tensor], layout: Layout, bias: Tensor | None) -> Tensor:
     codes, scale = held["codes"], held["antiquant_scale"]
-    tokens = linear.smooth(x, held.get("smoothing")).to(scale.dtype)
+    tokens = linear.smooth(x, held.get("smoothing")).to(x.dtype)
     # The documented bias is float32 for bfloat16, and float16 for float16.
     bias = bias if bias is None or scale.dtype == torch.float16 else bias.float()
     return torch.ops.npu.npu_weight_quant_batchmatmul(  # type: ignore[no-any-return] # operators are untyped
@@ -122,15 +124,20 @@ def _weight_only(x: Tensor, held: Mapping[str, Tensor], layout: Layout, bias: Te
     )
 
 
-def _static(x: Tensor, held: Mapping[str, Tensor], layout: Layout) -> Tensor:
+def _static(x: Tensor, held: Mapping[str, Tensor], layout: Layout, bias: Tensor | None) -> Tensor:
     multiplier, offset = held["input_multiplier"], held.get("input_offset")
     # In float32: scales of 16 bits would move codes.
     codes = torch.ops.npu.npu_quantize(x.float(), multiplier, offset, torch.qint8, -1, False)
-    return _quant_matmul(codes, held, layout, bias=held.get("output_bias"))
+    total = held.get("output_offset")
+    if bias is not None:
+        # In units of the sum; anew at each call, since a bias may be written to.
+        units = torch.round(bias.float() / held["output_scale"]).to(torch.int32)
+        total = units if total is None else units + total
+    return _quant_matmul(codes, held, layout, bias=total)
 
 
 def _dynamic(x: Tensor, held: Mapping[str, Tensor], layout: Layout, bias: Tensor | None) -> Tensor:
-    codes, scale = torch.ops.npu.npu_dynamic_quant(x.to(layout.dtype), smooth_scales=held.get("smooth_scales"))
+    codes, scale = torch.ops.npu.npu_dynamic_quant(x, smooth_scales=held.get("smooth_scales"))
     return _quant_matmul(codes, held, layout, pertoken_scale=scale, bias=None if bias is None else bias.float())
 
 
@@ -139,6 +146,13 @@ def _quant_matmul(codes: Tensor, held: Mapping[str, Tensor], layout: Layout, **m
     return torch.ops.npu.npu_quant_matmul(  # type: ignore[no-any-return] # operators are untyped
         codes, held["codes"].T, held["output_scale"], output_dtype=layout.dtype, **more
     )
+
+
+def _multiplier(solved: Solution) -> Tensor:
+    """``1 / (input scale * smoothing)``, float32 ``[c]`` or ``[1]``."""
+    assert solved.static is not None
+    scale = solved.static.scale.flatten()
+    return (1 / (scale if solved.smoothing is None else scale * solved.smoothing)).float()
 
 
 def _output_scale(solved: Solution, dtype: torch.dtype) -> Tensor:

@@ -28,7 +28,7 @@ def prepare(solved: Solution, _bias: Tensor | None = None, _dtype: torch.dtype |
         "input_scale": static.scale,
         "input_zero_point": static.zero_point,
     }
-    return {name: tensor for name, tensor in kept.items() if tensor is not None}
+    return {name: tensor.contiguous() for name, tensor in kept.items() if tensor is not None}
 
 
 def restore(held: Mapping[str, Tensor], layout: Layout) -> Solution:

@@ -1,0 +1,223 @@
+"""What kernels must bear: addresses, strides, compilers, huge and tiny numbers, failures half-way."""
+
+import copy
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+import quantize as qz
+from quantize.core import QTensor, Scheme, Solution, dequantize, round_to_nearest
+from quantize.shell.kernels import cpu, nibbles
+from tests.models import TENSOR, TOKEN, config, filled, randn, rounding_bound
+from tests.test_kernels import FLOATS, INT4, TOKENWISE, layer, solved
+
+SCHEMES = [Scheme(), Scheme(symmetric=False), Scheme(4, True, "group", 64)]
+every_scheme = pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+every_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=str)
+
+
+@every_scheme
+@every_dtype
+@pytest.mark.parametrize("t", [1, 3, 20, 130])
+def test_addresses_and_strides_do_not_matter(scheme, dtype, t):
+    served = layer(solved(scheme), dtype)
+    if served.kernel == "reference":
+        pytest.skip("the float matmul of torch orders its sums by strides")
+    x = randn(t, 256).to(dtype)
+    shifted = torch.empty(t * 256 + 1, dtype=dtype)[1:].view(t, 256).copy_(x)
+    padded = torch.empty(t, 257, dtype=dtype)[:, 1:].copy_(x)
+    with torch.no_grad():
+        expected = served(x)
+        for other in (shifted, padded, x.T.contiguous().T, x[None].transpose(1, 2).contiguous().transpose(1, 2)[0]):
+            assert torch.equal(served(other), expected)
+        assert torch.equal(served(x[:1].expand(3, 256)), served(x[:1].repeat(3, 1)))
+
+
+def test_codes_at_odd_addresses_are_taken():
+    solution = solved(Scheme())
+    codes = torch.empty(1024 * 256 + 8, dtype=torch.int8)[8:].view(1024, 256).copy_(solution.weight.codes)
+    odd = Solution(QTensor(codes, solution.weight.scale, None, Scheme()))
+    with torch.no_grad():
+        for t in (1, 8):
+            x = randn(t, 256).bfloat16()
+            assert torch.equal(layer(odd, torch.bfloat16)(x), layer(solution, torch.bfloat16)(x))
+
+
+def test_sums_that_may_leave_int32_are_for_the_reference():
+    for inputs in (None, TOKENWISE):
+        long = Solution(round_to_nearest(torch.ones(1024, 1 << 17), Scheme()), inputs)
+        assert "sums may not fit int32" in cpu.obstacle(long, None, torch.float32)
+    short = layer(Solution(round_to_nearest(torch.ones(1024, (1 << 17) - 1), Scheme())), torch.float32, bias=False)
+    with torch.no_grad():
+        y = short(torch.ones(1, (1 << 17) - 1))
+    assert ((y - ((1 << 17) - 1)).abs() <= 4).all()
+
+
+@pytest.mark.parametrize("size", [1e34, 1e-25])
+def test_huge_and_tiny_tokens(size):
+    served, plain = (
+        layer(solved(Scheme()), torch.float32, kernel=kernel, bias=False) for kernel in ("cpu", "reference")
+    )
+    x = randn(4, 256) * size
+    with torch.no_grad():
+        y, expected = served(x), plain(x)
+    assert torch.isfinite(y).all()
+    assert ((y.double() - expected.double()).abs() <= rounding_bound(served, x)).all()
+
+
+def test_channels_of_weight_zero_hide_no_inputs():
+    weight = randn(1024, 256)
+    weight[:, 7] = 0
+    served = layer(Solution(round_to_nearest(weight, Scheme())), torch.float32, bias=False)
+    x = randn(5, 256)
+    x[:, 7] = 2e3
+    with torch.no_grad():
+        error = served(x).double() - x.double() @ dequantize(served.solution.weight).double().T
+    # 24 bits of 2000, on inputs of 1.
+    assert error.norm() <= 2e3 * 2.0**-22 * (served.weight.abs().sum(1).norm() * 5**0.5)
+    assert error.norm() <= 1e-3 * served(x).norm()
+
+
+def test_scale_and_zero_of_int4_cancel_as_far_as_bfloat16_goes():
+    weight = torch.zeros(64, 256)
+    weight[:, 0], weight[:, 1] = torch.linspace(0.1, 3, 64), torch.linspace(-2, -0.1, 64)
+    q = round_to_nearest(weight, Scheme(4, False, "group", 256))
+    served = layer(Solution(q), torch.bfloat16, bias=False)
+    if served.kernel != "cpu":
+        pytest.skip(served.reason)
+    x = torch.ones(1, 256).bfloat16()
+    x[:, :2] = 0
+    with torch.no_grad():
+        y = served(x).double()
+    # One rounding of zero_point * scale, and none of the scale: half of what both would leave.
+    bound = 254 * 2.0**-8 * (q.zero_point.double().abs() * q.scale.double() * (1 + 2.0**-8)).flatten()
+    assert (y.abs() <= bound * (1 + 2.0**-8)).all()
+
+
+def test_probes_run_on_the_cpu_whatever_the_default_device():
+    cpu.exact_int_mm.cache_clear()
+    nibbles._block.cache_clear()
+    with torch.device("meta"):
+        fresh = nn.Sequential(nn.Linear(256, 1024), nn.Linear(1024, 64)).bfloat16()
+    model = filled(nn.Sequential(nn.Linear(256, 1024), nn.Linear(1024, 64))).bfloat16()
+    qz.quantize(model, config(weights=INT4))
+    qz.convert(model)
+    with torch.device("meta"):
+        qz.convert(fresh, from_state=model.state_dict())
+        assert cpu.exact_int_mm() in (True, False)
+    with torch.no_grad():
+        x = randn(2, 256).bfloat16()
+        assert torch.equal(fresh(x), model(x))
+
+
+def test_forward_on_the_meta_device():
+    for dtype in FLOATS:
+        model = nn.Sequential(layer(solved(Scheme()), dtype)).to("meta")
+        assert model(torch.empty(3, 256, dtype=dtype, device="meta")).shape == (3, 1024)
+
+
+def test_integers_are_refused_by_name():
+    served = layer(solved(Scheme()), torch.float32)
+    with pytest.raises(
+        qz.QuantizeError, match=r"layer 'layer': inputs of torch\.int64; accepted: inputs in floating point"
+    ):
+        served(torch.ones(2, 256, dtype=torch.int64))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own
+@every_scheme
+@every_dtype
+def test_derivatives_forward_and_backward_are_those_of_the_reference(scheme, dtype):
+    served = layer(solved(scheme), dtype)
+    plain = layer(solved(scheme), dtype, kernel="reference")
+    x, v = randn(3, 256).to(dtype), randn(3, 256, seed=1).to(dtype)
+    for a, b in zip(torch.func.jvp(served, (x,), (v,)), torch.func.jvp(plain, (x,), (v,)), strict=True):
+        assert torch.equal(a, b)
+    a, b = (torch.func.grad(lambda x, f=f: f(x).float().sum())(x) for f in (served, plain))
+    assert torch.equal(a, b)
+
+
+def test_a_failing_conversion_leaves_the_layer():
+    model = nn.Sequential(layer(solved(Scheme(4, True, "group", 64)), torch.bfloat16))
+    x = randn(3, 256).bfloat16()
+    with torch.no_grad():
+        expected = model(x)
+
+    def failing(tensor):
+        if tensor.numel():
+            raise RuntimeError("no memory")
+        return tensor.float()
+
+    for module in (model, model[0]):
+        with pytest.raises(RuntimeError, match="no memory"):
+            module._apply(failing)
+        with torch.no_grad():
+            assert torch.equal(model(x), expected)
+
+
+def test_swapped_parameters_that_cannot_be_leave_the_layer(monkeypatch):
+    served = layer(solved(Scheme()), torch.float32)
+    reference = weakref.ref(served.bias)
+    monkeypatch.setattr(torch.__future__, "_swap_module_params_on_conversion", True)
+    with pytest.raises(RuntimeError):
+        served.half()
+    monkeypatch.undo()
+    assert reference() is served.bias
+    assert served(randn(2, 256)).shape == (2, 1024)
+
+
+def test_buffers_of_a_user_stay():
+    served = layer(solved(Scheme(4, True, "group", 64)), torch.float32)
+    served.register_buffer("mine", torch.arange(3.0))
+    served.register_buffer("hidden", torch.arange(2), persistent=False)
+    model = nn.Sequential(served)
+    for _ in range(2):
+        model = copy.deepcopy(model).bfloat16()
+        model.load_state_dict(model.state_dict())
+        assert torch.equal(model[0].mine, torch.arange(3.0).bfloat16())
+        assert torch.equal(model[0].hidden, torch.arange(2))
+        assert {"0.mine"} == {key for key in model.state_dict() if "mine" in key or "hidden" in key}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # the compiler's own
+@pytest.mark.parametrize("scheme", [Scheme(), Scheme(4, False, "group", 64)], ids=str)
+def test_compiled_graphs_take_strides_prefill_and_gradients(scheme):
+    torch._dynamo.reset()
+    served = layer(solved(scheme), torch.bfloat16)
+    compiled = torch.compile(lambda x: served(x.flatten(2).transpose(1, 2)), fullgraph=True)
+    with torch.no_grad():
+        for t in (4, 100):
+            x = randn(1, 256, t, 1).bfloat16()
+            torch.testing.assert_close(compiled(x), served(x.flatten(2).transpose(1, 2)), rtol=0.02, atol=0.05)
+    x = randn(1, 256, 3, 1).bfloat16().requires_grad_()
+    compiled(x).float().sum().backward()
+    expected = torch.func.grad(lambda x: served(x.flatten(2).transpose(1, 2)).float().sum())(x.detach())
+    torch.testing.assert_close(x.grad, expected, rtol=0.02, atol=0.05 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("strict", [True, False])
+def test_fixed_point_exports_for_any_number_of_tokens(symmetric, strict):
+    served = nn.Sequential(layer(solved(Scheme(symmetric=symmetric)), torch.float32))
+    x = randn(2, 7, 256)
+    shapes = ({0: torch.export.Dim("b"), 1: torch.export.Dim("s")},)
+    with torch.no_grad():
+        exported = torch.export.export(served, (x,), dynamic_shapes=shapes, strict=strict).module()
+        for b, s in ((2, 7), (3, 2), (4, 30)):
+            x = randn(b, s, 256)
+            assert ((exported(x) - served(x)).abs().flatten(0, 1) <= rounding_bound(served[0], x)).all()
+
+
+def test_a_bias_may_be_written_to(monkeypatch):
+    for given in (config(), config(inputs=TOKEN), config(inputs=TENSOR)):
+        model = filled(nn.Sequential(nn.Linear(64, 1024)))
+        qz.quantize(model, given)
+        model(randn(5, 64))
+        qz.convert(model)
+        x = randn(2, 64)
+        with torch.no_grad():
+            before = model(x)
+            model[0].bias.add_(1)
+            assert ((model(x) - before - 1).abs() <= 1e-5).all()
