@@ -153,6 +153,7 @@ def report(model: nn.Module) -> Report:
         tuple(rows),
         tuple(skipped for each in found for skipped in each.skipped),
         tuple(word for each in found for word in each.unmatched),
+        tuple(remark for each in found for remark in each.remarks),
     )
 
 

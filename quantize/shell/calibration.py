@@ -61,13 +61,14 @@ class CalibrationLinear(nn.Module):
                 input, s.weight, self.bias, inputs=s.inputs, smoothing=s.smoothing, static=s.static
             )
 
-    def restart(self) -> None:
+    def initial(self) -> Any:
+        """The statistics before the first token."""
+        weight, observer = self.weight, self.config.algorithm.observer
+        return observer.init(self.in_features, dtype=affine.working_dtype(weight), device=weight.device)
+
+    def restart(self, initial: Any) -> None:
         """Forget what was learned of the inputs."""
-        weight = self.weight
-        self.statistics = self.config.algorithm.observer.init(
-            self.in_features, dtype=affine.working_dtype(weight), device=weight.device
-        )
-        self.tokens = 0
+        self.statistics, self.tokens = initial, 0
 
     def solve(self) -> None:
         """Compute the solution from the statistics, which are dropped; without tokens, fall back to minmax.

@@ -44,13 +44,14 @@ class Row:
 class Report:
     """One row a quantized layer, one entry a module left in floating point with its reason.
 
-    ``unmatched``: entries of ``skip_layers`` that matched no name. Prints as a table; :meth:`as_dict` gives plain
-    values, ready for JSON.
+    ``unmatched``: entries of ``skip_layers`` that matched no name. ``remarks``: what else was not done as asked. Prints
+    as a table; :meth:`as_dict` gives plain values, ready for JSON.
     """
 
     rows: tuple[Row, ...]
     skipped: tuple[Skipped, ...]
     unmatched: tuple[str, ...]
+    remarks: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers."""
@@ -58,6 +59,7 @@ class Report:
             "layers": [_plain(row) for row in self.rows],
             "skipped": [asdict(skipped) for skipped in self.skipped],
             "unmatched_skip_layers": list(self.unmatched),
+            "remarks": list(self.remarks),
         }
 
     def __str__(self) -> str:
@@ -72,6 +74,7 @@ class Report:
         slower = [f"{reason}: {', '.join(row.name for row in self.rows if row.kernel_reason == reason)}"
                   for reason in reasons]  # fmt: skip
         for title, entries in (
+            ("not as asked", list(self.remarks)),
             ("why not a faster kernel", slower),
             ("left in floating point", [f"{s.name or 'the model'}: {s.reason}" for s in self.skipped]),
             ("entries of skip_layers that matched nothing", [repr(word) for word in self.unmatched]),

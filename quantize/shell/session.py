@@ -176,9 +176,11 @@ def _solve_in_stages(root: nn.Module) -> None:
 
 
 def _observe(replay: stages.Replay, place: int, members: list[CalibrationLinear], batches: list[Batch]) -> None:
-    # Of an interrupted solve nothing may be counted twice.
+    # Of an interrupted solve nothing may be counted twice. Equal channels start from one state: see Recorder.
+    initial: dict[Any, Any] = {}
     for layer in members:
-        layer.restart()
+        key = (layer.in_features, layer.weight.dtype, layer.weight.device)
+        layer.restart(initial.setdefault(key, layer.initial()))
     for number, batch in enumerate(batches):
         expected = {layer: batch.calls[layer.names[0]] for layer in members if layer.names[0] in batch.calls}
         if not expected:

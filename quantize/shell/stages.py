@@ -127,14 +127,17 @@ class Replay:
         if run is None or run.inside:
             return forward(*args, **kwargs)
         event = (place, run.way.count(place))
-        run.watch.end()
         if place == run.place and not event[1]:
             run.forget()
         run.way.append(place)
-        run.events.append(event)
+        given = run.watch.events((args, kwargs))
         remembered = run.memory.get(event)
         output = remembered.give() if remembered is not None else self._compute(run, event, forward, args, kwargs)
-        run.watch.begin(event, output)
+        # What is remembered does not depend on the arguments any more.
+        if event in run.memory:
+            run.given.add(event)
+            given = frozenset({event})
+        run.watch.mark(output, given)
         if place == run.place and run.complete():
             raise _Done
         return output
@@ -172,7 +175,7 @@ class _Run:
         self.place, self.memory, self.keep = place, memory, keep
         self._expected, self._watching = expected, watching
         self.way: list[int] = []
-        self.events: list[Event] = []
+        self.given: set[Event] = set()
         self.inside = False
         self.watch = Watch()
 
@@ -182,7 +185,8 @@ class _Run:
         return all(calls[layer] >= number for layer, number in self._expected.items())
 
     def forget(self) -> None:
-        """Free the outputs that nothing can read any more; the last one is what the stage is called with."""
-        for event in self.events[:-1]:
-            if not self.keep and event in self.memory and self.watch.gone(event):
+        """Free the outputs that nothing can read any more."""
+        needed = self.watch.needed()
+        for event in self.given - needed:
+            if not self.keep:
                 self.memory[event].free()

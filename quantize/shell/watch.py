@@ -23,11 +23,11 @@ class Output:
     def __init__(self, value: Any) -> None:
         leaves, self._structure = pytree.tree_flatten(copied(value))
         self._leaves: list[Any] = leaves
-        self._freed = False
+        self.freed = False
 
     def give(self) -> Any:
         """Tensors that the receiver may write to; zeros once :meth:`free` was called."""
-        if self._freed:
+        if self.freed:
             made = [torch.zeros(leaf[0], dtype=leaf[1], device=leaf[2]) if isinstance(leaf, tuple) else leaf
                     for leaf in self._leaves]  # fmt: skip
         else:
@@ -38,45 +38,47 @@ class Output:
         """Forget the numbers."""
         self._leaves = [(leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else leaf
                         for leaf in self._leaves]  # fmt: skip
-        self._freed = True
+        self.freed = True
 
 
 class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch leaves it bare
-    """Follows what runs between the calls of stages: whether anything of a stage's output can still be read.
+    """Follows what runs between the calls of stages: which outputs of theirs are in the tensors that are still alive.
 
-    For each call: the storages of its output, and of all that was computed until the next call. Once they are gone,
-    what is left of the output is what Python read from it: then the output counts as needed for ever.
+    Every operator hands the events in its arguments on to its results and to what it writes to. What Python reads of a
+    tensor, a number or a length, escapes: then the events in it count as needed for ever.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._storages: dict[Event, list[StorageWeakRef]] = {}
-        self._read: set[Event] = set()
-        self._open: Event | None = None
+        self._alive: dict[int, tuple[Any, frozenset[Event]]] = {}
+        self._read: frozenset[Event] = frozenset()
 
-    def begin(self, event: Event, output: Any) -> None:
-        """The call ``event`` returns ``output``."""
-        self._open, self._storages[event] = event, []
-        self._hold(output)
+    def mark(self, value: Any, events: frozenset[Event]) -> None:
+        """From now on ``events`` are in the tensors of ``value``, besides what was in them."""
+        for leaf in pytree.tree_leaves(value):
+            if isinstance(leaf, Tensor) and events:
+                # As long as there is a weak reference, no other storage has this address.
+                make: Any = StorageWeakRef
+                reference = make(leaf.untyped_storage())
+                _, before = self._alive.get(reference.cdata, (None, frozenset()))
+                self._alive[reference.cdata] = reference, before | events
 
-    def end(self) -> None:
-        """The next call begins."""
-        self._open = None
+    def events(self, value: Any) -> frozenset[Event]:
+        """What is in the tensors of ``value``."""
+        found = [self._alive.get(leaf.untyped_storage()._cdata) for leaf in pytree.tree_leaves(value)
+                 if isinstance(leaf, Tensor)]  # fmt: skip
+        return frozenset().union(*(entry[1] for entry in found if entry is not None))
 
-    def gone(self, event: Event) -> bool:
-        """Whether nothing that runs later can depend on the output of ``event``."""
-        storages: list[Any] = self._storages[event]
-        return event not in self._read and all(storage.expired() for storage in storages)
-
-    def _hold(self, value: Any) -> None:
-        if self._open is not None:
-            tensors = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
-            make: Any = StorageWeakRef
-            self._storages[self._open] += [make(tensor.untyped_storage()) for tensor in tensors]
+    def needed(self) -> frozenset[Event]:
+        """What anything that runs later can depend on."""
+        self._alive = {key: entry for key, entry in self._alive.items() if not entry[0].expired()}
+        return self._read.union(*(events for _, events in self._alive.values()))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if self._open is not None and _READ_BY_PYTHON.intersection(func.tags):
-            self._read.add(self._open)
-        self._hold(result)
+        events = self.events((args, kwargs))
+        if events:
+            if _READ_BY_PYTHON.intersection(func.tags):
+                self._read |= events
+            self.mark((result, args, kwargs) if func._schema.is_mutable else result, events)
         return result

@@ -1,0 +1,564 @@
+"""Calibration stage by stage, against a plain oracle that remembers and frees nothing, on models of every shape."""
+
+import copy
+import io
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import quantize as qz
+from quantize.core import LayerSpec, Scheme, gptq, gram, linear
+from quantize.shell import stages
+from quantize.shell.calibration import CalibrationLinear
+from tests.models import config, filled, randn
+
+C = 32
+GROUP = {"type": "int4", "symmetric": True, "strategy": "channel"}
+SPEC = LayerSpec(Scheme(4))
+
+
+def given(batch_num=3, *, sequential=True, algorithm="gptq", **rest):
+    return config({algorithm: {"sequential": sequential}}, weights=GROUP, batch_num=batch_num, **rest)
+
+
+class Block(nn.Module):
+    def __init__(self, c=C):
+        super().__init__()
+        self.up, self.gate, self.down = nn.Linear(c, 2 * c), nn.Linear(c, 2 * c), nn.Linear(2 * c, c)
+
+    def forward(self, x):
+        return x + self.down(self.up(x) * torch.sigmoid(self.gate(x)))
+
+
+class Chain(nn.Module):
+    def __init__(self, depth=4):
+        super().__init__()
+        self.first = nn.Linear(C, C)
+        self.blocks = nn.ModuleList(Block() for _ in range(depth))
+        self.norm, self.head = nn.LayerNorm(C), nn.Linear(C, 8)
+
+    def forward(self, x):
+        x = self.first(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+class UShape(Chain):
+    def forward(self, x):
+        kept, x = [], self.first(x)
+        for i, block in enumerate(self.blocks):
+            x = block(x + kept[-(i - 1)] if i > 2 else x)
+            kept.append(x)
+        return self.head(kept[0] * kept[-1])
+
+
+class Collected(Chain):
+    """Keeps nothing of a stage but what is computed from it."""
+
+    def forward(self, x):
+        kept, x = [], self.first(x)
+        for block in self.blocks:
+            x = block(x)
+            kept.append(self.norm(x) * 2)
+        return self.head(sum(kept))
+
+
+class Read(Chain):
+    """Keeps nothing of a stage but a number that Python read."""
+
+    def forward(self, x):
+        x, scale = self.first(x), 1.0
+        for block in self.blocks:
+            x = block(x / scale)
+            scale = x.abs().max().item()
+        return self.head(x * scale)
+
+
+class Late(Chain):
+    """Reads the number two stages late."""
+
+    def forward(self, x):
+        x, scales = self.first(x), [1.0, 1.0]
+        for block in self.blocks:
+            x = block(x / scales[-2])
+            scales.append(x.std().item())
+        return self.head(x)
+
+
+class Repeated(Chain):
+    def forward(self, x):
+        x = self.first(x)
+        for i in (0, 0, 1, 0, 2):
+            x = self.blocks[i](x.tanh())
+        return self.head(x)
+
+
+class Branching(Chain):
+    def forward(self, x):
+        x = self.first(x)
+        for block in self.blocks:
+            if x.mean() > 0 or block is self.blocks[0]:
+                x = block(x)
+            x = x - 0.3
+        return self.head(x)
+
+
+class NoList(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(C, C) for _ in range(4))
+
+    def forward(self, x):
+        return self.o(torch.softmax(self.q(x) @ self.k(x).transpose(-1, -2), -1) @ self.v(x))
+
+
+class InPlace(Chain):
+    """Blocks that write to their input, which is used again."""
+
+    def forward(self, x):
+        x = self.first(x)
+        for block in self.blocks:
+            y = block(x.mul_(0.5))
+            x = x + y
+        return self.head(x)
+
+
+class WritingBlock(Block):
+    def forward(self, x):
+        return x.add_(self.down(self.up(x)))
+
+
+class Writing(Chain):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(WritingBlock() for _ in range(3))
+
+    def forward(self, x):
+        x = self.first(x)
+        for block in self.blocks:
+            y = block(x)
+            x = x * 0.5 + y
+        return self.head(x)
+
+
+class TupleBlock(Block):
+    def forward(self, x, *, mask, cache=None):
+        return super().forward(x * mask), {"hidden": x.mean(-1), "cache": cache}
+
+
+class Tuples(Chain):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(TupleBlock() for _ in range(3))
+
+    def forward(self, x, mask=None):
+        x, seen = self.first(x), 0
+        for block in self.blocks:
+            x, more = block(x, mask=torch.ones_like(x) if mask is None else mask, cache=object())
+            seen = seen + more["hidden"]
+        return self.head(x + seen[..., None])
+
+
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.router = nn.Linear(C, 3, bias=False)
+        self.experts = nn.ModuleList(Block() for _ in range(3))
+
+    def forward(self, x):
+        chosen, y = self.router(x).argmax(-1), torch.zeros_like(x)
+        for i, expert in enumerate(self.experts):
+            where = (chosen == i).nonzero(as_tuple=True)
+            if where[0].numel():
+                y[where] = expert(x[where])
+        return x + y
+
+
+class Mixture(Chain):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Experts() for _ in range(3))
+
+
+class Argument(Chain):
+    """Writes to its argument."""
+
+    def forward(self, x):
+        return super().forward(x.mul_(0.5).add_(0.1))
+
+
+class Stateful(Chain):
+    """Later blocks read what earlier ones left on the model."""
+
+    def forward(self, x):
+        x = self.first(x)
+        for block in self.blocks:
+            x = block(x)
+            block.left = x * 1.5
+        return self.head(x + self.blocks[0].left)
+
+
+MODELS = [
+    *(Chain, UShape, Collected, Read, Late, Repeated, Branching),
+    *(NoList, InPlace, Writing, Tuples, Mixture, Argument, Stateful),
+]
+
+
+class Fake(nn.Module):
+    def __init__(self, solution, bias):
+        super().__init__()
+        self.solution, self.bias = solution, bias
+
+    def forward(self, x):
+        return linear.fake_quantized_linear(x, self.solution.weight, self.bias)
+
+
+def groups(model):
+    """The names of the layers of every stage, in the order of their first calls in a plain run."""
+    order = []
+    handles = [
+        module.register_forward_pre_hook(lambda *_, name=name: order.append(name) if name not in order else None)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    with torch.no_grad():
+        for x in batches():
+            model(x)
+    for handle in handles:
+        handle.remove()
+    found = {}
+    for name in order:
+        path = name.split(".")
+        lists = [i for i in range(len(path)) if isinstance(model.get_submodule(".".join(path[:i])), nn.ModuleList)]
+        found.setdefault(".".join(path[: lists[0] + 1]) if lists else name, []).append(name)
+    return list(found.values())
+
+
+def batches():
+    return [randn(2, 20, C, seed=seed) for seed in (1, 2, 3)]
+
+
+@torch.no_grad()
+def oracle(model):
+    """Every stage fitted to a full run of the model as it is after the stages before: codes by name."""
+    codes = {}
+    for names in groups(model):
+        states = {name: gram.init(model.get_submodule(name).in_features) for name in names}
+
+        def observe(_module, args, name, states=states):
+            states[name] = gram.update(states[name], args[0])
+
+        handles = [
+            model.get_submodule(name).register_forward_pre_hook(lambda m, a, name=name: observe(m, a, name))
+            for name in names
+        ]
+        for x in batches():
+            model(x)
+        for handle in handles:
+            handle.remove()
+        for name in names:
+            layer = model.get_submodule(name)
+            solution = gptq.solve(SPEC, gptq.Options(), layer.weight, gram.finalize(states[name]))
+            codes[name] = solution.weight.codes
+            parent, _, key = name.rpartition(".")
+            model.get_submodule(parent)._modules[key] = Fake(solution, layer.bias)
+    return codes
+
+
+def made(kind):
+    torch.manual_seed(0)
+    return filled(kind())
+
+
+@pytest.mark.filterwarnings("ignore:no token reached:quantize.QuantizeWarning")
+@pytest.mark.parametrize("kind", MODELS, ids=lambda kind: kind.__name__)
+def test_every_stage_is_fitted_to_the_quantized_ones_before(kind):
+    expected = oracle(made(kind))
+    model = made(kind)
+    qz.quantize(model, given())
+    for x in batches():
+        with torch.no_grad():
+            model(x)
+    assert {row.stage for row in qz.report(model).rows} == {"quantized"}
+    for name, codes in expected.items():
+        assert torch.equal(model.get_submodule(name).solution.weight.codes, codes), name
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_it_is_not_what_one_pass_gives():
+    expected = oracle(made(Chain))
+    model = made(Chain)
+    qz.quantize(model, given(sequential=False))
+    for x in batches():
+        model(x)
+    assert torch.equal(model.first.solution.weight.codes, expected["first"])
+    assert not torch.equal(model.head.solution.weight.codes, expected["head"])
+
+
+def test_each_block_computes_twice_a_batch_and_outputs_are_freed(monkeypatch):
+    model, calls, peaks = made(Chain), [], []
+    qz.quantize(model, given())
+    for block in model.blocks:
+        forward = block.forward
+        block.forward = lambda x, f=forward, b=block: calls.append(b) or f(x)
+    run = stages.Replay.run
+
+    def watched(self, *arguments):
+        try:
+            return run(self, *arguments)
+        finally:
+            held = [output for memory in self._memory for output in memory.values() if not output.freed]
+            peaks.append(len(held))
+
+    monkeypatch.setattr(stages.Replay, "run", watched)
+    for x in batches():
+        model(x)
+    # Three runs by the user; then once in floating point and once quantized.
+    assert all(calls.count(block) == 3 + 2 * 3 for block in model.blocks)
+    # Two a batch while a stage gives way to the next.
+    assert max(peaks) <= 2 * 3
+    assert all("forward" in block.__dict__ for block in model.blocks)
+
+
+@pytest.mark.parametrize("kind", [UShape, Collected, Read, Late], ids=lambda kind: kind.__name__)
+def test_what_may_be_read_again_is_kept(kind, monkeypatch):
+    held = []
+    run = stages.Replay.run
+
+    def watched(self, *arguments):
+        try:
+            return run(self, *arguments)
+        finally:
+            held.append({event for event, output in self._memory[0].items() if not output.freed})
+
+    monkeypatch.setattr(stages.Replay, "run", watched)
+    model = made(kind)
+    qz.quantize(model, given(batch_num=1))
+    model(batches()[0])
+    assert len(held[-1]) > 2
+
+
+def test_awq_runs_in_stages_too():
+    models = [made(Chain) for _ in range(2)]
+    for model, sequential in zip(models, (True, False), strict=True):
+        qz.quantize(model, given(sequential=sequential, algorithm="awq"))
+        for x in batches():
+            model(x)
+    assert torch.equal(models[0].first.solution.weight.codes, models[1].first.solution.weight.codes)
+    assert not torch.equal(models[0].head.solution.weight.scale, models[1].head.solution.weight.scale)
+
+
+class Cache:
+    def __init__(self):
+        self.seen = []
+
+
+class Caching(Chain):
+    def forward(self, x, cache=None):
+        if cache is not None:
+            cache.seen.append(x)
+        return super().forward(x)
+
+
+def test_arguments_that_cannot_be_given_twice_are_calibrated_in_one_pass():
+    model, plain = made(Caching), made(Caching)
+    qz.quantize(model, given())
+    qz.quantize(plain, given(sequential=False))
+    told = "calibrated in one pass, not stage by stage: the model was called with an argument of type Cache"
+    with pytest.warns(qz.QuantizeWarning, match=told):
+        model(batches()[0], cache=Cache())
+    plain(batches()[0])
+    for x in batches()[1:]:
+        model(x, cache=Cache())
+        plain(x)
+    for name in ("first", "head"):
+        a, b = (each.get_submodule(name).solution.weight.codes for each in (model, plain))
+        assert torch.equal(a, b)
+    assert told in str(qz.report(model))
+    assert qz.report(model).as_dict()["remarks"][0].startswith(told)
+
+
+def test_a_later_batch_that_cannot_be_given_twice_is_refused():
+    model = made(Caching)
+    qz.quantize(model, given())
+    model(batches()[0])
+    with pytest.raises(qz.QuantizeError, match="model: an argument of type Cache"):
+        model(batches()[1], cache=Cache())
+    assert qz.report(model).rows[0].tokens == 0
+    for x in batches()[1:]:
+        model(x)
+    assert qz.report(model).rows[0].stage == "quantized"
+
+
+def test_randomness_buffers_modes_and_arguments_stay():
+    class Noisy(Chain):
+        def __init__(self):
+            super().__init__()
+            self.drop, self.batch_norm = nn.Dropout(0.5), nn.BatchNorm1d(C)
+
+        def forward(self, x):
+            return super().forward(self.batch_norm(self.drop(x).transpose(1, 2)).transpose(1, 2))
+
+    model, plain = made(Noisy).train(), made(Noisy).train()
+    qz.quantize(model, given())
+    for each in (model, plain):
+        torch.manual_seed(5)
+        for x in batches():
+            kept = x.clone()
+            each(x)
+            assert torch.equal(x, kept)
+        each.state = torch.get_rng_state()
+    assert torch.equal(model.state, plain.state)
+    assert torch.equal(model.batch_norm.running_mean, plain.batch_norm.running_mean)
+    assert model.batch_norm.num_batches_tracked == 3
+    assert model.training
+
+
+def test_a_state_in_the_middle_continues_as_the_original_does():
+    model = made(Chain)
+    qz.quantize(model, given())
+    for x in batches()[:2]:
+        model(x)
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    fresh = made(Chain)
+    qz.quantize(fresh, given())
+    fresh.load_state_dict(torch.load(file, weights_only=True))
+    twin = copy.deepcopy(model)
+    for each in (model, fresh, twin):
+        each(batches()[2])
+    for other in (fresh, twin):
+        for a, b in zip(model.modules(), other.modules(), strict=True):
+            if isinstance(a, CalibrationLinear):
+                assert torch.equal(a.solution.weight.codes, b.solution.weight.codes)
+
+
+@pytest.mark.parametrize("place", [0, 5, 13])
+def test_an_interrupted_solve_is_continued(place, monkeypatch):
+    whole = made(Chain)
+    qz.quantize(whole, given())
+    for x in batches():
+        whole(x)
+    model, plain = made(Chain), made(Chain)
+    qz.quantize(model, given())
+    solve, calls = gptq.solve, []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == place + 1:
+            raise KeyboardInterrupt
+        return solve(*arguments)
+
+    monkeypatch.setattr("quantize.core.algorithms.gptq.solve", interrupted)
+    for x in batches()[:2]:
+        model(x)
+    with pytest.raises(KeyboardInterrupt):
+        model(batches()[2])
+    probe = randn(1, 3, C, seed=9)
+    assert torch.equal(model(probe), plain(probe))
+    assert not any("forward" in module.__dict__ for module in model.modules())
+    with pytest.raises(qz.QuantizeError, match="interrupted"):
+        qz.convert(model)
+    qz.finish(model)
+    assert torch.equal(model(probe), whole(probe))
+    assert qz.report(model).rows[0].tokens == 3 * 2 * 20
+
+
+def test_a_failing_layer_is_named_and_the_others_stay(monkeypatch):
+    model, plain = made(Chain), made(Chain)
+    qz.quantize(model, given(batch_num=1))
+    solve, calls = gptq.solve, []
+
+    def failing(*arguments):
+        calls.append(1)
+        if len(calls) == 4:
+            raise RuntimeError("no convergence")
+        return solve(*arguments)
+
+    monkeypatch.setattr("quantize.core.algorithms.gptq.solve", failing)
+    with pytest.raises(RuntimeError, match="no convergence") as error:
+        model(batches()[0])
+    assert any("while solving layer 'blocks.0.down'" in note for note in error.value.__notes__)
+    assert torch.equal(model(batches()[0]), plain(batches()[0]))
+    qz.finish(model)
+    assert qz.report(model).rows[0].stage == "quantized"
+
+
+def test_nan_is_refused_at_its_batch():
+    model = made(Chain)
+    qz.quantize(model, given())
+    model(batches()[0])
+    with pytest.raises(qz.QuantizeError, match="layer 'first': NaN or inf in batch 2; accepted: finite inputs"):
+        model(batches()[1] * torch.nan)
+    for x in batches()[1:]:
+        model(x)
+    assert qz.report(model).rows[0].tokens == 3 * 2 * 20
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+@pytest.mark.parametrize("positional", [True, False])
+def test_padding_does_not_count(sequential, positional):
+    class Masked(Chain):
+        def forward(self, x, attention_mask=None):
+            return super().forward(x)
+
+    model, plain = made(Masked), made(Masked)
+    for each in (model, plain):
+        qz.quantize(each, given(batch_num=1, sequential=sequential))
+    x = batches()[0]
+    mask = torch.ones(2, 20, dtype=torch.int64)
+    mask[0, 15:] = 0
+    mask[1, :3] = 0
+    spoiled = torch.where(mask[..., None] == 0, 1e3, x)
+    model(spoiled, mask) if positional else model(spoiled, attention_mask=mask)
+    plain(x[mask.bool()][None])
+    assert {row.tokens for row in qz.report(model).rows} == {40 - 8}
+    for name in ("first", "blocks.2.down", "head"):
+        a, b = (each.get_submodule(name).solution.weight for each in (model, plain))
+        # Sums of other shapes may differ in the last bit.
+        assert (a.codes != b.codes).float().mean() <= 0.01
+
+
+def test_a_stage_that_no_batch_reaches_falls_back():
+    class Idle(Chain):
+        def forward(self, x):
+            return self.head(self.blocks[0](self.first(x)))
+
+    model = made(Idle)
+    qz.quantize(model, given(batch_num=1))
+    with pytest.warns(
+        qz.QuantizeWarning, match="no token reached 9 of 14 layers, which fall back to minmax: blocks.1.up"
+    ):
+        model(batches()[0])
+    assert qz.report(model).rows[-2].algorithm == "minmax (no tokens)"
+
+
+def test_statistics_of_one_stage_are_all_that_is_held():
+    model, held = made(Chain), []
+    qz.quantize(model, given(batch_num=1))
+    for layer in model.modules():
+        if isinstance(layer, CalibrationLinear):
+            solve = layer.solve
+
+            def counting(solve=solve):
+                states = {id(m.statistics): m.statistics for m in model.modules() if isinstance(m, CalibrationLinear)}
+                held.append(sum(state is not None and bool(state.tokens) for state in states.values()))
+                solve()
+
+            layer.solve = counting
+    model(batches()[0])
+    # up and gate read one tensor; down another.
+    assert max(held) == 2
+
+
+def test_autocast_is_in_force_again():
+    models = [made(Chain) for _ in range(2)]
+    for model, sequential in zip(models, (True, False), strict=True):
+        qz.quantize(model, given(batch_num=1, sequential=sequential))
+        with torch.autocast("cpu", dtype=torch.bfloat16), warnings.catch_warnings():
+            model(batches()[0])
+    assert torch.equal(models[0].first.solution.weight.codes, models[1].first.solution.weight.codes)
