@@ -17,6 +17,7 @@ from quantize.shell.config import QuantizeWarning, parse, refusal, shown
 from quantize.shell.deployment import QuantizedLinear
 from quantize.shell.kernels import KERNELS
 from quantize.shell.plan import Plan, plan, swap
+from quantize.shell.ranks import Ranks
 from quantize.shell.recording import untracked
 from quantize.shell.report import Report
 
@@ -68,24 +69,35 @@ def quantize(model: nn.Module, config: object = None) -> None:
             raise
 
 
-def finish(model: nn.Module) -> None:
+def finish(model: nn.Module, *, process_group: Any = None) -> None:
     """Solve now, with the batches seen so far; afterwards the model computes as the quantized model would.
 
     Also continues after an interrupted solve. A model that is solved already stays as it is.
 
+    Args:
+        model: a model under calibration.
+        process_group: a group of ``torch.distributed``, for example ``torch.distributed.group.WORLD``, whose processes
+            hold the same model and all call this: what they have seen is merged, each solves a part of the layers, and
+            all end with the same bits. They may have seen different numbers of batches, none too. Sums are those of
+            one process up to their rounding, ranges the very same.
+
     Raises:
-        QuantizeError: a model that is not under calibration, or no batch seen.
+        QuantizeError: a model that is not under calibration, no batch seen, or processes whose models or configs
+            differ.
     """
     _check_model(model)
     if not session.calibrated(model):
         raise refusal("model", "not under calibration", "a model after quantize(model, config)")
-    layers = session.unsolved(model)
-    if not layers:
+    ranks, layers = Ranks(process_group), session.unsolved(model)
+    if not any(ranks.gather(bool(layers))):
         return
+    seen = ranks.gather({layer.names[0]: layer.seen for layer in layers})
     for layer in layers:
-        if layer.seen == 0:
+        if not any(theirs.get(layer.names[0]) for theirs in seen):
             raise refusal(f"layer {layer.names[0]!r}", "0 batches seen", "a model after at least one forward pass")
-    session.solve(model)
+    if not layers:
+        raise refusal("model", "solved already, on this process alone", "a model that is not solved on any")
+    session.solve(model, ranks)
 
 
 def convert(model: nn.Module, *, kernel: str | None = None, from_state: Mapping[str, Any] | None = None) -> None:

@@ -90,6 +90,11 @@ class CalibrationLinear(nn.Module):
         self.solution = algorithm.solve(self.weight.detach(), statistic)
         self.statistics = None
 
+    def adopt(self, solution: Solution) -> None:
+        """Take over a solution that was found elsewhere."""
+        self.solution, self.statistics = solution, None
+        self._follow_weight()
+
     def deployed(self, kernel: str | None = None) -> deployment.QuantizedLinear:
         """The layer to put in the place of this one, once it is solved."""
         if self.solution is None:
@@ -146,7 +151,7 @@ class CalibrationLinear(nn.Module):
                 "notes": dict(s.notes),
             }
         leaves = pytree.tree_leaves(self.statistics)
-        return {"format": self._format(), "seen": self.seen, "tokens": self.tokens, "active": self.active,
+        return {"format": self.format(), "seen": self.seen, "tokens": self.tokens, "active": self.active,
                 "statistics": leaves, "solution": solved,
                 "batches": None if self.batches is None else [vars(batch) for batch in self.batches]}  # fmt: skip
 
@@ -156,8 +161,8 @@ class CalibrationLinear(nn.Module):
         Raises:
             QuantizeError: the saved layer was quantized with another config.
         """
-        if state["format"] != self._format():
-            raise refusal(f"layer {self.names[0]!r}", state["format"], f"a state of {self._format()}")
+        if state["format"] != self.format():
+            raise refusal(f"layer {self.names[0]!r}", state["format"], f"a state of {self.format()}")
         self.seen, self.tokens, self.active = state["seen"], state["tokens"], state["active"]
         self.statistics, self.solution = None, None
         self.batches = None if state["batches"] is None else [Batch(**batch) for batch in state["batches"]]
@@ -174,7 +179,8 @@ class CalibrationLinear(nn.Module):
             self.solution = replace(solved, **{k: saved[k] for k in ("error", "baseline_error", "notes")})
         self._follow_weight()
 
-    def _format(self) -> str:
+    def format(self) -> str:
+        """Algorithm, schemes and options: what a saved state must agree in."""
         config = self.config
         return f"{config.name}, weights {config.spec.weight}, inputs {config.spec.inputs or 'float'}, {config.options}"
 

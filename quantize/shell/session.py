@@ -13,6 +13,7 @@ from quantize.shell import stages
 from quantize.shell.calibration import CalibrationLinear
 from quantize.shell.config import Config, QuantizeWarning, refusal
 from quantize.shell.plan import Plan, check_weight
+from quantize.shell.ranks import Ranks
 from quantize.shell.recording import Batch, Calls, Recorder, attention_mask, keepable, untracked
 
 
@@ -117,22 +118,27 @@ def carrier(root: nn.Module) -> CalibrationLinear:
     return calibrated(root)[0]
 
 
-def solve(model: nn.Module) -> None:
+def solve(model: nn.Module, ranks: Ranks | None = None) -> None:
     """Solve every layer, then let all compute as quantized; layers solved before an interruption are kept.
 
+    With ``ranks``, on what all of them have seen.
+
     Raises:
-        QuantizeError: a weight became NaN or inf since ``quantize``.
+        QuantizeError: a weight became NaN or inf since ``quantize``; models or configs that differ between ranks.
     """
-    layers = unsolved(model)
+    layers, ranks = unsolved(model), ranks or Ranks()
     for layer in layers:
         check_weight(layer.names[0], layer.weight)
     roots = [module for module in model.modules() if KEY in module.__dict__]
+    staged = [root for root in roots if carrier(root).batches is not None]
     with untracked(layers[0].weight.device):
-        for root in roots:
-            if carrier(root).batches is not None:
-                _solve_in_stages(root)
-        for layer in _progress([layer for layer in layers if layer.solution is None]):
-            _solve_layer(layer)
+        mode = f"{len(staged)} of {len(roots)} sessions in stages"
+        ranks.agree([layer for layer in layers if layer.solution is None], mode)
+        for root in staged:
+            _solve_in_stages(root, ranks)
+        rest = [layer for layer in layers if layer.solution is None]
+        ranks.merge(rest)
+        ranks.solve(rest, _solve_layer, _progress)
     for layer in layers:
         layer.active, layer.batches = True, None
     idle = [layer.names[0] for layer in layers if layer.fell_back]
@@ -144,11 +150,15 @@ def solve(model: nn.Module) -> None:
         )
 
 
-def _solve_in_stages(root: nn.Module) -> None:
+def _solve_in_stages(root: nn.Module, ranks: Ranks) -> None:
     """Solve the stages of ``root`` one after the other, each on what the quantized ones before give it."""
     session: Session = root.__dict__[KEY]
     layers, batches = calibrated(root), carrier(root).batches or []
-    order = stages.ordered(stages.stages(root, layers), batches)
+    # The order of the first rank that called a layer.
+    calls = [
+        name for seen in ranks.gather([list(batch.calls) for batch in batches]) for names in seen for name in names
+    ]
+    order = stages.ordered(stages.stages(root, layers), calls)
     replay = stages.Replay(root, [module for module, _ in order], batches)
     session.replaying = True
     random = torch.get_rng_state()
@@ -156,11 +166,12 @@ def _solve_in_stages(root: nn.Module) -> None:
     try:
         with replay.installed():
             for place, (_, members) in enumerate(_progress(order)):
-                if any(layer.solution is None for layer in members):
+                rest = [layer for layer in members if layer.solution is None]
+                if rest:
                     _observe(replay, place, members, batches)
+                    ranks.merge(rest)
+                    ranks.solve(rest, _solve_layer)
                 for layer in members:
-                    if layer.solution is None:
-                        _solve_layer(layer)
                     layer.active = True
     except BaseException:
         # As before: all in floating point, and to be continued.

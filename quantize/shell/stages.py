@@ -37,13 +37,12 @@ def stages(root: nn.Module, layers: list[CalibrationLinear]) -> dict[nn.Module, 
 
 
 def ordered(
-    grouped: dict[nn.Module, list[CalibrationLinear]], batches: list[Batch]
+    grouped: dict[nn.Module, list[CalibrationLinear]], calls: list[str]
 ) -> list[tuple[nn.Module, list[CalibrationLinear]]]:
-    """The stages in the order in which the batches first called them; those that were never called come last."""
+    """The stages in the order of the first ``calls`` of their layers; those that were never called come last."""
     first: dict[str, int] = {}
-    for batch in batches:
-        for name in batch.calls:
-            first.setdefault(name, len(first))
+    for name in calls:
+        first.setdefault(name, len(first))
     return sorted(grouped.items(), key=lambda item: min(first.get(layer.names[0], len(first)) for layer in item[1]))
 
 

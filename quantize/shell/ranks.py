@@ -1,0 +1,127 @@
+"""Calibration on several processes: what each has seen is merged, and each solves a part of the layers."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from quantize.shell.calibration import CalibrationLinear
+from quantize.shell.config import QuantizeError, refusal
+
+
+class Ranks:
+    """The processes of a group, which all call the same methods in the same order; one process without a group."""
+
+    def __init__(self, group: Any = None) -> None:
+        self._group = group
+        self._size = 1 if group is None else dist.get_world_size(group)
+        self._rank = 0 if group is None else dist.get_rank(group)
+
+    def gather(self, value: Any) -> list[Any]:
+        """The plain ``value`` of every rank, in their order."""
+        if self._size == 1:
+            return [value]
+        values: list[Any] = [None] * self._size
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def agree(self, layers: list[CalibrationLinear], mode: str) -> None:
+        """Refuse models or configs that differ, before any statistics are exchanged.
+
+        Raises:
+            QuantizeError: on every rank; it names the first difference.
+        """
+        if self._size == 1:
+            return
+        everyone = self.gather([mode, *(_fingerprint(layer) for layer in layers)])
+        for rank, theirs in enumerate(everyone):
+            mine = everyone[0]
+            if theirs != mine:
+                at = next(
+                    (i for i, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b),
+                    min(len(mine), len(theirs)),
+                )
+                found = theirs[at] if at < len(theirs) else "no more layers"
+                accepted = mine[at] if at < len(mine) else "no more layers"
+                raise refusal(f"rank {rank}", str(found), f"as on rank 0: {accepted}")
+
+    def merge(self, layers: list[CalibrationLinear]) -> None:
+        """Give every rank the statistics and token counts of all, the same to the last bit."""
+        if self._size == 1:
+            return
+        # Layers that share a state do so on all ranks, or are taken for different.
+        place: dict[int, int] = {}
+        mine = [(place.setdefault(id(layer.statistics), len(place)), layer.tokens) for layer in layers]
+        everyone = self.gather(mine)
+        merged: dict[tuple[int, ...], Any] = {}
+        for i, layer in enumerate(layers):
+            key = tuple(theirs[i][0] for theirs in everyone)
+            if key not in merged:
+                states = self._states(layer.statistics)
+                merged[key] = functools.reduce(layer.config.algorithm.observer.merge, states)
+            layer.statistics, layer.tokens = merged[key], sum(theirs[i][1] for theirs in everyone)
+
+    def solve(
+        self,
+        layers: list[CalibrationLinear],
+        solve: Callable[[CalibrationLinear], None],
+        progress: Callable[[list[CalibrationLinear]], Iterable[CalibrationLinear]] = iter,
+    ) -> None:
+        """Solve every layer on one rank, and give all the solution.
+
+        Raises:
+            QuantizeError: a rank could not solve a layer; it names rank and layer.
+        """
+        outcomes: dict[CalibrationLinear, list[Any]] = {}
+        owners = self._owners(layers)
+        for layer in progress([layer for layer in layers if owners[layer] == self._rank]):
+            try:
+                solve(layer)
+                solution = pytree.tree_map_only(Tensor, Tensor.cpu, layer.solution) if self._size > 1 else None
+                outcomes[layer] = [None, solution]
+            except Exception as error:
+                if self._size == 1:
+                    raise
+                # The others wait for an answer.
+                outcomes[layer] = [f"{type(error).__name__}: {error}", None]
+        for layer in layers if self._size > 1 else ():
+            outcome, owner = outcomes.get(layer, [None, None]), owners[layer]
+            dist.broadcast_object_list(outcome, src=dist.get_global_rank(self._group, owner), group=self._group)
+            failure, solution = outcome
+            if failure:
+                where = f"layer {layer.names[0]!r}"
+                raise QuantizeError(f"{where}: rank {owner} failed with {failure}; accepted: a solution")
+            if owner != self._rank:
+                layer.adopt(solution)
+
+    def _owners(self, layers: list[CalibrationLinear]) -> dict[CalibrationLinear, int]:
+        """Which rank solves which layer: the longest first, each to the rank that has least to do."""
+        loads = [0] * self._size
+        owners = {}
+        for layer in sorted(layers, key=lambda layer: -(layer.in_features**3)):
+            owners[layer] = rank = loads.index(min(loads))
+            loads[rank] += layer.in_features**3 + layer.out_features * layer.in_features**2
+        return owners
+
+    def _states(self, state: Any) -> list[Any]:
+        leaves, structure = pytree.tree_flatten(state)
+        gathered = []
+        for leaf in leaves:
+            everyone = [torch.empty_like(leaf) for _ in range(self._size)]
+            dist.all_gather(everyone, leaf.contiguous(), group=self._group)
+            gathered.append(everyone)
+        return [pytree.tree_unflatten(list(each), structure) for each in zip(*gathered, strict=True)]
+
+
+def _fingerprint(layer: CalibrationLinear) -> str:
+    weight = layer.weight.detach()
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
+    checksum = int(weight.contiguous().view(integer).sum(dtype=torch.int64))
+    shape = f"{layer.out_features}x{layer.in_features}"
+    return f"layer {layer.names[0]!r}, {shape} in {weight.dtype}, {layer.format()}, weights that sum to {checksum:x}"

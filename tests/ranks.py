@@ -1,0 +1,79 @@
+"""What the processes of ``test_ranks`` run; a module of its own, since new processes import it."""
+
+import torch
+import torch.distributed as dist
+
+import quantize as qz
+from quantize.shell.calibration import CalibrationLinear
+from tests.models import config, filled, randn
+from tests.test_stages import Chain
+
+C = 32
+INT4 = {"type": "int4", "symmetric": True, "strategy": "channel"}
+CONFIGS = {
+    "gptq": config("gptq", weights=INT4, batch_num=99),
+    "stages": config({"gptq": {"sequential": True}}, weights=INT4, batch_num=99),
+    "awq": config("awq", weights=INT4, batch_num=99),
+    "static": config("smoothquant", inputs={"type": "int8", "symmetric": False, "strategy": "tensor"}, batch_num=99),
+    "minmax": config(inputs={"type": "int8", "symmetric": True, "strategy": "tensor"}, batch_num=99),
+}
+BATCHES = [randn(2, 20, C, seed=seed) for seed in range(5)]
+
+
+def calibrated(name, batches, seed=0):
+    model = filled(Chain(), seed)
+    qz.quantize(model, CONFIGS[name])
+    with torch.no_grad():
+        for x in batches:
+            model(x)
+    return model
+
+
+def solutions(model):
+    return {m.names[0]: torch.utils._pytree.tree_leaves(m.solution) for m in model.modules()
+            if isinstance(m, CalibrationLinear)}  # fmt: skip
+
+
+def share(rank, size):
+    """What a rank sees: all batches between them, the last rank none."""
+    return BATCHES[rank :: size - 1] if size > 1 and rank < size - 1 else [] if size > 1 else BATCHES
+
+
+def work(rank, size, rendezvous, directory):
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=size)
+    found = {}
+    for name in CONFIGS:
+        model = calibrated(name, share(rank, size))
+        qz.finish(model, process_group=dist.group.WORLD)
+        found[name] = {"solutions": solutions(model), "tokens": [row.tokens for row in qz.report(model).rows]}
+    found["errors"] = errors(rank)
+    torch.save(found, f"{directory}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def errors(rank):
+    """The messages of calls that every rank must refuse."""
+    models = {
+        "weights": calibrated("gptq", BATCHES[:1], seed=rank),
+        "config": calibrated("awq" if rank else "gptq", BATCHES[:1]),
+        "no batch": calibrated("gptq", []),
+        "broken": calibrated("gptq", BATCHES[:1]),
+    }
+    if rank == 1:
+        models["mode"] = calibrated("gptq", BATCHES[:1])
+    else:
+        models["mode"] = calibrated("stages", BATCHES[:1])
+    for layer in models["broken"].modules():
+        if isinstance(layer, CalibrationLinear) and layer.names[0] == "blocks.1.up":
+            layer.solve = failing
+    told = {}
+    for name, model in models.items():
+        try:
+            qz.finish(model, process_group=dist.group.WORLD)
+        except qz.QuantizeError as error:
+            told[name] = str(error)
+    return told
+
+
+def failing():
+    raise RuntimeError("out of memory")

@@ -1,0 +1,62 @@
+"""Several processes against one."""
+
+import pytest
+import torch
+import torch.multiprocessing
+
+from tests import ranks
+
+SIZE = 3
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(ranks.work, (SIZE, directory / "rendezvous", directory), nprocs=SIZE)
+    return [torch.load(directory / f"{rank}.pt", weights_only=True) for rank in range(SIZE)]
+
+
+@pytest.mark.parametrize("name", ranks.CONFIGS)
+def test_all_ranks_end_with_the_same_bits(found, name):
+    first = found[0][name]
+    assert first["tokens"] == [5 * 2 * 20] * 14
+    for other in found[1:]:
+        assert other[name]["tokens"] == first["tokens"]
+        for layer, leaves in first["solutions"].items():
+            theirs = other[name]["solutions"][layer]
+            assert len(theirs) == len(leaves)
+            assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(leaves, theirs, strict=True))
+
+
+@pytest.mark.parametrize("name", ["minmax", "static"])
+def test_ranges_are_those_of_one_process(found, name):
+    model = ranks.calibrated(name, ranks.share(0, 1))
+    ranks.qz.finish(model)
+    for layer, leaves in ranks.solutions(model).items():
+        theirs = found[0][name]["solutions"][layer]
+        # The weight, smoothing and input scales come from ranges; errors and notes are sums.
+        for a, b in zip(leaves, theirs, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["gptq", "awq", "stages"])
+def test_sums_are_those_of_one_process_up_to_rounding(found, name):
+    model = ranks.calibrated(name, ranks.share(0, 1))
+    ranks.qz.finish(model)
+    mine = ranks.solutions(model)
+    assert found[0][name]["solutions"].keys() == mine.keys()
+    # The first layer sees the same inputs on every way; only its sums are added in another order.
+    codes, theirs = mine["first"][0], found[0][name]["solutions"]["first"][0]
+    assert (codes != theirs).float().mean() <= 0.01
+
+
+def test_what_differs_is_refused_on_every_rank(found):
+    for each in found:
+        told = each["errors"]
+        assert "rank 1: layer 'first', 32x32" in told["weights"]
+        assert "as on rank 0" in told["weights"]
+        assert "rank 1: layer 'first', 32x32 in torch.float32, awq" in told["config"]
+        assert "layer 'first': 0 batches seen" in told["no batch"]
+        assert "rank 1: 0 of 1 sessions in stages; accepted: as on rank 0: 1 of 1 sessions in stages" in told["mode"]
+        assert "layer 'blocks.1.up': rank" in told["broken"]
+        assert "RuntimeError: out of memory" in told["broken"]
