@@ -11,6 +11,7 @@ torch.int8
 
 from quantize import core, presets
 from quantize.shell.api import convert, finish, quantize, report
+from quantize.shell.checkpoint import load_calibration, save_calibration
 from quantize.shell.config import QuantizeError, QuantizeWarning
 from quantize.shell.deployment import QuantizedLinear
 
@@ -21,7 +22,9 @@ __all__ = [
     "convert",
     "core",
     "finish",
+    "load_calibration",
     "presets",
     "quantize",
     "report",
+    "save_calibration",
 ]

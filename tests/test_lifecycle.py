@@ -285,15 +285,15 @@ def test_a_forward_that_raises_counts_for_nothing():
 def test_inputs_that_are_not_finite_name_the_layer(bad, algorithm):
     model = mlp()
     qz.quantize(model, config(algorithm, inputs=TENSOR if algorithm == "minmax" else None, batch_num=2))
-    model(randn(2, 64))
-    x = randn(2, 64)
+    model(randn(20, 64))
+    x = randn(20, 64)
     x[1, 3] = bad
     with pytest.raises(qz.QuantizeError, match="layer '0': NaN or inf in batch 2; accepted: finite inputs"):
         model(x)
     assert model[0].seen == 1
-    model(randn(2, 64))
+    model(randn(20, 64))
     qz.convert(model)
-    assert torch.isfinite(model(randn(2, 64))).all()
+    assert torch.isfinite(model(randn(20, 64))).all()
 
 
 def test_weights_that_are_not_finite_name_the_layer():
@@ -617,3 +617,39 @@ def test_a_layer_called_often_keeps_one_state():
         model(randn(4, 8))
     assert max(model.entries) <= 2
     assert qz.report(model).rows[0].tokens == 80
+
+
+@pytest.mark.parametrize("algorithm", ["gptq", "awq"])
+@pytest.mark.parametrize(("tokens", "told"), [(15, "minmax (15 tokens)"), (16, None)])
+def test_a_layer_that_few_tokens_reached_falls_back_to_minmax(algorithm, tokens, told):
+    class Mixture(nn.Module):
+        """Every token goes to one of two experts, by the sign of its first channel."""
+
+        def __init__(self):
+            super().__init__()
+            self.experts = nn.ModuleList(nn.Linear(64, 64) for _ in range(2))
+
+        def forward(self, x):
+            rare, y = x[:, 0] < 0, torch.zeros_like(x)
+            y[rare], y[~rare] = self.experts[0](x[rare]), self.experts[1](x[~rare])
+            return y
+
+    model = filled(Mixture())
+    weight = model.experts[0].weight.detach().clone()
+    qz.quantize(model, config(algorithm, weights={**WEIGHTS, "type": "int4"}))
+    x = randn(100, 64)
+    x[:, 0] = x[:, 0].abs()
+    x[:tokens, 0] *= -1
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model(x)
+    rounded = round_to_nearest(weight, Scheme(4))
+    same = torch.equal(model.experts[0].solution.weight.codes, rounded.codes)
+    rows = qz.report(model).rows
+    assert [row.tokens for row in rows] == [tokens, 100 - tokens]
+    assert rows[1].algorithm == algorithm
+    assert rows[0].algorithm == (told or algorithm)
+    assert same == (told is not None)
+    messages = [str(each.message) for each in caught if issubclass(each.category, qz.QuantizeWarning)]
+    expected = f"fewer than 16 tokens reached 1 of 2 layers, which fall back to minmax: experts.0 ({tokens})"
+    assert messages == ([expected] if told else [])

@@ -71,7 +71,7 @@ class CalibrationLinear(nn.Module):
         self.statistics, self.tokens = initial, 0
 
     def solve(self) -> None:
-        """Compute the solution from the statistics, which are dropped; without tokens, fall back to minmax.
+        """Compute the solution from the statistics, which are dropped; with too few tokens, fall back to minmax.
 
         The fallback knows no range of the inputs: static inputs become dynamic, one scale a token.
         """
@@ -106,8 +106,9 @@ class CalibrationLinear(nn.Module):
 
     @property
     def fell_back(self) -> bool:
-        """Whether no token reached a layer whose algorithm needs them."""
-        return not self.tokens and not self.config.algorithm.data_free
+        """Whether too few tokens reached a layer whose algorithm needs them."""
+        algorithm = self.config.algorithm
+        return self.tokens < algorithm.fewest and not algorithm.data_free
 
     def record(self) -> Row:
         """The row of this layer in the report."""
@@ -127,7 +128,9 @@ class CalibrationLinear(nn.Module):
             (self.out_features, self.in_features),
             weights=str(spec.weight),
             inputs=None if inputs is None else str(inputs),
-            algorithm="minmax (no tokens)" if s is not None and self.fell_back else self.config.name,
+            algorithm=f"minmax ({self.tokens or 'no'} tokens)"
+            if s is not None and self.fell_back
+            else self.config.name,
             stage="quantized" if self.active else "calibrating",
             tokens=self.tokens,
             **known,

@@ -141,13 +141,13 @@ def solve(model: nn.Module, ranks: Ranks | None = None) -> None:
         ranks.solve(rest, _solve_layer, _progress)
     for layer in layers:
         layer.active, layer.batches = True, None
-    idle = [layer.names[0] for layer in layers if layer.fell_back]
+    idle = [layer for layer in layers if layer.fell_back]
     if idle:
-        warnings.warn(
-            f"no token reached {len(idle)} of {len(layers)} layers, which fall back to minmax: {', '.join(idle)}",
-            QuantizeWarning,
-            stacklevel=2,
-        )
+        few = max(layer.tokens for layer in idle)
+        reached = f"fewer than {layers[0].config.algorithm.fewest} tokens reached" if few else "no token reached"
+        names = ", ".join(f"{layer.names[0]} ({layer.tokens})" if few else layer.names[0] for layer in idle)
+        message = f"{reached} {len(idle)} of {len(layers)} layers, which fall back to minmax: {names}"
+        warnings.warn(message, QuantizeWarning, stacklevel=2)
 
 
 def _solve_in_stages(root: nn.Module, ranks: Ranks) -> None:

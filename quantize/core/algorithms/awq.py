@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from quantize.core import affine, metrics, observers, ranges, refine, shrinkage
-from quantize.core.algorithms.base import Algorithm, DataOptions, LayerSpec, Solution, option
+from quantize.core.algorithms.base import FEWEST_FOR_GRAM, Algorithm, DataOptions, LayerSpec, Solution, option
 from quantize.core.scheme import Scheme
 
 QUANTIZES_INPUTS = frozenset({False})
@@ -37,7 +37,8 @@ class Options(DataOptions):
 
 def algorithm(spec: LayerSpec, options: Options = Options()) -> Algorithm:
     """AWQ; remembers the mean magnitude of the input channels and their Gram matrix."""
-    return Algorithm(observers.product(observers.channel_absmean, observers.gram), partial(solve, spec, options))
+    observer = observers.product(observers.channel_absmean, observers.gram)
+    return Algorithm(observer, partial(solve, spec, options), fewest=FEWEST_FOR_GRAM)
 
 
 def candidate_scale(absmean: Tensor, ratio: float) -> Tensor:

@@ -98,17 +98,23 @@ def _unflatten(leaves: Any, inputs: Scheme | None) -> Solution:
 pytree.register_pytree_node(Solution, _flatten, _unflatten, serialized_type_name="quantize.Solution")
 
 
+# Fewer tokens than this span so few directions that correlations between channels are noise.
+FEWEST_FOR_GRAM = 16
+
+
 class Algorithm(NamedTuple):
     """An :class:`~quantize.core.observers.Observer` and what to do with its statistic.
 
     - ``observer``: what to remember of the inputs ``[..., c]``.
     - ``solve(weight, statistic) -> Solution``: ``weight`` is ``[n, c]``, any float dtype and finite.
     - ``data_free``: ``solve`` does not look at the statistic.
+    - ``fewest``: with fewer tokens than this the statistic says nothing, and plain rounding is the better choice.
     """
 
     observer: Observer
     solve: Callable[[Tensor, Any], Solution]
     data_free: bool = False
+    fewest: int = 1
 
 
 class AlgorithmModule(Protocol):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from quantize.core import affine, observers, ranges, refine, shrinkage
-from quantize.core.algorithms.base import Algorithm, DataOptions, LayerSpec, Solution, option
+from quantize.core.algorithms.base import FEWEST_FOR_GRAM, Algorithm, DataOptions, LayerSpec, Solution, option
 
 QUANTIZES_INPUTS = frozenset({False})
 
@@ -55,7 +55,7 @@ tokens cannot tell apart.
 
 def algorithm(spec: LayerSpec, options: Options = Options()) -> Algorithm:
     """GPTQ; remembers the Gram matrix of the inputs."""
-    return Algorithm(observers.gram, partial(solve, spec, options))
+    return Algorithm(observers.gram, partial(solve, spec, options), fewest=FEWEST_FOR_GRAM)
 
 
 def factor(gram: Tensor, damp: float) -> tuple[Tensor, Tensor, float]:
