@@ -42,6 +42,8 @@ CASES = {
     ),
     "int4 group 64, gptq": case("gptq", GROUP),
     "int4 group 64, gptq, 4 rows": case("gptq", GROUP, rows=4),
+    "int4 group 64, gptq, in stages": case({"gptq": {"sequential": True}}, GROUP),
+    "int4 group 64, gptq, in stages, 4 rows": case({"gptq": {"sequential": True}}, GROUP, rows=4),
     "int4 group 64, awq": case("awq", GROUP),
     "int4 group 64, awq, 4 rows": case("awq", GROUP, rows=4),
     "int4 channel, minmax": case("minmax", INT4),
