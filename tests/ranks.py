@@ -66,14 +66,27 @@ def errors(rank):
     for layer in models["broken"].modules():
         if isinstance(layer, CalibrationLinear) and layer.names[0] == "blocks.1.up":
             layer.solve = failing
+    alone = filled(Chain())
+    qz.quantize(alone, {**CONFIGS["gptq"], "batch_num": 1})
+    alone(BATCHES[rank])
+    models["alone"] = alone
+    models["one alone"] = filled(Chain())
+    qz.quantize(models["one alone"], {**CONFIGS["gptq"], "batch_num": 1 if rank == 0 else 9})
+    models["one alone"](BATCHES[rank])
+    models["weight"] = calibrated("gptq", BATCHES[:1])
+    models["replay"] = calibrated("stages", BATCHES[:1])
+    if rank == 1:
+        with torch.no_grad():
+            models["weight"].head.weight[0, 0] = torch.nan
+        models["replay"].norm.forward = failing
     told = {}
     for name, model in models.items():
         try:
             qz.finish(model, process_group=dist.group.WORLD)
-        except qz.QuantizeError as error:
+        except (qz.QuantizeError, RuntimeError) as error:
             told[name] = str(error)
     return told
 
 
-def failing():
+def failing(*_):
     raise RuntimeError("out of memory")

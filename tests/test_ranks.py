@@ -60,3 +60,7 @@ def test_what_differs_is_refused_on_every_rank(found):
         assert "rank 1: 0 of 1 sessions in stages; accepted: as on rank 0: 1 of 1 sessions in stages" in told["mode"]
         assert "layer 'blocks.1.up': rank" in told["broken"]
         assert "RuntimeError: out of memory" in told["broken"]
+        assert "model: solved on every process alone; accepted: batch_num above what any process runs" in told["alone"]
+        assert "rank 0: solved already, alone" in told["one alone"]
+        assert "layer 'head': a weight with NaN or inf" in told["weight"]
+        assert "out of memory" in told["replay"]

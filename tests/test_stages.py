@@ -1,9 +1,12 @@
 """Calibration stage by stage, against a plain oracle that remembers and frees nothing, on models of every shape."""
 
 import copy
+import dataclasses
 import io
+import random
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -201,7 +204,184 @@ class Stateful(Chain):
         return self.head(x + self.blocks[0].left)
 
 
+@dataclasses.dataclass
+class Opaque:
+    hidden: torch.Tensor
+
+
+class OpaqueBlock(Block):
+    def forward(self, x):
+        return Opaque(super().forward(x))
+
+
+class Opaques(Chain):
+    """Blocks whose outputs are in an object that nobody can look into."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(OpaqueBlock() for _ in range(4))
+
+    def forward(self, x):
+        x = self.first(x)
+        for block in self.blocks:
+            x = block(x).hidden
+        return self.head(x)
+
+
+class Looped(Chain):
+    def forward(self, x):
+        x = self.first(x)
+        for i in (0, 1, 0, 1, 2, 3):
+            x = self.blocks[i](x.tanh())
+        return self.head(x)
+
+
+class SharedBlock(nn.Module):
+    def __init__(self, up, down):
+        super().__init__()
+        self.up, self.own, self.down = up, nn.Linear(C, C), down
+
+    def forward(self, x):
+        return x + self.down(torch.relu(self.up(self.own(x))))
+
+
+class SharedLinears(Chain):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(C, 2 * C), nn.Linear(2 * C, C)
+        self.blocks = nn.ModuleList(SharedBlock(self.up, self.down) for _ in range(3))
+
+
+class Escaping(Chain):
+    """Reads numbers without an operator, and uses them two stages later."""
+
+    read = staticmethod(lambda x: max(x.abs().flatten().tolist()))
+
+    def forward(self, x):
+        x, scales = self.first(x), [1.0, 1.0]
+        for block in self.blocks:
+            x = block(x / scales[-2])
+            scales.append(self.read(x))
+        return self.head(x)
+
+
+class EscapingByNumpy(Escaping):
+    read = staticmethod(lambda x: float(np.abs(x.numpy()).max()))
+
+
+class EscapingByArray(Escaping):
+    read = staticmethod(lambda x: float(np.abs(np.asarray(x)).max()))
+
+
+class AppendingBlock(Block):
+    def forward(self, x, kept):
+        kept.append(self.up(x).mean(-1, keepdim=True))
+        return super().forward(x)
+
+
+class Appending(Chain):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(AppendingBlock() for _ in range(4))
+
+    def forward(self, x):
+        x, kept = self.first(x), []
+        for block in self.blocks:
+            x = block(x, kept)
+        return self.head(x + sum(kept))
+
+
+class LeavingBlock(Block):
+    def forward(self, x):
+        self.left = self.up(x).mean(-1, keepdim=True)
+        return super().forward(x)
+
+
+class Leaving(Chain):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(LeavingBlock() for _ in range(4))
+
+    def forward(self, x):
+        x = self.first(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x + self.blocks[0].left * self.blocks[2].left)
+
+
+class BehindBlock(Block):
+    def forward(self, x):
+        y = super().forward(x)
+        x.data.mul_(0.5)
+        return y
+
+
+class Behind(Chain):
+    """Blocks that write to their input where autograd does not look."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(BehindBlock() for _ in range(3))
+
+    def forward(self, x):
+        x = self.first(x)
+        for block in self.blocks:
+            x = block(x) + x
+        return self.head(x)
+
+
+class AliasBlock(Block):
+    def forward(self, x):
+        y = super().forward(x)
+        return y, y.view(-1, C), x
+
+
+class Aliases(Chain):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(AliasBlock() for _ in range(3))
+
+    def forward(self, x):
+        x = self.first(x)
+        for block in self.blocks:
+            y, flat, same = block(x)
+            flat.mul_(0.5)
+            x = y + same
+        return self.head(x)
+
+
+class Twice(Chain):
+    """Its arguments are one tensor, and it looks."""
+
+    def forward(self, x):
+        return self.both(x, x)
+
+    def both(self, q, k):
+        q.mul_(2)
+        return super().forward(q + k if q is k else q - k)
+
+
+class NestedLists(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.parts = nn.Sequential(nn.Sequential(nn.Linear(C, C), nn.ReLU()), nn.Sequential(Block(), Block()))
+        self.head = nn.Linear(C, 8)
+
+    def forward(self, x):
+        return self.head(self.parts(x))
+
+
+class Sparse(Chain):
+    def forward(self, x):
+        x = self.first(x)
+        for block in self.blocks:
+            x = block(torch.sparse.mm(torch.eye(40).to_sparse(), x.reshape(40, C)).view(2, 20, C))
+        return self.head(x)
+
+
 MODELS = [
+    *(Opaques, Looped, SharedLinears, Escaping, EscapingByNumpy, EscapingByArray, Appending, Leaving, Behind, Aliases),
+    *(Twice, NestedLists, Sparse),
     *(Chain, UShape, Collected, Read, Late, Repeated, Branching),
     *(NoList, InPlace, Writing, Tuples, Mixture, Argument, Stateful),
 ]
@@ -232,7 +412,11 @@ def groups(model):
     found = {}
     for name in order:
         path = name.split(".")
-        lists = [i for i in range(len(path)) if isinstance(model.get_submodule(".".join(path[:i])), nn.ModuleList)]
+        lists = [
+            i
+            for i in range(len(path))
+            if isinstance(model.get_submodule(".".join(path[:i])), (nn.ModuleList, nn.Sequential))
+        ]
         found.setdefault(".".join(path[: lists[0] + 1]) if lists else name, []).append(name)
     return list(found.values())
 
@@ -263,8 +447,9 @@ def oracle(model):
             layer = model.get_submodule(name)
             solution = gptq.solve(SPEC, gptq.Options(), layer.weight, gram.finalize(states[name]))
             codes[name] = solution.weight.codes
-            parent, _, key = name.rpartition(".")
-            model.get_submodule(parent)._modules[key] = Fake(solution, layer.bias)
+            fake = Fake(solution, layer.bias)
+            for parent in list(model.modules()):
+                parent._modules.update({key: fake for key, child in parent._modules.items() if child is layer})
     return codes
 
 
@@ -316,8 +501,8 @@ def test_each_block_computes_twice_a_batch_and_outputs_are_freed(monkeypatch):
     monkeypatch.setattr(stages.Replay, "run", watched)
     for x in batches():
         model(x)
-    # Three runs by the user; then once in floating point and once quantized.
-    assert all(calls.count(block) == 3 + 2 * 3 for block in model.blocks)
+    # Three runs by the user, one that surveys; then once in floating point and once quantized.
+    assert all(calls.count(block) == 3 + 1 + 2 * 3 for block in model.blocks)
     # Two a batch while a stage gives way to the next.
     assert max(peaks) <= 2 * 3
     assert all("forward" in block.__dict__ for block in model.blocks)
@@ -415,6 +600,120 @@ def test_randomness_buffers_modes_and_arguments_stay():
     assert torch.equal(model.batch_norm.running_mean, plain.batch_norm.running_mean)
     assert model.batch_norm.num_batches_tracked == 3
     assert model.training
+
+
+def test_hooks_of_the_user_run_once_on_what_is_kept():
+    model, plain = made(Chain), made(Chain)
+    for each, sequential in ((model, True), (plain, False)):
+        each.register_forward_pre_hook(lambda _module, args: (torch.sinh(args[0] * 0.5) + 1,))
+        qz.quantize(each, given(sequential=sequential))
+        for x in batches():
+            each(x)
+    assert torch.equal(model.first.solution.weight.codes, plain.first.solution.weight.codes)
+
+
+def test_every_replay_draws_the_same_numbers():
+    class Drawing(Chain):
+        def forward(self, x):
+            x = self.first(x)
+            for block in self.blocks:
+                x = block(nn.functional.dropout(x, 0.3, training=True))
+                if random.random() > 0.5:
+                    x = x * torch.rand(1)
+            return self.head(x)
+
+    class DrawingBlock(Block):
+        def forward(self, x):
+            drawn.append(torch.rand(1).item())
+            return super().forward(x * (0.5 + drawn[-1]))
+
+    drawn, model = [], made(Drawing)
+    model.blocks = filled(nn.ModuleList(DrawingBlock() for _ in range(3)))
+    qz.quantize(model, given(batch_num=1))
+    torch.manual_seed(3)
+    random.seed(3)
+    model(batches()[0])
+    states = torch.get_rng_state(), random.getstate()
+    first, *later = [drawn[i : i + 3] for i in range(0, 6, 3)]
+    assert later == [first]
+    assert {round(number, 6) for number in drawn} == {round(number, 6) for number in first}
+    plain = made(Drawing)
+    plain.blocks = filled(nn.ModuleList(DrawingBlock() for _ in range(3)))
+    torch.manual_seed(3)
+    random.seed(3)
+    plain(batches()[0])
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+
+
+def test_buffers_that_a_model_writes_go_from_batch_to_batch():
+    class Remembering(Chain):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(C))
+            self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+
+        def forward(self, x):
+            x = x + self.mean
+            self.mean = self.mean * 0.5 + x.mean((0, 1))
+            self.count += 1
+            return super().forward(x)
+
+    model, plain = made(Remembering), made(Remembering)
+    for each, sequential in ((model, True), (plain, False)):
+        qz.quantize(each, given(sequential=sequential))
+        with torch.no_grad():
+            for x in batches():
+                each(x)
+    assert torch.equal(model.first.solution.weight.codes, plain.first.solution.weight.codes)
+    assert model.count == plain.count == 3
+    assert torch.equal(model.mean, plain.mean)
+
+
+def test_a_part_of_a_staged_model_is_not_finished_alone():
+    model = made(Chain)
+    qz.quantize(model, given())
+    model(batches()[0])
+    with pytest.raises(qz.QuantizeError, match="a part of a model that is calibrated stage by stage"):
+        qz.finish(model.blocks[1])
+    for x in batches()[1:]:
+        model(x)
+    assert qz.report(model).rows[0].tokens == 3 * 40
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+def test_nan_in_padding_does_not_matter(sequential):
+    class Masked(Chain):
+        def forward(self, x, attention_mask=None):
+            return super().forward(x)
+
+    model = made(Masked)
+    qz.quantize(model, given(batch_num=1, sequential=sequential))
+    x = batches()[0]
+    x[0, 15:] = torch.nan
+    mask = torch.ones(2, 20, dtype=torch.bool)
+    mask[0, 15:] = False
+    model(x, attention_mask=mask)
+    assert {row.tokens for row in qz.report(model).rows} == {35}
+
+
+@pytest.mark.parametrize("context", [torch.inference_mode, torch.no_grad])
+def test_any_gradient_mode_and_cached_tensors(context):
+    class Cached(Chain):
+        scale = None
+
+        def forward(self, x):
+            if self.scale is None:
+                self.scale = torch.ones(C) * 0.5
+            return super().forward(x * self.scale)
+
+    model, plain = made(Cached), made(Cached)
+    for each, mode in ((model, context), (plain, torch.no_grad)):
+        qz.quantize(each, given())
+        with mode():
+            for x in batches():
+                each(x)
+    assert torch.equal(model.head.solution.weight.codes, plain.head.solution.weight.codes)
 
 
 def test_a_state_in_the_middle_continues_as_the_original_does():

@@ -86,17 +86,23 @@ def finish(model: nn.Module, *, process_group: Any = None) -> None:
             differ.
     """
     _check_model(model)
-    if not session.calibrated(model):
+    if not session.calibrated(model) and process_group is None:
         raise refusal("model", "not under calibration", "a model after quantize(model, config)")
     ranks, layers = Ranks(process_group), session.unsolved(model)
-    if not any(ranks.gather(bool(layers))):
+    everyone = ranks.gather([(layer.names[0], layer.seen) for layer in layers])
+    solved = ranks.gather(session.checksum(model) if not layers and process_group is not None else None)
+    if not any(everyone):
+        # After a common finish all are alike; after each has reached its batch_num alone they are not.
+        if any(each != solved[0] for each in solved):
+            raise refusal("model", "solved on every process alone", "batch_num above what any process runs")
         return
-    seen = ranks.gather({layer.names[0]: layer.seen for layer in layers})
-    for layer in layers:
-        if not any(theirs.get(layer.names[0]) for theirs in seen):
-            raise refusal(f"layer {layer.names[0]!r}", "0 batches seen", "a model after at least one forward pass")
-    if not layers:
-        raise refusal("model", "solved already, on this process alone", "a model that is not solved on any")
+    for rank, theirs in enumerate(everyone):
+        if not theirs:
+            raise refusal(f"rank {rank}", "solved already, alone", "batch_num above what any process runs")
+    seen = [dict(theirs) for theirs in everyone]
+    for name, _ in everyone[0]:
+        if all(theirs.get(name, 1) == 0 for theirs in seen):
+            raise refusal(f"layer {name!r}", "0 batches seen", "a model after at least one forward pass")
     session.solve(model, ranks)
 
 

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import pickle
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from quantize.shell.config import QuantizeError, refusal
+from quantize.shell.config import refusal
 from quantize.shell.session import calibrated
 
 
 def save_calibration(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write the ``state_dict`` of a model under calibration to ``path``: the old file or the new one, never a part.
 
-    Call it between forward passes. It holds the parameters, the statistics, and what was solved already; stage by stage, the arguments of the batches.
+    Call it between forward passes. It holds the parameters, the statistics, and what was solved already; stage by
+    stage, the arguments of the batches.
 
     Raises:
         QuantizeError: a model that is not under calibration.
@@ -24,16 +25,17 @@ def save_calibration(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """
     if not calibrated(model):
         raise refusal("model", "not under calibration", "a model after quantize(model, config)")
-    target = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    # A link stays one: its target is replaced.
+    target = Path(path).resolve()
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("wb") as file:
             torch.save(model.state_dict(), file)
             file.flush()
             os.fsync(file.fileno())
-        Path(temporary).replace(target)
+        temporary.replace(target)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     # The name is on disk when its directory is; not every system opens directories.
     if hasattr(os, "O_DIRECTORY"):
@@ -53,9 +55,22 @@ def load_calibration(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """
     if not calibrated(model):
         raise refusal("model", "not under calibration", "a model after quantize(model, config), with the same config")
-    device = next(model.parameters()).device
     try:
-        model.load_state_dict(torch.load(path, map_location=device, weights_only=True))
-    except RuntimeError as error:
+        state = torch.load(path, map_location=next(model.parameters()).device, weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError) as error:
         told = " ".join(str(error).split())
-        raise QuantizeError(f"{os.fspath(path)}: {told}; accepted: a calibration of this model") from error
+        raise refusal(os.fspath(path), f"cannot be read ({told[:200]})", "a file of save_calibration") from error
+    own = model.state_dict()
+    for key in [*(own.keys() - state.keys()), *(state.keys() - own.keys())]:
+        found = f"{key!r} is {'missing' if key in own else 'unknown'}"
+        raise refusal(os.fspath(path), found, "a calibration of this model")
+    for key, value in own.items():
+        theirs = state[key]
+        if isinstance(value, torch.Tensor):
+            if not isinstance(theirs, torch.Tensor) or theirs.shape != value.shape:
+                shape = list(getattr(theirs, "shape", []))
+                raise refusal(os.fspath(path), f"{key!r} of shape {shape}", f"shape {list(value.shape)}")
+        elif isinstance(value, dict) and value.get("format") != theirs.get("format"):
+            where = f"layer {key.rpartition('.')[0]!r}"
+            raise refusal(where, str(theirs.get("format")), f"a state of {value.get('format')}")
+    model.load_state_dict(state)

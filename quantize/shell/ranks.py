@@ -31,6 +31,24 @@ class Ranks:
         dist.all_gather_object(values, value, group=self._group)
         return values
 
+    def together(self, work: Callable[[], None]) -> None:
+        """Do ``work``; where it fails on one rank, all fail, so that none waits for another.
+
+        Raises:
+            QuantizeError: another rank failed; it names it.
+        """
+        failure: Exception | None = None
+        try:
+            work()
+        except Exception as error:
+            failure = error
+        told = self.gather(None if failure is None else f"{type(failure).__name__}: {failure}")
+        if failure is not None:
+            raise failure
+        for rank, message in enumerate(told):
+            if message is not None:
+                raise QuantizeError(f"rank {rank}: {message}; accepted: ranks that all go on")
+
     def agree(self, layers: list[CalibrationLinear], mode: str) -> None:
         """Refuse models or configs that differ, before any statistics are exchanged.
 

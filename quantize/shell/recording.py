@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import random
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from quantize.shell.config import refusal
 if TYPE_CHECKING:
     from quantize.shell.calibration import CalibrationLinear
 
-# What can be kept and given again, in containers that are pytrees.
+# What can be kept, saved and given again, in lists, tuples and dicts.
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 
 
@@ -31,34 +32,69 @@ class Batch:
     kwargs: dict[str, Any]
     mask: Tensor | None
     autocast: tuple[str, bool, torch.dtype]
-    random: Tensor
+    random: tuple[bytes, Any]
     calls: dict[str, int]
+    # Of the first batch: the buffers of the model before it.
+    buffers: dict[str, Tensor]
 
     @classmethod
-    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any], mask: Tensor | None) -> Batch:
+    def of(
+        cls, args: tuple[Any, ...], kwargs: dict[str, Any], mask: Tensor | None, buffers: Mapping[str, Tensor]
+    ) -> Batch:
         """The pass that begins now."""
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         device = tensors[0].device.type if tensors else "cpu"
         autocast = (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
         with torch.inference_mode(False):
             args, kwargs = copied((args, kwargs))
-            return cls(args, kwargs, mask, autocast, torch.get_rng_state(), {})
+            return cls(args, kwargs, mask, autocast, random_state(), {}, copied(dict(buffers)))
 
     def move(self, device: torch.device) -> None:
         """Bring the arguments to a device, where the model has gone."""
-        self.args, self.kwargs, self.mask = pytree.tree_map_only(
-            Tensor, lambda tensor: tensor.to(device), (self.args, self.kwargs, self.mask)
+        self.args, self.kwargs, self.mask, self.buffers = pytree.tree_map_only(
+            Tensor, lambda tensor: tensor.to(device), (self.args, self.kwargs, self.mask, self.buffers)
         )
 
 
 def keepable(value: Any) -> bool:
-    """Whether ``value`` consists of tensors and plain values in plain containers: it can be given a second time."""
-    return all(isinstance(leaf, (Tensor, *_PLAIN)) for leaf in pytree.tree_leaves(value))
+    """Whether ``value`` is tensors and plain values in lists, tuples and dicts: it can be given a second time."""
+    if type(value) in (list, tuple):
+        return all(map(keepable, value))
+    if type(value) is dict:
+        return all(type(key) in _PLAIN and keepable(item) for key, item in value.items())
+    dense = isinstance(value, Tensor) and value.layout == torch.strided and type(value) in (Tensor, nn.Parameter)
+    return dense or type(value) in _PLAIN
 
 
 def copied(value: Any) -> Any:
-    """The same with tensors of their own."""
-    return pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), value)
+    """The same with tensors of their own: what was one tensor stays one, and views share memory as they did."""
+    storages: dict[int, Any] = {}
+    made: dict[int, Tensor] = {}
+
+    def copy(tensor: Tensor) -> Tensor:
+        if id(tensor) not in made:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in storages:
+                storages[storage._cdata] = storage.clone()  # type: ignore[no-untyped-call]
+            new = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+            made[id(tensor)] = new.set_(
+                storages[storage._cdata], tensor.storage_offset(), tensor.size(), tensor.stride()
+            )
+        return made[id(tensor)]
+
+    return pytree.tree_map_only(Tensor, copy, value)
+
+
+def random_state() -> tuple[bytes, Any]:
+    """The state of the random numbers of torch on the CPU, and of Python."""
+    return bytes(torch.get_rng_state().numpy()), random.getstate()
+
+
+def set_random_state(state: tuple[bytes, Any]) -> None:
+    """Undo :func:`random_state`."""
+    torch.set_rng_state(torch.frombuffer(bytearray(state[0]), dtype=torch.uint8))
+    version, internal, gauss = state[1]
+    random.setstate((version, tuple(internal), gauss))
 
 
 class Recorder:
@@ -66,12 +102,16 @@ class Recorder:
 
     def __init__(self, mask: Tensor | None = None) -> None:
         self.calls: Counter[CalibrationLinear] = Counter()
+        # A run that has ended does not count what is called on the way out.
+        self.closed = False
         self._mask = mask
         self._pending: dict[CalibrationLinear, tuple[Any, int]] = {}
         self._shared: dict[tuple[int, ...], tuple[weakref.ref[Tensor], Any, Any]] = {}
 
     def observe(self, layer: CalibrationLinear, x: Tensor) -> None:
         """Add the inputs ``x`` ``[..., c]`` of a call of ``layer``."""
+        if self.closed:
+            return
         state, tokens = self._pending.get(layer, (layer.statistics, layer.tokens))
         self.calls[layer] += 1
         with untracked(x.device):
@@ -99,7 +139,7 @@ class Recorder:
         they are not shared.
         """
         update = layer.config.algorithm.observer.update
-        tokens = self._counted(x)
+        tokens = counted(x, self._mask)
         count = tokens.numel() // layer.in_features
         if x.is_inference():
             return update(state, tokens), count
@@ -115,10 +155,6 @@ class Recorder:
         self._shared[key] = weakref.ref(x), state, new
         return new, count
 
-    def _counted(self, x: Tensor) -> Tensor:
-        mask = self._mask
-        return x if mask is None or x.ndim != 3 or x.shape[:2] != mask.shape else x[mask.to(x.device)]
-
 
 class Calls:
     """How often one forward pass called each layer, in the order of the first calls: written into ``batch.calls``."""
@@ -132,7 +168,7 @@ class Calls:
         name = layer.names[0]
         self.batch.calls[name] = self.batch.calls.get(name, 0) + 1
         with untracked(x.device):
-            finite = torch.isfinite(x).all()
+            finite = torch.isfinite(counted(x, self.batch.mask)).all()
             self._finite[layer] = finite & self._finite[layer] if layer in self._finite else finite
 
     def check(self, batch: int) -> None:
@@ -144,6 +180,11 @@ class Calls:
         for layer, finite in self._finite.items():
             if not bool(finite):
                 raise not_finite(layer, batch)
+
+
+def counted(x: Tensor, mask: Tensor | None) -> Tensor:
+    """The tokens of ``x`` that are no padding, where ``mask`` ``[b, t]`` belongs to it."""
+    return x if mask is None or x.ndim != 3 or x.shape[:2] != mask.shape else x[mask.to(x.device)]
 
 
 def not_finite(layer: CalibrationLinear, batch: int) -> Exception:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from quantize.shell import stages
@@ -14,7 +14,16 @@ from quantize.shell.calibration import CalibrationLinear
 from quantize.shell.config import Config, QuantizeWarning, refusal
 from quantize.shell.plan import Plan, check_weight
 from quantize.shell.ranks import Ranks
-from quantize.shell.recording import Batch, Calls, Recorder, attention_mask, keepable, untracked
+from quantize.shell.recording import (
+    Batch,
+    Calls,
+    Recorder,
+    attention_mask,
+    keepable,
+    random_state,
+    set_random_state,
+    untracked,
+)
 
 
 class Session:
@@ -66,10 +75,11 @@ class Session:
 
     def _recorder(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recorder | Calls:
         kept = carrier(root).batches
-        odd = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if not keepable(leaf)]
+        odd = [each for each in (*args, *kwargs.values()) if not keepable(each)]
         if kept is None or not odd:
             mask = attention_mask(root, args, kwargs)
-            return Recorder(mask) if kept is None else Calls(Batch.of(args, kwargs, mask))
+            first = dict(root.named_buffers()) if kept == [] else {}
+            return Recorder(mask) if kept is None else Calls(Batch.of(args, kwargs, mask, first))
         told = f"an argument of type {type(odd[0]).__name__}, which may not be given twice"
         if kept:
             raise refusal("model", told, "arguments like those of the batches before: tensors and plain values")
@@ -89,7 +99,8 @@ def attach(model: nn.Module, config: Config, plan: Plan) -> None:
     model.__dict__[KEY] = session
     if getattr(config.options, "sequential", False):
         carrier(model).batches = []
-    model.register_forward_pre_hook(session.begin, with_kwargs=True)
+    # First of all: what is kept is what the caller gave, not what other hooks make of it.
+    model.register_forward_pre_hook(session.begin, with_kwargs=True, prepend=True)
     model.register_forward_hook(session.end, with_kwargs=True)
 
 
@@ -127,10 +138,9 @@ def solve(model: nn.Module, ranks: Ranks | None = None) -> None:
         QuantizeError: a weight became NaN or inf since ``quantize``; models or configs that differ between ranks.
     """
     layers, ranks = unsolved(model), ranks or Ranks()
-    for layer in layers:
-        check_weight(layer.names[0], layer.weight)
     roots = [module for module in model.modules() if KEY in module.__dict__]
     staged = [root for root in roots if carrier(root).batches is not None]
+    ranks.together(partial(_check, layers, roots))
     with untracked(layers[0].weight.device):
         mode = f"{len(staged)} of {len(roots)} sessions in stages"
         ranks.agree([layer for layer in layers if layer.solution is None], mode)
@@ -150,6 +160,20 @@ def solve(model: nn.Module, ranks: Ranks | None = None) -> None:
         warnings.warn(message, QuantizeWarning, stacklevel=2)
 
 
+def _check(layers: list[CalibrationLinear], roots: list[nn.Module]) -> None:
+    known = {layer for root in roots for layer in calibrated(root)}
+    for layer in layers:
+        check_weight(layer.names[0], layer.weight)
+        # What was kept is with the root of the session.
+        if (
+            layer not in known
+            and layer.seen
+            and not layer.tokens
+            and getattr(layer.config.options, "sequential", False)
+        ):
+            raise refusal("model", "a part of a model that is calibrated stage by stage", "the model given to quantize")
+
+
 def _solve_in_stages(root: nn.Module, ranks: Ranks) -> None:
     """Solve the stages of ``root`` one after the other, each on what the quantized ones before give it."""
     session: Session = root.__dict__[KEY]
@@ -159,16 +183,18 @@ def _solve_in_stages(root: nn.Module, ranks: Ranks) -> None:
         name for seen in ranks.gather([list(batch.calls) for batch in batches]) for names in seen for name in names
     ]
     order = stages.ordered(stages.stages(root, layers), calls)
-    replay = stages.Replay(root, [module for module, _ in order], batches)
+    replay = stages.Replay(root, order, batches)
     session.replaying = True
-    random = torch.get_rng_state()
-    buffers = [(buffer, buffer.clone()) for buffer in root.buffers()]
+    random = random_state()
+    buffers = [(module, name, buffer, buffer.clone()) for module in root.modules()
+               for name, buffer in module._buffers.items() if buffer is not None]  # fmt: skip
     try:
         with replay.installed():
+            ranks.together(replay.survey)
             for place, (_, members) in enumerate(_progress(order)):
                 rest = [layer for layer in members if layer.solution is None]
                 if rest:
-                    _observe(replay, place, members, batches)
+                    ranks.together(partial(_observe, replay, place, rest, batches))
                     ranks.merge(rest)
                     ranks.solve(rest, _solve_layer)
                 for layer in members:
@@ -180,8 +206,9 @@ def _solve_in_stages(root: nn.Module, ranks: Ranks) -> None:
         raise
     finally:
         session.replaying = False
-        torch.set_rng_state(random)
-        for buffer, kept in buffers:
+        set_random_state(random)
+        for module, name, buffer, kept in buffers:
+            module._buffers[name] = buffer
             if not torch.equal(buffer, kept):
                 buffer.copy_(kept)
 
@@ -192,9 +219,10 @@ def _observe(replay: stages.Replay, place: int, members: list[CalibrationLinear]
     for layer in members:
         key = (layer.in_features, layer.weight.dtype, layer.weight.device)
         layer.restart(initial.setdefault(key, layer.initial()))
+    replay.reset()
     for number, batch in enumerate(batches):
         expected = {layer: batch.calls[layer.names[0]] for layer in members if layer.names[0] in batch.calls}
-        if not expected:
+        if not expected and not replay.stateful:
             continue
 
         def recorder(mask: Tensor | None = batch.mask) -> Recorder:
@@ -225,3 +253,8 @@ def _progress(items: list[Any]) -> Any:
         return items
     # Quick work shows nothing; without a terminal neither.
     return tqdm(items, desc="quantize", leave=False, delay=1, disable=None)
+
+
+def checksum(model: nn.Module) -> list[int]:
+    """A number for the solution of every layer, equal where the codes are."""
+    return [int(layer.solution.weight.codes.sum(dtype=torch.int64)) for layer in calibrated(model) if layer.solution]

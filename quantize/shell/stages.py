@@ -9,9 +9,9 @@ computes twice, and the memory is one stage's statistics and about one output a 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from functools import partial
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -19,8 +19,8 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from quantize.shell.calibration import CalibrationLinear
-from quantize.shell.recording import Batch, Recorder, copied, keepable
-from quantize.shell.watch import Event, Output, Watch
+from quantize.shell.recording import Batch, Recorder, copied, keepable, random_state, set_random_state
+from quantize.shell.watch import Escapes, Event, Output, Survey, Watch
 
 
 def stages(root: nn.Module, layers: list[CalibrationLinear]) -> dict[nn.Module, list[CalibrationLinear]]:
@@ -53,33 +53,70 @@ class _Done(BaseException):
 class Replay:
     """Runs of a model up to a stage, over batches that were kept.
 
-    Where a run with remembered outputs goes another way than before, or fails, the batch forgets them, and runs again
-    with every stage computing.
+    Before the first stage one batch runs to its end while a :class:`~quantize.shell.watch.Survey` looks at every
+    stage: those that do more than give their output, draw random numbers, or call layers of another stage compute in
+    every run. Where a run with remembered outputs goes another way than before, or fails, the batch forgets them, and
+    runs again with every stage computing.
     """
 
-    def __init__(self, root: nn.Module, modules: list[nn.Module], batches: list[Batch]) -> None:
-        self._root, self._modules, self._batches = root, modules, batches
+    def __init__(
+        self, root: nn.Module, order: list[tuple[nn.Module, list[CalibrationLinear]]], batches: list[Batch]
+    ) -> None:
+        self._root, self._order, self._batches = root, order, batches
         self._memory: list[dict[Event, Output]] = [{} for _ in batches]
         self._ways: list[list[int]] = [[] for _ in batches]
-        # Stages whose calls do more than give their output.
+        # Stages that are never remembered; if any is called, nothing is taken for unneeded.
         self._computed: set[int] = set()
-        # Batches that had to forget once: nothing of theirs is taken for unneeded again.
-        self._keep: set[int] = set()
+        # A model that writes to its buffers needs every batch to its end, in their order.
+        self.stateful = False
         self._run: _Run | None = None
+        self._survey: _Survey | None = None
 
     @contextmanager
     def installed(self) -> Iterator[None]:
         """The forward of every stage goes through this object, and is its own again afterwards."""
-        own = {module: module.__dict__.get("forward") for module in self._modules}
+        own = {module: module.__dict__.get("forward") for module, _ in self._order}
         try:
-            for place, module in enumerate(self._modules):
-                module.forward = partial(self._call, place, module.forward)
+            for place, (module, _) in enumerate(self._order):
+                forward: Any = module.forward
+                module.forward = functools.update_wrapper(functools.partial(self._call, place, forward), forward)
             yield
         finally:
             for module, forward in own.items():
                 module.__dict__.pop("forward", None)
                 if forward is not None:
                     module.forward = forward
+
+    def survey(self) -> None:
+        """Find out which stages may be remembered."""
+        if not self._batches:
+            return
+        self.reset()
+        before = {name: (buffer, buffer.clone()) for name, buffer in self._root.named_buffers()}
+        survey = _Survey(Survey())
+        for place, (_, members) in enumerate(self._order):
+            for layer in members:
+                layer.recorder = survey.watch_layer(place)  # type: ignore[assignment]
+        self._survey = survey
+        try:
+            self._forward(self._batches[0], survey.mode)
+        finally:
+            self._survey = None
+            for _, members in self._order:
+                for layer in members:
+                    layer.recorder = None
+        self._computed = set(range(len(self._order))) if survey.mode.opaque else survey.mode.impure | survey.foreign
+        after = dict(self._root.named_buffers())
+        self.stateful = before.keys() != after.keys() or any(
+            after[name] is not buffer or not torch.equal(buffer, value) for name, (buffer, value) in before.items()
+        )
+
+    def reset(self) -> None:
+        """The buffers as they were before the first batch."""
+        buffers = dict(self._root.named_buffers())
+        for name, value in (self._batches[0].buffers if self._batches else {}).items():
+            if name in buffers and not torch.equal(buffers[name], value):
+                buffers[name].copy_(value)
 
     def run(
         self, number: int, place: int, expected: Mapping[CalibrationLinear, int], recorder: Callable[[], Recorder]
@@ -96,25 +133,34 @@ class Replay:
         except Exception:
             if not remembers:
                 raise
+        # Nothing of this batch is remembered again.
         self._memory[number].clear()
-        self._keep.add(number)
+        self._ways[number] = []
+        self._computed = set(range(len(self._order)))
         watching = recorder()
         self._attempt(number, place, expected, watching)
         return watching
 
-    def _attempt(self, number: int, place: int, expected: Mapping[CalibrationLinear, int], watching: Recorder) -> bool:
-        batch = self._batches[number]
+    def _forward(self, batch: Batch, *modes: Any) -> None:
         device, enabled, dtype = batch.autocast
-        run = _Run(place, self._memory[number], expected, watching, number in self._keep)
-        self._run = run
-        torch.set_rng_state(batch.random)
+        set_random_state(batch.random)
+        args, kwargs = copied((batch.args, batch.kwargs))
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(torch.autocast(device, enabled=enabled, dtype=dtype))
+            for mode in modes:
+                stack.enter_context(mode)
+            self._root(*args, **kwargs)
+
+    def _attempt(self, number: int, place: int, expected: Mapping[CalibrationLinear, int], watching: Recorder) -> bool:
+        self._run = run = _Run(place, self._memory[number], {} if self.stateful else expected, watching)
         try:
-            with torch.no_grad(), torch.autocast(device, enabled=enabled, dtype=dtype), run.watch:
-                self._root(*copied(batch.args), **copied(batch.kwargs))
+            self._forward(self._batches[number], run.watch, Escapes(run.watch))
         except _Done:
             pass
         finally:
             self._run = None
+            watching.closed = True
         before = self._ways[number]
         # Up to the stage before this one nothing has changed since the last run.
         common = before[: before.index(place - 1)] if place - 1 in before else []
@@ -122,11 +168,13 @@ class Replay:
         return run.way[: len(common)] == common
 
     def _call(self, place: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self._survey is not None:
+            return self._survey.call(place, forward, args, kwargs)
         run = self._run
         if run is None or run.inside:
             return forward(*args, **kwargs)
         event = (place, run.way.count(place))
-        if place == run.place and not event[1]:
+        if place == run.place and not event[1] and not self._computed:
             run.forget()
         run.way.append(place)
         given = run.watch.events((args, kwargs))
@@ -142,8 +190,6 @@ class Replay:
         return output
 
     def _compute(self, run: _Run, event: Event, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        versions = [tensor._version for tensor in given]
         run.inside = True
         # Inside of a stage there is nothing to watch.
         run.watch.__exit__(None, None, None)  # type: ignore[no-untyped-call]
@@ -152,12 +198,57 @@ class Replay:
         finally:
             run.watch.__enter__()  # type: ignore[no-untyped-call]
             run.inside = False
-        if event[0] < run.place:
-            if versions != [tensor._version for tensor in given] or not keepable(output):
-                self._computed.add(event[0])
-            elif event[0] not in self._computed:
-                run.memory[event] = Output(output)
+        # What comes after the first call of the stage in question may depend on it, and that will change.
+        early = event[0] < run.place and run.place not in run.way
+        if early and event[0] not in self._computed and keepable(output):
+            run.memory[event] = Output(output)
         return output
+
+
+class _Survey:
+    """The state of :meth:`Replay.survey`."""
+
+    def __init__(self, mode: Survey) -> None:
+        self.mode = mode
+        # Stages that call layers of others, or draw random numbers, or give what cannot be kept.
+        self.foreign: set[int] = set()
+
+    def watch_layer(self, place: int) -> _Watched:
+        """What a layer of the stage at ``place`` reports its calls to."""
+        return _Watched(self, place)
+
+    def call(self, place: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """A call of the stage at ``place``, which computes."""
+        if self.mode.stage is not None:
+            # A stage inside of a stage is a part of it.
+            self.foreign |= {place, self.mode.stage}
+            return forward(*args, **kwargs)
+        before = random_state()
+        taken = {leaf.untyped_storage()._cdata for leaf in pytree.tree_leaves((args, kwargs))
+                 if isinstance(leaf, Tensor) and leaf.layout == torch.strided}  # fmt: skip
+        self.mode.stage = place
+        try:
+            output = forward(*args, **kwargs)
+            self.mode.gave(output)
+        finally:
+            self.mode.stage = None
+        given = [leaf.untyped_storage()._cdata for leaf in pytree.tree_leaves(output)
+                 if isinstance(leaf, Tensor) and leaf.layout == torch.strided]  # fmt: skip
+        aliased = bool(taken.intersection(given))
+        if aliased or not keepable(output) or random_state() != before:
+            self.foreign.add(place)
+        return output
+
+
+class _Watched:
+    def __init__(self, survey: _Survey, place: int) -> None:
+        self._survey, self._place = survey, place
+
+    def observe(self, _layer: CalibrationLinear, _x: Tensor) -> None:
+        """A call of a layer: inside of another stage, that one cannot be left out."""
+        stage = self._survey.mode.stage
+        if stage is not None and stage != self._place:
+            self._survey.foreign.add(stage)
 
 
 class _Run:
@@ -169,9 +260,8 @@ class _Run:
         memory: dict[Event, Output],
         expected: Mapping[CalibrationLinear, int],
         watching: Recorder,
-        keep: bool,
     ) -> None:
-        self.place, self.memory, self.keep = place, memory, keep
+        self.place, self.memory = place, memory
         self._expected, self._watching = expected, watching
         self.way: list[int] = []
         self.given: set[Event] = set()
@@ -181,11 +271,9 @@ class _Run:
     def complete(self) -> bool:
         """Whether the stage in question has been called as often as before."""
         calls = self._watching.calls
-        return all(calls[layer] >= number for layer, number in self._expected.items())
+        return bool(self._expected) and all(calls[layer] >= number for layer, number in self._expected.items())
 
     def forget(self) -> None:
         """Free the outputs that nothing can read any more."""
-        needed = self.watch.needed()
-        for event in self.given - needed:
-            if not self.keep:
-                self.memory[event].free()
+        for event in self.given - self.watch.needed():
+            self.memory[event].free()

@@ -1,18 +1,22 @@
-"""Outputs that are given again instead of being computed, and the proof that one of them is not needed any more."""
+"""Outputs that are given again instead of being computed: where that is safe, and when one is not needed any more."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from quantize.shell.recording import copied
 
 _READ_BY_PYTHON = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+# What hands the numbers of a tensor to others without an operator of torch.
+_ESCAPES = {"numpy", "tolist", "__array__", "__dlpack__"}
 # Which call of which stage: its place in the order of execution, and how many calls came before.
 Event = tuple[int, int]
 
@@ -21,24 +25,34 @@ class Output:
     """What a stage gave at one call: a copy, or once nobody can read it again, only its shapes."""
 
     def __init__(self, value: Any) -> None:
-        leaves, self._structure = pytree.tree_flatten(copied(value))
-        self._leaves: list[Any] = leaves
-        self.freed = False
+        self._value, self.freed = copied(value), False
 
     def give(self) -> Any:
         """Tensors that the receiver may write to; zeros once :meth:`free` was called."""
-        if self.freed:
-            made = [torch.zeros(leaf[0], dtype=leaf[1], device=leaf[2]) if isinstance(leaf, tuple) else leaf
-                    for leaf in self._leaves]  # fmt: skip
-        else:
-            made = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
-        return pytree.tree_unflatten(made, self._structure)
+        if not self.freed:
+            return copied(self._value)
+        return pytree.tree_map_only(_Shape, _Shape.zeros, self._value)
 
     def free(self) -> None:
         """Forget the numbers."""
-        self._leaves = [(leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else leaf
-                        for leaf in self._leaves]  # fmt: skip
-        self.freed = True
+        self._value, self.freed = pytree.tree_map_only(Tensor, _Shape, self._value), True
+
+
+class _Shape:
+    def __init__(self, tensor: Tensor) -> None:
+        self._size, self._stride = tensor.size(), tensor.stride()
+        self._dtype, self._device = tensor.dtype, tensor.device
+
+    def zeros(self) -> Tensor:
+        return torch.empty_strided(self._size, self._stride, dtype=self._dtype, device=self._device).zero_()
+
+
+def _storages(value: Any) -> list[Any] | None:
+    """The storages of the tensors in ``value``; None if one has another form."""
+    tensors = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+    if any(tensor.layout != torch.strided for tensor in tensors):
+        return None
+    return [tensor.untyped_storage() for tensor in tensors]
 
 
 class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch leaves it bare
@@ -52,22 +66,32 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch leaves 
         super().__init__()  # type: ignore[no-untyped-call]
         self._alive: dict[int, tuple[Any, frozenset[Event]]] = {}
         self._read: frozenset[Event] = frozenset()
+        self._given: frozenset[Event] = frozenset()
 
     def mark(self, value: Any, events: frozenset[Event]) -> None:
         """From now on ``events`` are in the tensors of ``value``, besides what was in them."""
-        for leaf in pytree.tree_leaves(value):
-            if isinstance(leaf, Tensor) and events:
-                # As long as there is a weak reference, no other storage has this address.
-                make: Any = StorageWeakRef
-                reference = make(leaf.untyped_storage())
-                _, before = self._alive.get(reference.cdata, (None, frozenset()))
-                self._alive[reference.cdata] = reference, before | events
+        self._given |= events
+        storages = _storages(value)
+        if storages is None:
+            self.escape()
+        for storage in storages or () if events else ():
+            # As long as there is a weak reference, no other storage has this address.
+            make: Any = StorageWeakRef
+            reference = make(storage)
+            _, before = self._alive.get(reference.cdata, (None, frozenset()))
+            self._alive[reference.cdata] = reference, before | events
 
     def events(self, value: Any) -> frozenset[Event]:
         """What is in the tensors of ``value``."""
-        found = [self._alive.get(leaf.untyped_storage()._cdata) for leaf in pytree.tree_leaves(value)
-                 if isinstance(leaf, Tensor)]  # fmt: skip
+        storages = _storages(value)
+        if storages is None:
+            return self._given
+        found = [self._alive.get(storage._cdata) for storage in storages]
         return frozenset().union(*(entry[1] for entry in found if entry is not None))
+
+    def escape(self) -> None:
+        """Something was read that cannot be followed: all that was given so far may be in it."""
+        self._read |= self._given
 
     def needed(self) -> frozenset[Event]:
         """What anything that runs later can depend on."""
@@ -82,3 +106,66 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch leaves 
                 self._read |= events
             self.mark((result, args, kwargs) if func._schema.is_mutable else result, events)
         return result
+
+
+class Escapes(TorchFunctionMode):
+    """Tells a :class:`Watch` of reads that are no operators."""
+
+    def __init__(self, watch: Watch) -> None:
+        super().__init__()
+        self._watch = watch
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in _ESCAPES:
+            self._watch.escape()
+        return func(*args, **(kwargs or {}))
+
+
+class Survey(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch leaves it bare
+    """One full run in which every stage computes: which of them do no more than give their output.
+
+    A stage is not :attr:`pure` if it writes to a tensor that it did not make, or if what it makes and does not give is
+    read by anyone else: then its calls cannot be left out.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.stage: int | None = None
+        self.impure: set[int] = set()
+        self.opaque = False
+        self._made: dict[int, tuple[Any, int]] = {}
+
+    def gave(self, output: Any) -> None:
+        """The present stage returns ``output``: it may be read by all."""
+        for storage in _storages(output) or ():
+            self._made.pop(storage._cdata, None)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        read, schema = _storages((args, kwargs)), func._schema
+        owners = {self._made[s._cdata][1] for s in read or () if s._cdata in self._made}
+        self.impure |= owners - {self.stage}
+        if self.stage is not None and schema.is_mutable and not self._own(_written(schema, args, kwargs or {})):
+            self.impure.add(self.stage)
+        result = func(*args, **(kwargs or {}))
+        storages = _storages(result)
+        if read is None or storages is None:
+            # Sparse tensors cannot be followed.
+            self.opaque = True
+        before = {storage._cdata for storage in read or ()}
+        for storage in storages or ():
+            if self.stage is not None and storage._cdata not in before:
+                make: Any = StorageWeakRef
+                reference = make(storage)
+                self._made[reference.cdata] = reference, self.stage
+        return result
+
+    def _own(self, written: Iterable[Any]) -> bool:
+        storages = _storages(list(written))
+        return storages is not None and all(
+            s._cdata in self._made and self._made[s._cdata][1] == self.stage for s in storages
+        )
+
+
+def _written(schema: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    named = dict(zip((argument.name for argument in schema.arguments), args, strict=False)) | kwargs
+    return [named.get(a.name) for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
