@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -55,6 +55,30 @@ def _storages(value: Any) -> list[Any] | None:
     return [tensor.untyped_storage() for tensor in tensors]
 
 
+class _Tags:
+    """A value for each storage, as long as that is alive."""
+
+    def __init__(self) -> None:
+        self._entries: dict[int, tuple[weakref.ref[Any], Any]] = {}
+
+    def get(self, storage: Any) -> Any:
+        """The value, or None."""
+        return self._entries.get(storage._cdata, (None, None))[1]
+
+    def set(self, storage: Any, value: Any) -> None:
+        """Remember ``value`` until the storage is gone, and its address may be another's."""
+        key = storage._cdata
+        self._entries[key] = weakref.ref(storage, lambda _: self._entries.pop(key, None)), value
+
+    def drop(self, storage: Any) -> None:
+        """Forget the value."""
+        self._entries.pop(storage._cdata, None)
+
+    def values(self) -> list[Any]:
+        """Those of all storages that are alive."""
+        return [value for _, value in self._entries.values()]
+
+
 class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch leaves it bare
     """Follows what runs between the calls of stages: which outputs of theirs are in the tensors that are still alive.
 
@@ -64,7 +88,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch leaves 
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._alive: dict[int, tuple[Any, frozenset[Event]]] = {}
+        self._alive = _Tags()
         self._read: frozenset[Event] = frozenset()
         self._given: frozenset[Event] = frozenset()
 
@@ -75,19 +99,14 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch leaves 
         if storages is None:
             self.escape()
         for storage in storages or () if events else ():
-            # As long as there is a weak reference, no other storage has this address.
-            make: Any = StorageWeakRef
-            reference = make(storage)
-            _, before = self._alive.get(reference.cdata, (None, frozenset()))
-            self._alive[reference.cdata] = reference, before | events
+            self._alive.set(storage, events.union(self._alive.get(storage) or ()))
 
     def events(self, value: Any) -> frozenset[Event]:
         """What is in the tensors of ``value``."""
         storages = _storages(value)
         if storages is None:
             return self._given
-        found = [self._alive.get(storage._cdata) for storage in storages]
-        return frozenset().union(*(entry[1] for entry in found if entry is not None))
+        return frozenset().union(*(self._alive.get(storage) or () for storage in storages))
 
     def escape(self) -> None:
         """Something was read that cannot be followed: all that was given so far may be in it."""
@@ -95,8 +114,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch leaves 
 
     def needed(self) -> frozenset[Event]:
         """What anything that runs later can depend on."""
-        self._alive = {key: entry for key, entry in self._alive.items() if not entry[0].expired()}
-        return self._read.union(*(events for _, events in self._alive.values()))
+        return self._read.union(*self._alive.values())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -133,17 +151,17 @@ class Survey(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch leaves
         self.stage: int | None = None
         self.impure: set[int] = set()
         self.opaque = False
-        self._made: dict[int, tuple[Any, int]] = {}
+        self._made = _Tags()
 
     def gave(self, output: Any) -> None:
         """The present stage returns ``output``: it may be read by all."""
         for storage in _storages(output) or ():
-            self._made.pop(storage._cdata, None)
+            self._made.drop(storage)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         read, schema = _storages((args, kwargs)), func._schema
-        owners = {self._made[s._cdata][1] for s in read or () if s._cdata in self._made}
-        self.impure |= owners - {self.stage}
+        owners = {self._made.get(storage) for storage in read or ()}
+        self.impure |= owners - {self.stage, None}
         if self.stage is not None and schema.is_mutable and not self._own(_written(schema, args, kwargs or {})):
             self.impure.add(self.stage)
         result = func(*args, **(kwargs or {}))
@@ -154,16 +172,12 @@ class Survey(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch leaves
         before = {storage._cdata for storage in read or ()}
         for storage in storages or ():
             if self.stage is not None and storage._cdata not in before:
-                make: Any = StorageWeakRef
-                reference = make(storage)
-                self._made[reference.cdata] = reference, self.stage
+                self._made.set(storage, self.stage)
         return result
 
     def _own(self, written: Iterable[Any]) -> bool:
         storages = _storages(list(written))
-        return storages is not None and all(
-            s._cdata in self._made and self._made[s._cdata][1] == self.stage for s in storages
-        )
+        return storages is not None and all(self._made.get(storage) == self.stage for storage in storages)
 
 
 def _written(schema: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
