@@ -653,3 +653,15 @@ def test_a_layer_that_few_tokens_reached_falls_back_to_minmax(algorithm, tokens,
     messages = [str(each.message) for each in caught if issubclass(each.category, qz.QuantizeWarning)]
     expected = f"fewer than 16 tokens reached 1 of 2 layers, which fall back to minmax: experts.0 ({tokens})"
     assert messages == ([expected] if told else [])
+
+
+def test_a_part_may_be_converted_before_the_next_is_quantized():
+    model = filled(nn.Sequential(nn.Sequential(nn.Linear(64, 64)), nn.Sequential(nn.Linear(64, 8))))
+    qz.quantize(model[0], config(inputs=TENSOR))
+    model(randn(2, 64))
+    qz.convert(model[0])
+    qz.quantize(model[1], config(inputs=TENSOR, batch_num=9))
+    model(randn(2, 64))
+    qz.finish(model)
+    qz.convert(model)
+    assert [row.stage for row in qz.report(model).rows] == ["converted"] * 2

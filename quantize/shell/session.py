@@ -138,7 +138,8 @@ def solve(model: nn.Module, ranks: Ranks | None = None) -> None:
         QuantizeError: a weight became NaN or inf since ``quantize``; models or configs that differ between ranks.
     """
     layers, ranks = unsolved(model), ranks or Ranks()
-    roots = [module for module in model.modules() if KEY in module.__dict__]
+    # A part that was converted before has a session, and nothing to solve.
+    roots = [module for module in model.modules() if KEY in module.__dict__ and unsolved(module)]
     staged = [root for root in roots if carrier(root).batches is not None]
     ranks.together(partial(_check, layers, roots))
     with untracked(layers[0].weight.device):
