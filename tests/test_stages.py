@@ -861,3 +861,25 @@ def test_autocast_is_in_force_again():
         with torch.autocast("cpu", dtype=torch.bfloat16), warnings.catch_warnings():
             model(batches()[0])
     assert torch.equal(models[0].first.solution.weight.codes, models[1].first.solution.weight.codes)
+
+
+def test_batches_are_kept_without_what_they_are_cut_from():
+    class Pair(Chain):
+        def forward(self, x, y, z):
+            return super().forward(x + y + z[1])
+
+    model, data = made(Pair), torch.zeros(1000, 20, C)
+    qz.quantize(model, given())
+    model(data[:2], data[2:4], [data, data[:2]][0:2])
+    (batch,) = model.first.batches
+    x, y, (whole, part) = batch.args
+    for tensor in (x, y, whole, part):
+        assert tensor.untyped_storage()._cdata != data.untyped_storage()._cdata
+    model(data[:2], data[2:4], [None, data[:2]])
+    small = model.first.batches[1]
+    assert sum(t.untyped_storage().nbytes() for t in (*small.args[:2], small.args[2][1])) == 3 * x.nbytes
+    # One tensor under two names stays one.
+    own = x.clone()
+    twice = stages.copied((own, own, own[:1]))
+    assert twice[0] is twice[1]
+    assert twice[2].untyped_storage()._cdata == twice[0].untyped_storage()._cdata

@@ -67,19 +67,30 @@ def keepable(value: Any) -> bool:
 
 
 def copied(value: Any) -> Any:
-    """The same with tensors of their own: what was one tensor stays one, and views share memory as they did."""
+    """The same with tensors of their own: what was one tensor stays one, and views share memory as they did.
+
+    Small views of something large, such as two rows of a data set, are copied apart.
+    """
+    tensors = {id(leaf): leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)}
+    covered: Counter[int] = Counter()
+    views: Counter[int] = Counter()
+    for tensor in tensors.values():
+        covered[tensor.untyped_storage()._cdata] += tensor.nbytes
+        views[tensor.untyped_storage()._cdata] += 1
     storages: dict[int, Any] = {}
     made: dict[int, Tensor] = {}
 
     def copy(tensor: Tensor) -> Tensor:
         if id(tensor) not in made:
             storage = tensor.untyped_storage()
-            if storage._cdata not in storages:
-                storages[storage._cdata] = storage.clone()  # type: ignore[no-untyped-call]
-            new = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-            made[id(tensor)] = new.set_(
-                storages[storage._cdata], tensor.storage_offset(), tensor.size(), tensor.stride()
-            )
+            key = storage._cdata
+            if views[key] == 1 or covered[key] < storage.nbytes() // 2:
+                made[id(tensor)] = tensor.detach().clone()
+            else:
+                if key not in storages:
+                    storages[key] = storage.clone()  # type: ignore[no-untyped-call]
+                new = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+                made[id(tensor)] = new.set_(storages[key], tensor.storage_offset(), tensor.size(), tensor.stride())
         return made[id(tensor)]
 
     return pytree.tree_map_only(Tensor, copy, value)
