@@ -11,7 +11,7 @@ from torch import nn
 
 from quantize.core import affine
 from quantize.presets import INT8_MINMAX_WEIGHT_QUANT_CFG
-from quantize.shell import loading, session
+from quantize.shell import loading, session, solving
 from quantize.shell.calibration import CalibrationLinear
 from quantize.shell.config import QuantizeWarning, parse, refusal, shown
 from quantize.shell.deployment import QuantizedLinear
@@ -61,10 +61,10 @@ def quantize(model: nn.Module, config: object = None) -> None:
     session.attach(model, parsed, planned)
     if algorithm.data_free:
         try:
-            session.solve(model)
+            solving.solve(model)
         except BaseException:
             session.detach(model)
-            del model.__dict__[session.KEY]
+            del model.__dict__[solving.KEY]
             swap(model, {new: old for old, new in layers.items()})
             raise
 
@@ -86,11 +86,11 @@ def finish(model: nn.Module, *, process_group: Any = None) -> None:
             differ.
     """
     _check_model(model)
-    if not session.calibrated(model) and process_group is None:
+    if not solving.calibrated(model) and process_group is None:
         raise refusal("model", "not under calibration", "a model after quantize(model, config)")
-    ranks, layers = Ranks(process_group), session.unsolved(model)
+    ranks, layers = Ranks(process_group), solving.unsolved(model)
     everyone = ranks.gather([(layer.names[0], layer.seen) for layer in layers])
-    solved = ranks.gather(session.checksum(model) if not layers and process_group is not None else None)
+    solved = ranks.gather(solving.checksum(model) if not layers and process_group is not None else None)
     if not any(everyone):
         # After a common finish all are alike; after each has reached its batch_num alone they are not.
         if any(each != solved[0] for each in solved):
@@ -103,7 +103,7 @@ def finish(model: nn.Module, *, process_group: Any = None) -> None:
     for name, _ in everyone[0]:
         if all(theirs.get(name, 1) == 0 for theirs in seen):
             raise refusal(f"layer {name!r}", "0 batches seen", "a model after at least one forward pass")
-    session.solve(model, ranks)
+    solving.solve(model, ranks)
 
 
 def convert(model: nn.Module, *, kernel: str | None = None, from_state: Mapping[str, Any] | None = None) -> None:
@@ -140,7 +140,7 @@ def convert(model: nn.Module, *, kernel: str | None = None, from_state: Mapping[
 
 
 def _deployed(model: nn.Module, kernel: str | None) -> dict[nn.Module, QuantizedLinear]:
-    layers = session.calibrated(model)
+    layers = solving.calibrated(model)
     if not layers:
         raise refusal("model", "not calibrated", "a model after quantize(model, config) and its forward passes")
     for layer in layers:
@@ -166,7 +166,7 @@ def report(model: nn.Module) -> Report:
     rows = [module.record() for module in model.modules() if isinstance(module, (CalibrationLinear, QuantizedLinear))]
     if not rows:
         raise refusal("model", "not quantized", "a model after quantize(model, config)")
-    found = [module.__dict__[session.KEY] for module in model.modules() if session.KEY in module.__dict__]
+    found = [module.__dict__[solving.KEY] for module in model.modules() if solving.KEY in module.__dict__]
     return Report(
         tuple(rows),
         tuple(skipped for each in found for skipped in each.skipped),

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from quantize.shell.config import refusal
-from quantize.shell.session import calibrated
+from quantize.shell.solving import calibrated
 
 
 def save_calibration(model: nn.Module, path: str | os.PathLike[str]) -> None:

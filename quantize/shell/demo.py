@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from quantize.shell.api import convert, quantize, report
 from quantize.shell.config import QuantizeWarning, parse, refusal
 from quantize.shell.report import Report
-from quantize.shell.session import calibrated, unsolved
+from quantize.shell.solving import calibrated, unsolved
 
 CONFIG: dict[str, Any] = {
     "batch_num": 4,

@@ -3,27 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from quantize.shell import stages
-from quantize.shell.calibration import CalibrationLinear
 from quantize.shell.config import Config, QuantizeWarning, refusal
-from quantize.shell.plan import Plan, check_weight
-from quantize.shell.ranks import Ranks
-from quantize.shell.recording import (
-    Batch,
-    Calls,
-    Recorder,
-    attention_mask,
-    keepable,
-    random_state,
-    set_random_state,
-    untracked,
-)
+from quantize.shell.plan import Plan
+from quantize.shell.recording import Batch, Calls, Recorder, attention_mask, keepable
+from quantize.shell.solving import KEY, carrier, solve, unsolved
 
 
 class Session:
@@ -90,9 +77,6 @@ class Session:
         return Recorder(attention_mask(root, args, kwargs))
 
 
-KEY = "_quantization"
-
-
 def attach(model: nn.Module, config: Config, plan: Plan) -> None:
     """Put the session and its hooks on ``model``."""
     session = Session(config, plan)
@@ -112,150 +96,3 @@ def detach(model: nn.Module) -> None:
                 del hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
                 module._forward_hooks_with_kwargs.pop(key, None)
-
-
-def calibrated(model: nn.Module) -> list[CalibrationLinear]:
-    """All layers under calibration or fake-quantized, each once."""
-    return [module for module in model.modules() if isinstance(module, CalibrationLinear)]
-
-
-def unsolved(model: nn.Module) -> list[CalibrationLinear]:
-    """The layers that still compute in floating point."""
-    return [layer for layer in calibrated(model) if not layer.active]
-
-
-def carrier(root: nn.Module) -> CalibrationLinear:
-    """The layer that holds what belongs to all layers of a session: so it enters a ``state_dict``."""
-    return calibrated(root)[0]
-
-
-def solve(model: nn.Module, ranks: Ranks | None = None) -> None:
-    """Solve every layer, then let all compute as quantized; layers solved before an interruption are kept.
-
-    With ``ranks``, on what all of them have seen.
-
-    Raises:
-        QuantizeError: a weight became NaN or inf since ``quantize``; models or configs that differ between ranks.
-    """
-    layers, ranks = unsolved(model), ranks or Ranks()
-    # A part that was converted before has a session, and nothing to solve.
-    roots = [module for module in model.modules() if KEY in module.__dict__ and unsolved(module)]
-    staged = [root for root in roots if carrier(root).batches is not None]
-    ranks.together(partial(_check, layers, roots))
-    with untracked(layers[0].weight.device):
-        mode = f"{len(staged)} of {len(roots)} sessions in stages"
-        ranks.agree([layer for layer in layers if layer.solution is None], mode)
-        for root in staged:
-            _solve_in_stages(root, ranks)
-        rest = [layer for layer in layers if layer.solution is None]
-        ranks.merge(rest)
-        ranks.solve(rest, _solve_layer, _progress)
-    for layer in layers:
-        layer.active, layer.batches = True, None
-    idle = [layer for layer in layers if layer.fell_back]
-    if idle:
-        few = max(layer.tokens for layer in idle)
-        reached = f"fewer than {layers[0].config.algorithm.fewest} tokens reached" if few else "no token reached"
-        names = ", ".join(f"{layer.names[0]} ({layer.tokens})" if few else layer.names[0] for layer in idle)
-        message = f"{reached} {len(idle)} of {len(layers)} layers, which fall back to minmax: {names}"
-        warnings.warn(message, QuantizeWarning, stacklevel=2)
-
-
-def _check(layers: list[CalibrationLinear], roots: list[nn.Module]) -> None:
-    known = {layer for root in roots for layer in calibrated(root)}
-    for layer in layers:
-        check_weight(layer.names[0], layer.weight)
-        # What was kept is with the root of the session.
-        if (
-            layer not in known
-            and layer.seen
-            and not layer.tokens
-            and getattr(layer.config.options, "sequential", False)
-        ):
-            raise refusal("model", "a part of a model that is calibrated stage by stage", "the model given to quantize")
-
-
-def _solve_in_stages(root: nn.Module, ranks: Ranks) -> None:
-    """Solve the stages of ``root`` one after the other, each on what the quantized ones before give it."""
-    session: Session = root.__dict__[KEY]
-    layers, batches = calibrated(root), carrier(root).batches or []
-    # The order of the first rank that called a layer.
-    calls = [
-        name for seen in ranks.gather([list(batch.calls) for batch in batches]) for names in seen for name in names
-    ]
-    order = stages.ordered(stages.stages(root, layers), calls)
-    replay = stages.Replay(root, order, batches)
-    session.replaying = True
-    random = random_state()
-    buffers = [(module, name, buffer, buffer.clone()) for module in root.modules()
-               for name, buffer in module._buffers.items() if buffer is not None]  # fmt: skip
-    try:
-        with replay.installed():
-            ranks.together(replay.survey)
-            for place, (_, members) in enumerate(_progress(order)):
-                rest = [layer for layer in members if layer.solution is None]
-                if rest:
-                    ranks.together(partial(_observe, replay, place, rest, batches))
-                    ranks.merge(rest)
-                    ranks.solve(rest, _solve_layer)
-                for layer in members:
-                    layer.active = True
-    except BaseException:
-        # As before: all in floating point, and to be continued.
-        for layer in layers:
-            layer.active = False
-        raise
-    finally:
-        session.replaying = False
-        set_random_state(random)
-        for module, name, buffer, kept in buffers:
-            module._buffers[name] = buffer
-            if not torch.equal(buffer, kept):
-                buffer.copy_(kept)
-
-
-def _observe(replay: stages.Replay, place: int, members: list[CalibrationLinear], batches: list[Batch]) -> None:
-    # Of an interrupted solve nothing may be counted twice. Equal channels start from one state: see Recorder.
-    initial: dict[Any, Any] = {}
-    for layer in members:
-        key = (layer.in_features, layer.weight.dtype, layer.weight.device)
-        layer.restart(initial.setdefault(key, layer.initial()))
-    replay.reset()
-    for number, batch in enumerate(batches):
-        expected = {layer: batch.calls[layer.names[0]] for layer in members if layer.names[0] in batch.calls}
-        if not expected and not replay.stateful:
-            continue
-
-        def recorder(mask: Tensor | None = batch.mask) -> Recorder:
-            new = Recorder(mask)
-            for layer in members:
-                layer.recorder = new
-            return new
-
-        try:
-            replay.run(number, place, expected, recorder).commit(number + 1)
-        finally:
-            for layer in members:
-                layer.recorder = None
-
-
-def _solve_layer(layer: CalibrationLinear) -> None:
-    try:
-        layer.solve()
-    except Exception as error:
-        error.add_note(f"while solving layer {layer.names[0]!r}; the others are as they were")
-        raise
-
-
-def _progress(items: list[Any]) -> Any:
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return items
-    # Quick work shows nothing; without a terminal neither.
-    return tqdm(items, desc="quantize", leave=False, delay=1, disable=None)
-
-
-def checksum(model: nn.Module) -> list[int]:
-    """A number for the solution of every layer, equal where the codes are."""
-    return [int(layer.solution.weight.codes.sum(dtype=torch.int64)) for layer in calibrated(model) if layer.solution]

@@ -15,12 +15,12 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
-from torch import Tensor, nn
+from torch import nn
 
 from quantize.shell.calibration import CalibrationLinear
-from quantize.shell.recording import Batch, Recorder, copied, keepable, random_state, set_random_state
-from quantize.shell.watch import Escapes, Event, Output, Survey, Watch
+from quantize.shell.recording import Batch, Recorder, copied, keepable, set_random_state
+from quantize.shell.survey import Survey, Surveyor
+from quantize.shell.watch import Escapes, Event, Output, Watch
 
 
 def stages(root: nn.Module, layers: list[CalibrationLinear]) -> dict[nn.Module, list[CalibrationLinear]]:
@@ -53,7 +53,7 @@ class _Done(BaseException):
 class Replay:
     """Runs of a model up to a stage, over batches that were kept.
 
-    Before the first stage one batch runs to its end while a :class:`~quantize.shell.watch.Survey` looks at every
+    Before the first stage one batch runs to its end while a :class:`~quantize.shell.survey.Survey` looks at every
     stage: those that do more than give their output, draw random numbers, or call layers of another stage compute in
     every run. Where a run with remembered outputs goes another way than before, or fails, the batch forgets them, and
     runs again with every stage computing.
@@ -70,7 +70,7 @@ class Replay:
         # A model that writes to its buffers needs every batch to its end, in their order.
         self.stateful = False
         self._run: _Run | None = None
-        self._survey: _Survey | None = None
+        self._survey: Surveyor | None = None
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -93,7 +93,7 @@ class Replay:
             return
         self.reset()
         before = {name: (buffer, buffer.clone()) for name, buffer in self._root.named_buffers()}
-        survey = _Survey(Survey())
+        survey = Surveyor(Survey())
         for place, (_, members) in enumerate(self._order):
             for layer in members:
                 layer.recorder = survey.watch_layer(place)  # type: ignore[assignment]
@@ -203,52 +203,6 @@ class Replay:
         if early and event[0] not in self._computed and keepable(output):
             run.memory[event] = Output(output)
         return output
-
-
-class _Survey:
-    """The state of :meth:`Replay.survey`."""
-
-    def __init__(self, mode: Survey) -> None:
-        self.mode = mode
-        # Stages that call layers of others, or draw random numbers, or give what cannot be kept.
-        self.foreign: set[int] = set()
-
-    def watch_layer(self, place: int) -> _Watched:
-        """What a layer of the stage at ``place`` reports its calls to."""
-        return _Watched(self, place)
-
-    def call(self, place: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """A call of the stage at ``place``, which computes."""
-        if self.mode.stage is not None:
-            # A stage inside of a stage is a part of it.
-            self.foreign |= {place, self.mode.stage}
-            return forward(*args, **kwargs)
-        before = random_state()
-        taken = {leaf.untyped_storage()._cdata for leaf in pytree.tree_leaves((args, kwargs))
-                 if isinstance(leaf, Tensor) and leaf.layout == torch.strided}  # fmt: skip
-        self.mode.stage = place
-        try:
-            output = forward(*args, **kwargs)
-            self.mode.gave(output)
-        finally:
-            self.mode.stage = None
-        given = [leaf.untyped_storage()._cdata for leaf in pytree.tree_leaves(output)
-                 if isinstance(leaf, Tensor) and leaf.layout == torch.strided]  # fmt: skip
-        aliased = bool(taken.intersection(given))
-        if aliased or not keepable(output) or random_state() != before:
-            self.foreign.add(place)
-        return output
-
-
-class _Watched:
-    def __init__(self, survey: _Survey, place: int) -> None:
-        self._survey, self._place = survey, place
-
-    def observe(self, _layer: CalibrationLinear, _x: Tensor) -> None:
-        """A call of a layer: inside of another stage, that one cannot be left out."""
-        stage = self._survey.mode.stage
-        if stage is not None and stage != self._place:
-            self._survey.foreign.add(stage)
 
 
 class _Run:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -47,7 +46,7 @@ class _Shape:
         return torch.empty_strided(self._size, self._stride, dtype=self._dtype, device=self._device).zero_()
 
 
-def _storages(value: Any) -> list[Any] | None:
+def storages_of(value: Any) -> list[Any] | None:
     """The storages of the tensors in ``value``; None if one has another form."""
     tensors = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
     if any(tensor.layout != torch.strided for tensor in tensors):
@@ -55,7 +54,7 @@ def _storages(value: Any) -> list[Any] | None:
     return [tensor.untyped_storage() for tensor in tensors]
 
 
-class _Tags:
+class Tags:
     """A value for each storage, as long as that is alive."""
 
     def __init__(self) -> None:
@@ -88,14 +87,14 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch leaves 
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._alive = _Tags()
+        self._alive = Tags()
         self._read: frozenset[Event] = frozenset()
         self._given: frozenset[Event] = frozenset()
 
     def mark(self, value: Any, events: frozenset[Event]) -> None:
         """From now on ``events`` are in the tensors of ``value``, besides what was in them."""
         self._given |= events
-        storages = _storages(value)
+        storages = storages_of(value)
         if storages is None:
             self.escape()
         for storage in storages or () if events else ():
@@ -103,7 +102,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch leaves 
 
     def events(self, value: Any) -> frozenset[Event]:
         """What is in the tensors of ``value``."""
-        storages = _storages(value)
+        storages = storages_of(value)
         if storages is None:
             return self._given
         return frozenset().union(*(self._alive.get(storage) or () for storage in storages))
@@ -137,49 +136,3 @@ class Escapes(TorchFunctionMode):
         if getattr(func, "__name__", "") in _ESCAPES:
             self._watch.escape()
         return func(*args, **(kwargs or {}))
-
-
-class Survey(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch leaves it bare
-    """One full run in which every stage computes: which of them do no more than give their output.
-
-    A stage is not :attr:`pure` if it writes to a tensor that it did not make, or if what it makes and does not give is
-    read by anyone else: then its calls cannot be left out.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.stage: int | None = None
-        self.impure: set[int] = set()
-        self.opaque = False
-        self._made = _Tags()
-
-    def gave(self, output: Any) -> None:
-        """The present stage returns ``output``: it may be read by all."""
-        for storage in _storages(output) or ():
-            self._made.drop(storage)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        read, schema = _storages((args, kwargs)), func._schema
-        owners = {self._made.get(storage) for storage in read or ()}
-        self.impure |= owners - {self.stage, None}
-        if self.stage is not None and schema.is_mutable and not self._own(_written(schema, args, kwargs or {})):
-            self.impure.add(self.stage)
-        result = func(*args, **(kwargs or {}))
-        storages = _storages(result)
-        if read is None or storages is None:
-            # Sparse tensors cannot be followed.
-            self.opaque = True
-        before = {storage._cdata for storage in read or ()}
-        for storage in storages or ():
-            if self.stage is not None and storage._cdata not in before:
-                self._made.set(storage, self.stage)
-        return result
-
-    def _own(self, written: Iterable[Any]) -> bool:
-        storages = _storages(list(written))
-        return storages is not None and all(self._made.get(storage) == self.stage for storage in storages)
-
-
-def _written(schema: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    named = dict(zip((argument.name for argument in schema.arguments), args, strict=False)) | kwargs
-    return [named.get(a.name) for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
