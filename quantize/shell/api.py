@@ -6,10 +6,8 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
-from quantize.core import affine
 from quantize.presets import INT8_MINMAX_WEIGHT_QUANT_CFG
 from quantize.shell import loading, session, solving
 from quantize.shell.calibration import CalibrationLinear
@@ -18,7 +16,6 @@ from quantize.shell.deployment import QuantizedLinear
 from quantize.shell.kernels import KERNELS
 from quantize.shell.plan import Plan, plan, swap
 from quantize.shell.ranks import Ranks
-from quantize.shell.recording import untracked
 from quantize.shell.report import Report
 
 
@@ -46,20 +43,13 @@ def quantize(model: nn.Module, config: object = None) -> None:
             raise refusal("model", f"layer {name!r} is quantized already", "a model in floating point")
     planned = plan(model, parsed)
     _warn(planned)
-    algorithm = parsed.algorithm
-    # Equal channels start from one state, so that layers which read one tensor go on sharing it.
-    initial: dict[tuple[int, torch.dtype, torch.device], Any] = {}
-    layers: dict[nn.Module, nn.Module] = {}
-    for layer in planned.layers:
-        weight = layer.module.weight
-        key = (weight.shape[1], affine.working_dtype(weight), weight.device)
-        if key not in initial:
-            with untracked(weight.device):
-                initial[key] = algorithm.observer.init(key[0], dtype=key[1], device=key[2])
-        layers[layer.module] = CalibrationLinear(layer.module, layer.names, parsed, initial[key])
+    layers: dict[nn.Module, CalibrationLinear] = {
+        layer.module: CalibrationLinear(layer.module, layer.names, parsed) for layer in planned.layers
+    }
+    solving.restart(layers.values())
     swap(model, layers)
     session.attach(model, parsed, planned)
-    if algorithm.data_free:
+    if parsed.algorithm.data_free:
         try:
             solving.solve(model)
         except BaseException:

@@ -33,7 +33,7 @@ class CalibrationLinear(nn.Module):
     weight: nn.Parameter
     bias: nn.Parameter | None
 
-    def __init__(self, original: nn.Linear, names: tuple[str, ...], config: Config, statistics: Any) -> None:
+    def __init__(self, original: nn.Linear, names: tuple[str, ...], config: Config) -> None:
         super().__init__()
         self.names, self.config = names, config
         self.out_features, self.in_features = original.weight.shape
@@ -41,7 +41,7 @@ class CalibrationLinear(nn.Module):
         self._parameters.update(original._parameters)
         deployment.adopt(self, original)
         self.seen, self.tokens = 0, 0
-        self.statistics = statistics
+        self.statistics: Any = None
         self.solution: Solution | None = None
         self.active = False
         self.recorder: Recorder | Calls | None = None
@@ -60,15 +60,6 @@ class CalibrationLinear(nn.Module):
             return linear.fake_quantized_linear(
                 input, s.weight, self.bias, inputs=s.inputs, smoothing=s.smoothing, static=s.static
             )
-
-    def initial(self) -> Any:
-        """The statistics before the first token."""
-        weight, observer = self.weight, self.config.algorithm.observer
-        return observer.init(self.in_features, dtype=affine.working_dtype(weight), device=weight.device)
-
-    def restart(self, initial: Any) -> None:
-        """Forget what was learned of the inputs."""
-        self.statistics, self.tokens = initial, 0
 
     def solve(self) -> None:
         """Compute the solution from the statistics, which are dropped; with too few tokens, fall back to minmax.

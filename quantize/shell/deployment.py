@@ -59,6 +59,9 @@ class QuantizedLinear(nn.Module):
         with torch.no_grad():
             held = KERNELS[self.kernel].prepare(solved, self.bias, dtype)
         self._release()
+        self._put(held)
+
+    def _put(self, held: dict[str, Tensor]) -> None:
         for name, tensor in held.items():
             self.register_buffer(name, tensor, persistent=False)
         self._kept = tuple(held)
@@ -130,14 +133,11 @@ class QuantizedLinear(nn.Module):
         probe = fn(torch.empty(0, dtype=dtype, device=here))
         stays = (probe.dtype, probe.device) == (dtype, here)
         solved = None if stays else pytree.tree_map_only(Tensor, moved, self.solution)
-        kept = self._kept
         self._release()
         try:
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call] # torch leaves it bare
         finally:
-            for name, tensor in held.items():
-                self.register_buffer(name, tensor, persistent=False)
-            self._kept = kept
+            self._put(held)
         if solved is None:
             self._buffers.update({name: moved(tensor) for name, tensor in held.items()})
         else:

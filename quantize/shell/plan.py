@@ -63,9 +63,10 @@ def plan(model: nn.Module, config: Config) -> Plan:
     for module, all_names in names.items():
         reason = _reason(module, all_names, config, direct.get(module))
         asked = next((word for word in config.skip_layers if any(word in name for name in all_names)), None)
-        if reason is not None or isinstance(module, nn.Linear):
+        concerns = reason is not None or isinstance(module, nn.Linear)
+        if concerns:
             concerned.extend(all_names)
-        if asked is not None and (reason is not None or isinstance(module, nn.Linear)):
+        if asked is not None and concerns:
             skipped.extend(Skipped(name, f"skip_layers: {asked!r}", asked=True) for name in all_names)
         elif reason is not None:
             skipped.extend(Skipped(name, reason) for name in all_names)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from quantize.core import affine
 from quantize.shell import stages
 from quantize.shell.calibration import CalibrationLinear
 from quantize.shell.config import QuantizeWarning, refusal
@@ -28,6 +30,21 @@ def calibrated(model: nn.Module) -> list[CalibrationLinear]:
 def unsolved(model: nn.Module) -> list[CalibrationLinear]:
     """The layers that still compute in floating point."""
     return [layer for layer in calibrated(model) if not layer.active]
+
+
+def restart(layers: Iterable[CalibrationLinear]) -> None:
+    """Forget what was learned of the inputs.
+
+    Equal channels start from one state, so that layers which read one tensor go on sharing it: see Recorder.
+    """
+    initial: dict[tuple[int, torch.dtype, torch.device], Any] = {}
+    for layer in layers:
+        weight = layer.weight
+        key = (layer.in_features, affine.working_dtype(weight), weight.device)
+        if key not in initial:
+            with untracked(weight.device):
+                initial[key] = layer.config.algorithm.observer.init(key[0], dtype=key[1], device=key[2])
+        layer.statistics, layer.tokens = initial[key], 0
 
 
 def carrier(root: nn.Module) -> CalibrationLinear:
@@ -121,11 +138,8 @@ def _solve_in_stages(root: nn.Module, ranks: Ranks) -> None:
 
 
 def _observe(replay: stages.Replay, place: int, members: list[CalibrationLinear], batches: list[Batch]) -> None:
-    # Of an interrupted solve nothing may be counted twice. Equal channels start from one state: see Recorder.
-    initial: dict[Any, Any] = {}
-    for layer in members:
-        key = (layer.in_features, layer.weight.dtype, layer.weight.device)
-        layer.restart(initial.setdefault(key, layer.initial()))
+    # Of an interrupted solve nothing may be counted twice.
+    restart(members)
     replay.reset()
     for number, batch in enumerate(batches):
         expected = {layer: batch.calls[layer.names[0]] for layer in members if layer.names[0] in batch.calls}

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -18,7 +16,7 @@ from quantize.shell.watch import Tags, storages_of
 class Survey(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch leaves it bare
     """One full run in which every stage computes: which of them do no more than give their output.
 
-    A stage is not :attr:`pure` if it writes to a tensor that it did not make, or if what it makes and does not give is
+    A stage is :attr:`impure` if it writes to a tensor that it did not make, or if what it makes and does not give is
     read by anyone else: then its calls cannot be left out.
     """
 
@@ -80,17 +78,16 @@ class Surveyor:
             self.foreign |= {place, self.mode.stage}
             return forward(*args, **kwargs)
         before = random_state()
-        taken = {leaf.untyped_storage()._cdata for leaf in pytree.tree_leaves((args, kwargs))
-                 if isinstance(leaf, Tensor) and leaf.layout == torch.strided}  # fmt: skip
+        taken = storages_of((args, kwargs))
         self.mode.stage = place
         try:
             output = forward(*args, **kwargs)
             self.mode.gave(output)
         finally:
             self.mode.stage = None
-        given = [leaf.untyped_storage()._cdata for leaf in pytree.tree_leaves(output)
-                 if isinstance(leaf, Tensor) and leaf.layout == torch.strided]  # fmt: skip
-        aliased = bool(taken.intersection(given))
+        given = storages_of(output)
+        # Where storages cannot be told, they may be the same.
+        aliased = taken is None or given is None or {s._cdata for s in taken} & {s._cdata for s in given}
         if aliased or not keepable(output) or random_state() != before:
             self.foreign.add(place)
         return output

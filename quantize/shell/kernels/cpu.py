@@ -41,7 +41,7 @@ def obstacle(solved: Solution, _bias: Tensor | None, dtype: torch.dtype) -> str 
     n, c = weight.codes.shape
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"{dtype} is none of float32, float16, bfloat16"
-    if scheme.bits <= 4:
+    if reference.narrow(scheme):
         return nibbles.obstacle(solved, dtype)
     if scheme.strategy == "group":
         return "no matmul takes int8 groups"
@@ -59,7 +59,7 @@ def obstacle(solved: Solution, _bias: Tensor | None, dtype: torch.dtype) -> str 
 def prepare(solved: Solution, _bias: Tensor | None, dtype: torch.dtype) -> dict[str, Tensor]:
     """See :class:`~quantize.shell.kernels.contract.Kernel`."""
     weight = solved.weight
-    if weight.scheme.bits <= 4:
+    if reference.narrow(weight.scheme):
         return nibbles.prepare(solved)
     held, n = reference.prepare(solved), len(weight.codes)
     if solved.inputs is None and dtype == torch.bfloat16:
@@ -70,12 +70,12 @@ def prepare(solved: Solution, _bias: Tensor | None, dtype: torch.dtype) -> dict[
 
 def restore(held: Mapping[str, Tensor], layout: Layout) -> Solution:
     """See :class:`~quantize.shell.kernels.contract.Kernel`."""
-    return nibbles.restore(held, layout) if layout.spec.weight.bits <= 4 else reference.restore(held, layout)
+    return nibbles.restore(held, layout) if reference.narrow(layout.spec.weight) else reference.restore(held, layout)
 
 
 def forward(x: Tensor, held: Mapping[str, Tensor], layout: Layout, bias: Tensor | None) -> Tensor:
     """See :class:`~quantize.shell.kernels.contract.Kernel`."""
-    if layout.spec.weight.bits <= 4:
+    if reference.narrow(layout.spec.weight):
         return nibbles.forward(x, held, layout, bias)
     s = restore(held, layout)
     if s.inputs is not None:

@@ -79,9 +79,8 @@ def forward(x: Tensor, held: Mapping[str, Tensor], layout: Layout, bias: Tensor 
 def _dequantize(held: Mapping[str, Tensor], layout: Layout) -> Tensor:
     """The weight ``[n, c]``, a transposed view, in bfloat16: each product of a code and a scale is rounded once."""
     block, scale = known_block(), held["scale_and_zero"][..., 0].contiguous()
-    columns = rearrange(held["packed"].view(-1), "(n c d) -> n c d", c=layout.c, d=block // 2)
-    codes = torch.cat([columns.bitwise_and(0xF), columns.bitwise_right_shift(4)], -1).view(torch.int8)
-    codes = rearrange(rearrange(codes, "n c d -> c (n d)"), "(g k) n -> g k n", g=len(scale))
+    codes = rearrange(_columns(held["packed"], block), "n c d -> c (n d)")
+    codes = rearrange(codes, "(g k) n -> g k n", g=len(scale))
     zero_point = reference.zero_point(held, layout)
     zero = 8 if zero_point is None else 8 + zero_point.T.expand(len(scale), layout.n)[:, None]
     return rearrange((codes - zero).to(scale.dtype) * scale[:, None], "g k n -> n (g k)")
@@ -92,9 +91,13 @@ def unpack(words: Tensor, block: int) -> Tensor:
 
     ``block`` rows lie together, column by column; a byte has row ``d`` below and row ``d + block / 2`` above.
     """
+    return rearrange(_columns(words, block) - 8, "n c d -> (n d) c")
+
+
+def _columns(words: Tensor, block: int) -> Tensor:
+    """Codes plus 8, int8, in the order of the words: ``[n / block, c, block]``."""
     columns = rearrange(words.view(-1), "(n c d) -> n c d", c=words.shape[1] * 2, d=block // 2)
-    codes = torch.cat([columns.bitwise_and(0xF), columns.bitwise_right_shift(4)], -1).to(torch.int8) - 8
-    return rearrange(codes, "n c d -> (n d) c")
+    return torch.cat([columns.bitwise_and(0xF), columns.bitwise_right_shift(4)], -1).view(torch.int8)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

@@ -75,9 +75,9 @@ def prepare(solved: Solution, _bias: Tensor | None, dtype: torch.dtype) -> dict[
     elif solved.inputs is None:
         if weight.scheme.bits == 4:
             held["codes"] = packing.pack_int4(weight.codes.T, torch.int32).contiguous()
-        held["antiquant_scale"] = weight.scale.to(dtype).T.contiguous()
+        held["antiquant_scale"] = _antiquant(weight.scale, dtype)
         if weight.zero_point is not None:
-            held["antiquant_offset"] = -weight.zero_point.to(dtype).T.contiguous()
+            held["antiquant_offset"] = -_antiquant(weight.zero_point, dtype)
     else:
         held["output_scale"] = weight.scale.float().flatten()
         if solved.smoothing is not None:
@@ -117,8 +117,8 @@ def _weight_only(x: Tensor, held: Mapping[str, Tensor], layout: Layout, bias: Te
     return torch.ops.npu.npu_weight_quant_batchmatmul(  # type: ignore[no-any-return] # operators are untyped
         tokens,
         codes if codes.dtype == torch.int32 else codes.T,
-        scale.flatten() if scale.numel() == 1 else scale,
-        antiquant_offset=_like(held.get("antiquant_offset")),
+        scale,
+        antiquant_offset=held.get("antiquant_offset"),
         bias=bias,
         antiquant_group_size=layout.spec.weight.group_size or 0,
     )
@@ -189,5 +189,7 @@ def _loss(scale: Tensor, dtype: torch.dtype) -> str | None:
     return f"scales from {scale.min().item():.3g} to {scale.max().item():.3g} do not fit {dtype}"
 
 
-def _like(offset: Tensor | None) -> Tensor | None:
-    return offset.flatten() if offset is not None and offset.numel() == 1 else offset
+def _antiquant(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    """``[1]``, ``[1, n]`` or ``[g, n]``, as ``npu_weight_quant_batchmatmul`` takes scales and offsets."""
+    rows = parameter.to(dtype).T.contiguous()
+    return rows.flatten() if rows.numel() == 1 else rows

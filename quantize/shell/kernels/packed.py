@@ -18,36 +18,6 @@ def aligned(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("quantize::int_mm", mutates_args=())
-def _int_mm(a: Tensor, b: Tensor) -> Tensor:
-    return eager_int_mm(a, b)
-
-
-@_int_mm.register_fake
-def _(a: Tensor, b: Tensor) -> Tensor:
-    return a.new_empty(a.shape[0], b.shape[0], dtype=torch.int32)
-
-
-@torch.library.custom_op("quantize::int8pack_mm", mutates_args=())
-def _int8pack_mm(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
-    return eager_int8pack_mm(x, codes, scale)
-
-
-@_int8pack_mm.register_fake
-def _(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], codes.shape[0])
-
-
-@torch.library.custom_op("quantize::int4pack_mm", mutates_args=())
-def _int4pack_mm(x: Tensor, codes: Tensor, group_size: int, scale_and_zero: Tensor) -> Tensor:
-    return eager_int4pack_mm(x, codes, group_size, scale_and_zero)
-
-
-@_int4pack_mm.register_fake
-def _(x: Tensor, codes: Tensor, group_size: int, scale_and_zero: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], codes.shape[0])
-
-
 def eager_int_mm(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b.T`` of int8 matrices ``[t, c]`` and ``[n, c]`` in int32."""
     # A single row may come with stride 0 from a compiler, which the operator misreads.
@@ -65,6 +35,26 @@ def eager_int8pack_mm(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
 def eager_int4pack_mm(x: Tensor, codes: Tensor, group_size: int, scale_and_zero: Tensor) -> Tensor:
     """See :func:`int4pack_mm`."""
     return torch._weight_int4pack_mm_for_cpu(aligned(x), codes, group_size, scale_and_zero)
+
+
+_int_mm = torch.library.custom_op("quantize::int_mm", eager_int_mm, mutates_args=())
+_int8pack_mm = torch.library.custom_op("quantize::int8pack_mm", eager_int8pack_mm, mutates_args=())
+_int4pack_mm = torch.library.custom_op("quantize::int4pack_mm", eager_int4pack_mm, mutates_args=())
+
+
+@_int_mm.register_fake
+def _(a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty(a.shape[0], b.shape[0], dtype=torch.int32)
+
+
+@_int8pack_mm.register_fake
+def _(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], codes.shape[0])
+
+
+@_int4pack_mm.register_fake
+def _(x: Tensor, codes: Tensor, group_size: int, scale_and_zero: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], codes.shape[0])
 
 
 def int_mm(a: Tensor, b: Tensor) -> Tensor:
