@@ -36,10 +36,12 @@ class Block(nn.Module):
 
 
 class Chain(nn.Module):
-    def __init__(self, depth=4):
+    kind, depth = Block, 4
+
+    def __init__(self):
         super().__init__()
         self.first = nn.Linear(C, C)
-        self.blocks = nn.ModuleList(Block() for _ in range(depth))
+        self.blocks = nn.ModuleList(self.kind() for _ in range(self.depth))
         self.norm, self.head = nn.LayerNorm(C), nn.Linear(C, 8)
 
     def forward(self, x):
@@ -135,9 +137,7 @@ class WritingBlock(Block):
 
 
 class Writing(Chain):
-    def __init__(self):
-        super().__init__()
-        self.blocks = nn.ModuleList(WritingBlock() for _ in range(3))
+    kind, depth = WritingBlock, 3
 
     def forward(self, x):
         x = self.first(x)
@@ -153,9 +153,7 @@ class TupleBlock(Block):
 
 
 class Tuples(Chain):
-    def __init__(self):
-        super().__init__()
-        self.blocks = nn.ModuleList(TupleBlock() for _ in range(3))
+    kind, depth = TupleBlock, 3
 
     def forward(self, x, mask=None):
         x, seen = self.first(x), 0
@@ -181,9 +179,7 @@ class Experts(nn.Module):
 
 
 class Mixture(Chain):
-    def __init__(self):
-        super().__init__()
-        self.blocks = nn.ModuleList(Experts() for _ in range(3))
+    kind, depth = Experts, 3
 
 
 class Argument(Chain):
@@ -217,9 +213,7 @@ class OpaqueBlock(Block):
 class Opaques(Chain):
     """Blocks whose outputs are in an object that nobody can look into."""
 
-    def __init__(self):
-        super().__init__()
-        self.blocks = nn.ModuleList(OpaqueBlock() for _ in range(4))
+    kind, depth = OpaqueBlock, 4
 
     def forward(self, x):
         x = self.first(x)
@@ -280,9 +274,7 @@ class AppendingBlock(Block):
 
 
 class Appending(Chain):
-    def __init__(self):
-        super().__init__()
-        self.blocks = nn.ModuleList(AppendingBlock() for _ in range(4))
+    kind, depth = AppendingBlock, 4
 
     def forward(self, x):
         x, kept = self.first(x), []
@@ -298,9 +290,7 @@ class LeavingBlock(Block):
 
 
 class Leaving(Chain):
-    def __init__(self):
-        super().__init__()
-        self.blocks = nn.ModuleList(LeavingBlock() for _ in range(4))
+    kind, depth = LeavingBlock, 4
 
     def forward(self, x):
         x = self.first(x)
@@ -319,9 +309,7 @@ class BehindBlock(Block):
 class Behind(Chain):
     """Blocks that write to their input where autograd does not look."""
 
-    def __init__(self):
-        super().__init__()
-        self.blocks = nn.ModuleList(BehindBlock() for _ in range(3))
+    kind, depth = BehindBlock, 3
 
     def forward(self, x):
         x = self.first(x)
@@ -337,9 +325,7 @@ class AliasBlock(Block):
 
 
 class Aliases(Chain):
-    def __init__(self):
-        super().__init__()
-        self.blocks = nn.ModuleList(AliasBlock() for _ in range(3))
+    kind, depth = AliasBlock, 3
 
     def forward(self, x):
         x = self.first(x)
