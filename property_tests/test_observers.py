@@ -69,6 +69,24 @@ def test_statistics_are_those_of_float64_loops(x):
     assert (np.abs(total.numpy() - gram64(x)) <= slack * gram64(x.abs())).all()
 
 
+@pytest.mark.parametrize("c", [1, 63, 64, 65, 128, 200, 515])
+def test_a_gram_matrix_of_several_strips_is_exact_and_symmetric(c):
+    # Whole numbers: the sums are exact, so that any strip that is off shows.
+    x = torch.randint(-9, 10, (12, c), generator=torch.Generator().manual_seed(c)).float()
+    total = assert_pure(gram.update, gram.update(gram.init(c), x[:5]), x[5:]).total
+    assert torch.equal(total.double(), torch.from_numpy(gram64(x)))
+    rough = gram.update(gram.init(c), x * 0.1 + 1 / 3).total
+    assert torch.equal(rough, rough.T)
+
+
+def test_statistics_of_many_experts_at_once():
+    x = torch.randn(3, 20, 130, generator=torch.Generator().manual_seed(0))
+    many = torch.func.vmap(lambda tokens: gram.update(gram.init(130), tokens))(x)
+    for i, tokens in enumerate(x):
+        single = gram.update(gram.init(130), tokens).total
+        assert torch.allclose(many.total[i], single, rtol=0, atol=22 * 2.0**-23 * (tokens.abs().T @ tokens.abs()).max())
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_summed_in_float32(dtype):
     # 4096 ones: bfloat16 would stall at 256, float16 would lose units beyond 2048.

@@ -39,6 +39,15 @@ def test_ranges_are_those_of_one_process(found, name):
             assert torch.equal(a, b)
 
 
+def test_the_merged_gram_matrix_is_the_exact_one_within_the_roundings_of_a_sum(found):
+    tokens = torch.cat(ranks.BATCHES).flatten(0, 1).double()
+    # Any order of adding t float32 products is off by at most about t roundings of the sum of the magnitudes.
+    slack = len(tokens) * 2.0**-24 * 1.001 * (tokens.abs().T @ tokens.abs())
+    for each in found:
+        assert torch.equal(each["gram"], found[0]["gram"])
+        assert ((each["gram"].double() - tokens.T @ tokens).abs() <= slack).all()
+
+
 @pytest.mark.parametrize("name", ["gptq", "awq", "stages"])
 def test_sums_are_those_of_one_process_up_to_rounding(found, name):
     model = ranks.calibrated(name, ranks.share(0, 1))

@@ -34,8 +34,9 @@ class Batch:
     autocast: tuple[str, bool, torch.dtype]
     random: tuple[bytes, Any]
     calls: dict[str, int]
-    # Of the first batch: the buffers of the model before it.
+    # Of the first batch: the buffers of the model before it, and whether it wrote to them.
     buffers: dict[str, Tensor]
+    stateful: bool = False
 
     @classmethod
     def of(
@@ -48,6 +49,13 @@ class Batch:
         with torch.inference_mode(False):
             args, kwargs = copied((args, kwargs))
             return cls(args, kwargs, mask, autocast, random_state(), {}, copied(dict(buffers)))
+
+    def changed(self, root: nn.Module) -> bool:
+        """Whether the buffers of ``root`` are others than before this first batch."""
+        now = dict(root.named_buffers())
+        return now.keys() != self.buffers.keys() or any(
+            not torch.equal(now[name], buffer) for name, buffer in self.buffers.items()
+        )
 
     def move(self, device: torch.device) -> None:
         """Bring the arguments to a device, where the model has gone."""

@@ -54,6 +54,7 @@ class Session:
             recorder.check(layers[0].seen + 1)
             kept = carrier(root).batches
             assert kept is not None
+            recorder.batch.stateful = not kept and recorder.batch.changed(root)
             kept.append(recorder.batch)
         for layer in layers:
             layer.seen += 1

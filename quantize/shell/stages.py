@@ -47,13 +47,13 @@ def ordered(
 
 
 class _Done(BaseException):
-    """Ends a run: the stage in question has seen its last call."""
+    """Ends a run: the layers in question have seen their last call."""
 
 
 class Replay:
     """Runs of a model up to a stage, over batches that were kept.
 
-    Before the first stage one batch runs to its end while a :class:`~quantize.shell.survey.Survey` looks at every
+    Before the first stage one batch runs to its last layer while a :class:`~quantize.shell.survey.Survey` looks at every
     stage: those that do more than give their output, draw random numbers, or call layers of another stage compute in
     every run. Where a run with remembered outputs goes another way than before, or fails, the batch forgets them, and
     runs again with every stage computing.
@@ -68,7 +68,7 @@ class Replay:
         # Stages that are never remembered; if any is called, nothing is taken for unneeded.
         self._computed: set[int] = set()
         # A model that writes to its buffers needs every batch to its end, in their order.
-        self.stateful = False
+        self.stateful = bool(batches) and batches[0].stateful
         self._run: _Run | None = None
         self._survey: Surveyor | None = None
 
@@ -92,24 +92,21 @@ class Replay:
         if not self._batches:
             return
         self.reset()
-        before = {name: (buffer, buffer.clone()) for name, buffer in self._root.named_buffers()}
-        survey = Surveyor(Survey())
+        survey = Surveyor(Survey(), self._batches[0].calls)
         for place, (_, members) in enumerate(self._order):
             for layer in members:
                 layer.recorder = survey.watch_layer(place)  # type: ignore[assignment]
         self._survey = survey
         try:
             self._forward(self._batches[0], survey.mode)
+        except _Done:
+            pass
         finally:
             self._survey = None
             for _, members in self._order:
                 for layer in members:
                     layer.recorder = None
         self._computed = set(range(len(self._order))) if survey.mode.opaque else survey.mode.impure | survey.foreign
-        after = dict(self._root.named_buffers())
-        self.stateful = before.keys() != after.keys() or any(
-            after[name] is not buffer or not torch.equal(buffer, value) for name, (buffer, value) in before.items()
-        )
 
     def reset(self) -> None:
         """The buffers as they were before the first batch."""
@@ -169,7 +166,11 @@ class Replay:
 
     def _call(self, place: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self._survey is not None:
-            return self._survey.call(place, forward, args, kwargs)
+            output = self._survey.call(place, forward, args, kwargs)
+            # What comes after the last layer, such as the head of a language model, concerns no stage.
+            if self._survey.complete():
+                raise _Done
+            return output
         run = self._run
         if run is None or run.inside:
             return forward(*args, **kwargs)

