@@ -4,12 +4,14 @@ python -m tests.benchmarks.scale [--only SUBSTRING] [--rows 32]
 
 SmolLM2-135M-Instruct (see ``smollm2.py``), int4 weights in groups of 64, calibrated on the first rows of ``calib`` in
 batches of 4; every case in a process of its own. Seconds from the call that quantizes to the end of the last solve.
-Memory is the peak of resident memory above the loaded model (as Linux tells it); ``forward`` is a pass that observes nothing. Perplexity
-on 20 rows of ``eval``, and on 16 of ``calib`` that were not calibrated on.
+Memory is the peak of resident memory above the loaded model (as Linux tells it); ``forward`` is a pass that observes
+nothing. Two processes share rows and cores, and meet over gloo: theirs is the memory of one. Perplexity on 20 rows of
+``eval``, and on 16 of ``calib`` that were not calibrated on.
 """
 
 import argparse
 import json
+import pathlib
 import subprocess
 import sys
 import tempfile
@@ -17,6 +19,8 @@ import time
 import warnings
 
 import torch
+import torch.distributed as dist
+import torch.multiprocessing
 
 import quantize as qz
 from tests.benchmarks import smollm2
@@ -30,6 +34,7 @@ OURS = {
     "awq": {},
     "awq, sequential": {"sequential": True},
 }
+RANKS = "gptq, 2 processes"
 PEERS = ("llm-compressor gptq", "llm-compressor awq")
 
 
@@ -62,9 +67,38 @@ def theirs(model, name, rows):
     return oneshot(model=model, dataset=loader, recipe=recipe, processor=idle, num_calibration_samples=len(rows))
 
 
+def perplexities(model):
+    texts = {"eval": smollm2.rows("eval", 0, EVALUATED), "calib": smollm2.rows("calib", 32, 48)}
+    return {split: round(smollm2.perplexity(model, text), 3) for split, text in texts.items()}
+
+
+def rank(number, size, directory, count):
+    """What one of several processes does: its share of the rows, on its share of the cores."""
+    torch.set_num_threads(max(1, torch.get_num_threads() // size))
+    dist.init_process_group("gloo", init_method=f"file://{directory}/meeting", rank=number, world_size=size)
+    model, rows = smollm2.model(), smollm2.rows("calib", 0, count)
+    dist.barrier()
+    before, start = loaded(), time.perf_counter()
+    qz.quantize(model, {**case("gptq", GROUP), "batch_num": 2**32 - 1})
+    smollm2.run(model, torch.cat(rows.split(smollm2.BATCH)[number::size]))
+    qz.finish(model, process_group=dist.group.WORLD)
+    found = {"seconds": round(time.perf_counter() - start), "GiB": round(resident("VmHWM") - before, 2)}
+    sums = [None] * size
+    dist.all_gather_object(sums, [str(row) for row in qz.report(model).rows])
+    assert all(each == sums[0] for each in sums)
+    if number == 0:
+        pathlib.Path(directory, "found").write_text(json.dumps({**perplexities(model), **found}))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 def measure(name, count):
-    """One case, in this process."""
+    """One case, in this process, or in two."""
     warnings.simplefilter("ignore")
+    if name == RANKS:
+        with tempfile.TemporaryDirectory() as directory:
+            torch.multiprocessing.spawn(rank, (2, directory, count), nprocs=2)
+            return json.loads(pathlib.Path(directory, "found").read_text())
     rows = smollm2.rows("calib", 0, count)
     peer = name in PEERS
     model = smollm2.model()
@@ -79,9 +113,7 @@ def measure(name, count):
         before, start = loaded(), time.perf_counter()
         model = ours(model, name, rows)
     seconds, memory = time.perf_counter() - start, resident("VmHWM") - before
-    texts = {"eval": smollm2.rows("eval", 0, 1), "calib": smollm2.rows("calib", 32, 33)}
-    perplexity = {split: round(smollm2.perplexity(model, text), 3) for split, text in texts.items()}
-    return {**perplexity, "seconds": round(seconds), "GiB": round(memory, 2)}
+    return {**perplexities(model), "seconds": round(seconds), "GiB": round(memory, 2)}
 
 
 def installed():
@@ -102,7 +134,7 @@ def main():
         print(json.dumps(measure(given.case, given.rows)))
         return
     print(f"{'int4 group 64':28}    eval   calib  seconds    GiB", flush=True)
-    for name in [*OURS, *(PEERS if installed() else ())]:
+    for name in [*OURS, RANKS, *(PEERS if installed() else ())]:
         if given.only in name:
             command = [sys.executable, "-m", "tests.benchmarks.scale", "--case", name, "--rows", str(given.rows)]
             result = subprocess.run(command, capture_output=True, text=True, check=True)
