@@ -54,9 +54,9 @@ class Replay:
     """Runs of a model up to a stage, over batches that were kept.
 
     Before the first stage one batch runs to its last layer while a :class:`~quantize.shell.survey.Survey` looks at
-    every stage: those that do more than give their output, draw random numbers, or call layers of another stage compute in
-    every run. Where a run with remembered outputs goes another way than before, or fails, the batch forgets them, and
-    runs again with every stage computing.
+    every stage: those that do more than give their output, draw random numbers, or call layers of another stage
+    compute in every run. Where a run with remembered outputs goes another way than before, or fails, the batch forgets
+    them, and runs again with every stage computing.
     """
 
     def __init__(

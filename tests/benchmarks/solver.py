@@ -3,8 +3,8 @@
 python -m tests.benchmarks.solver [--sizes 1024 2048 4096] [--rounds 3] [--threads 1]
 python -m tests.benchmarks.solver --growth
 
-All contenders round the same square layer to int4 channels with the same Gram matrix, scales and damping, in turn, in one
-process. ``limit`` is what no solver can do without: ``n c^2 / 2`` multiplications in matmuls, and a Cholesky
+All contenders round the same square layer to int4 channels with the same Gram matrix, scales and damping, in turn, in
+one process. ``limit`` is what no solver can do without: ``n c^2 / 2`` multiplications in matmuls, and a Cholesky
 factorization. llm-compressor takes part where it is installed. ``--growth`` measures :func:`quantize.core.gptq.solve`
 with its defaults, and the Gram matrix, each size in a process of its own.
 """
