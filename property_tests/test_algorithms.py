@@ -44,6 +44,7 @@ WITH_INPUTS = [
 # Beside its defaults, what of an algorithm runs other code: in a third of the formats.
 VARIANTS = {name: {name: module.Options()} for name, module in ALGORITHMS.items()}
 VARIANTS["gptq"] |= {"gptq as in the paper": gptq.PAPER, "gptq with sweeps": gptq.Options(sweeps=2)}
+VARIANTS["gptq"] |= {"gptq that corrects": gptq.Options(sequential=True, asymmetric=1.0)}
 VARIANTS["awq"] |= {"awq without clip": awq.Options(clip=False, grids_num=5)}
 VARIANTS["smoothquant"] |= {"smoothquant with a search": smoothquant.Options(grids_num=4)}
 CASES = [

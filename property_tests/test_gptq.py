@@ -12,7 +12,7 @@ from property_tests.laws import assert_pure
 from property_tests.oracles import members, numpy64
 from property_tests.strategies import correlated_tokens, normal_matrices, weight_schemes
 from quantize.core import LayerSpec, QParams, Scheme, dequantize, gptq, metrics, refine, round_to_nearest
-from quantize.core.observers import SumState
+from quantize.core.observers import PairedState, SumState
 
 F64 = torch.float64
 sizes = st.integers(2, 12)
@@ -240,3 +240,69 @@ def test_a_huge_gram_matrix_is_solved():
         LayerSpec(Scheme(4)), gptq.Options(), torch.eye(8), SumState(3e38 * torch.eye(8), torch.tensor(9))
     )
     assert torch.isfinite(dequantize(solution.weight)).all()
+
+
+paired_tokens = st.integers(2, 8).flatmap(
+    lambda c: st.tuples(
+        normal_matrices(st.integers(1, 4), st.just(c), F64),
+        correlated_tokens(st.integers(1, 30), st.just(c)),
+        st.integers(0, 2**31),
+    )
+)
+
+
+def arrived(x, seed):
+    """What is missing of ``x``, and the statistic of both."""
+    missing = 0.3 * torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=F64) * x.std()
+    return missing, PairedState(state(x), missing.T @ x)
+
+
+@given(paired_tokens, st.sampled_from([0.25, 0.5, 1.0]))
+def test_the_correction_is_a_ridge_regression_of_what_is_missing(drawn, strength):
+    weight, x, seed = drawn
+    missing, statistic = arrived(x, seed)
+    moved = assert_pure(gptq.corrected, weight, statistic, strength)
+    tokens, target = numpy64(x), numpy64(missing) @ numpy64(weight).T
+    alive = (tokens != 0).any(0)
+    # As further tokens: one a channel, as large as all that it saw, for which nothing is missing.
+    ridge = np.diag(np.sqrt((tokens**2).sum(0)))
+    stacked, goal = np.vstack([tokens, ridge])[:, alive], np.vstack([target, np.zeros((x.shape[1], len(weight)))])
+    change = np.zeros(weight.shape)
+    change[:, alive] = np.linalg.lstsq(stacked / np.linalg.norm(stacked, axis=0), goal, rcond=None)[0].T
+    change[:, alive] /= np.linalg.norm(stacked, axis=0)
+    assert np.allclose(
+        numpy64(moved - weight), strength * change, rtol=1e-8, atol=1e-10 * (np.abs(change).max() + 1e-300)
+    )
+
+
+@given(paired_tokens, st.sampled_from([0.1, 0.5, 1.0]))
+def test_a_corrected_layer_is_nearer_to_the_float_model(drawn, strength):
+    weight, x, seed = drawn
+    missing, statistic = arrived(x, seed)
+    moved = gptq.corrected(weight, statistic, strength)
+
+    def distance(w):
+        return (x @ w.T - (x + missing) @ weight.T).square().sum()
+
+    # In the norm of the tokens the rest is multiplied by I - strength K with 0 <= K <= I: it cannot grow.
+    assert distance(moved) <= distance(weight) * (1 + 1e-10)
+
+
+def test_nothing_missing_corrects_nothing():
+    x = torch.randn(20, 6, dtype=F64, generator=torch.Generator().manual_seed(1))
+    weight = torch.randn(3, 6, dtype=F64, generator=torch.Generator().manual_seed(2))
+    spec, options = LayerSpec(Scheme(4)), gptq.Options(sequential=True)
+    plain = gptq.solve(spec, options, weight, state(x))
+    paired = gptq.solve(spec, options, weight, PairedState(state(x), torch.zeros(6, 6, dtype=F64)))
+    assert torch.equal(plain.weight.codes, paired.weight.codes)
+    assert paired.notes["corrected"] == 0
+
+
+def test_what_is_missing_is_made_up_for_by_the_codes():
+    # Inputs that arrive a fifth too small: after half of the correction, half of it lost to the ridge, 1/16 is made up.
+    x = torch.eye(4, dtype=F64) * 10
+    statistic = PairedState(state(x), 0.25 * x.T @ x)
+    weight = torch.full((1, 4), 0.8, dtype=F64)
+    solution = gptq.solve(LayerSpec(Scheme(8)), gptq.Options(sequential=True), weight, statistic)
+    assert dequantize(solution.weight)[0].tolist() == pytest.approx([0.85] * 4)
+    assert solution.notes["corrected"].item() == pytest.approx(0.0625)

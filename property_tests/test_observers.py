@@ -7,12 +7,13 @@ from hypothesis import strategies as st
 from property_tests.laws import assert_pure, same_bits
 from property_tests.oracles import gram64, numpy64
 from property_tests.strategies import integer_matrices, normal_matrices
-from quantize.core import channel_absmean, channel_range, gram, product
+from quantize.core import channel_absmean, channel_range, gram, paired_gram, product
 
 OBSERVERS = {
     "channel_range": channel_range,
     "channel_absmean": channel_absmean,
     "gram": gram,
+    "paired_gram": paired_gram,
     "product": product(channel_range, channel_absmean, gram),
 }
 every_observer = pytest.mark.parametrize("observer", OBSERVERS.values(), ids=OBSERVERS.keys())
@@ -77,6 +78,24 @@ def test_a_gram_matrix_of_several_strips_is_exact_and_symmetric(c):
     assert torch.equal(total.double(), torch.from_numpy(gram64(x)))
     rough = gram.update(gram.init(c), x * 0.1 + 1 / 3).total
     assert torch.equal(rough, rough.T)
+
+
+@given(integer_matrices(n=st.integers(1, 6), c=st.just(C)), st.data())
+def test_what_is_missing_of_the_original_is_paired_token_by_token(x, data):
+    original = data.draw(integer_matrices(n=st.just(len(x)), c=st.just(C)))
+    state = assert_pure(paired_gram.update, paired_gram.init(C), x, original)
+    same_bits(state.gram, gram.update(gram.init(C), x))
+    expected = np.zeros((C, C))
+    for mine, theirs in zip(numpy64(x), numpy64(original), strict=True):
+        missing = theirs - mine
+        if missing @ missing <= mine @ mine:
+            expected += np.outer(missing, mine)
+    assert state.cross.tolist() == expected.tolist()
+    # Batches add up, and without an original of the same shape there is nothing to correct.
+    halves = [paired_gram.update(paired_gram.init(C), *pair) for pair in ((x[:1], original[:1]), (x[1:], original[1:]))]
+    same_bits(paired_gram.merge(*halves), state)
+    for other in (None, original[:0]):
+        assert not paired_gram.update(paired_gram.init(C), x, other).cross.any()
 
 
 def test_statistics_of_many_experts_at_once():

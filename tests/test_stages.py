@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import quantize as qz
-from quantize.core import LayerSpec, Scheme, gptq, gram, linear
+from quantize.core import LayerSpec, Scheme, gptq, gram, linear, paired_gram
 from quantize.shell import stages
 from quantize.shell.calibration import CalibrationLinear
 from tests.models import config, filled, randn
@@ -22,8 +22,9 @@ GROUP = {"type": "int4", "symmetric": True, "strategy": "channel"}
 SPEC = LayerSpec(Scheme(4))
 
 
-def given(batch_num=3, *, sequential=True, algorithm="gptq", **rest):
-    return config({algorithm: {"sequential": sequential}}, weights=GROUP, batch_num=batch_num, **rest)
+def given(batch_num=3, *, sequential=True, algorithm="gptq", asymmetric=0.0, **rest):
+    options = {"sequential": sequential} | ({"asymmetric": asymmetric} if algorithm == "gptq" else {})
+    return config({algorithm: options}, weights=GROUP, batch_num=batch_num, **rest)
 
 
 class Block(nn.Module):
@@ -412,26 +413,58 @@ def batches():
 
 
 @torch.no_grad()
-def oracle(model):
-    """Every stage fitted to a full run of the model as it is after the stages before: codes by name."""
-    codes = {}
-    for names in groups(model):
-        states = {name: gram.init(model.get_submodule(name).in_features) for name in names}
+def inputs_of(model, names):
+    """What every call of the layers reads in full runs: for every batch, layer and call a copy; and first tensors."""
+    calls, first, alive = [], {}, []
+    for x in batches():
+        found = {name: [] for name in names}
 
-        def observe(_module, args, name, states=states):
-            states[name] = gram.update(states[name], args[0])
+        def observe(_module, args, name, found=found):
+            found[name].append(args[0].clone())
+            # Kept alive, so that an id is one tensor.
+            alive.append(args[0])
+            first.setdefault(name, (id(args[0]), args[0]._version))
 
         handles = [
             model.get_submodule(name).register_forward_pre_hook(lambda m, a, name=name: observe(m, a, name))
             for name in names
         ]
-        for x in batches():
-            model(x)
+        model(x)
         for handle in handles:
             handle.remove()
+        calls.append(found)
+    return calls, first
+
+
+@torch.no_grad()
+def oracle(model, asymmetric=0.0):
+    """Every stage fitted to a full run of the model as it is after the stages before: codes by name.
+
+    With ``asymmetric``, every group of layers that read one tensor, and with an eye on the float model.
+    """
+    codes, original = {}, copy.deepcopy(model)
+    options = gptq.Options(sequential=True, asymmetric=asymmetric)
+    observer = paired_gram if asymmetric else gram
+    steps = groups(model)
+    if asymmetric:
+        apart = []
+        for names in steps:
+            first = inputs_of(original, names)[1]
+            found = {}
+            for name in names:
+                found.setdefault(first[name], []).append(name)
+            apart += found.values()
+        steps = apart
+    for names in steps:
+        arriving, floating = inputs_of(model, names)[0], inputs_of(original, names)[0]
         for name in names:
             layer = model.get_submodule(name)
-            solution = gptq.solve(SPEC, gptq.Options(), layer.weight, gram.finalize(states[name]))
+            state = observer.init(layer.in_features)
+            for mine, theirs in zip(arriving, floating, strict=True):
+                for call, x in enumerate(mine[name]):
+                    pair = theirs[name][call].reshape(-1, x.shape[-1]) if call < len(theirs[name]) else None
+                    state = observer.update(state, x, pair) if asymmetric else observer.update(state, x)
+            solution = gptq.solve(SPEC, options, layer.weight, observer.finalize(state))
             codes[name] = solution.weight.codes
             fake = Fake(solution, layer.bias)
             for parent in list(model.modules()):
@@ -445,11 +478,12 @@ def made(kind):
 
 
 @pytest.mark.filterwarnings("ignore:no token reached:quantize.QuantizeWarning")
+@pytest.mark.parametrize("asymmetric", [0.0, 0.5])
 @pytest.mark.parametrize("kind", MODELS, ids=lambda kind: kind.__name__)
-def test_every_stage_is_fitted_to_the_quantized_ones_before(kind):
-    expected = oracle(made(kind))
+def test_every_stage_is_fitted_to_the_quantized_ones_before(kind, asymmetric):
+    expected = oracle(made(kind), asymmetric)
     model = made(kind)
-    qz.quantize(model, given())
+    qz.quantize(model, given(asymmetric=asymmetric))
     for x in batches():
         with torch.no_grad():
             model(x)
@@ -469,28 +503,32 @@ def test_it_is_not_what_one_pass_gives():
     assert not torch.equal(model.head.solution.weight.codes, expected["head"])
 
 
-def test_each_block_computes_twice_a_batch_and_outputs_are_freed(monkeypatch):
+# Each block runs once in floating point and once quantized; with an eye on the float model, up and gate are fitted
+# first, and then down: two runs of either model, and one that computes the output of the quantized one.
+@pytest.mark.parametrize(("asymmetric", "runs", "paths"), [(0.0, 2, 1), (0.5, 5, 2)])
+def test_blocks_compute_no_more_than_needed_and_outputs_are_freed(monkeypatch, asymmetric, runs, paths):
     model, calls, peaks = made(Chain), [], []
-    qz.quantize(model, given())
+    qz.quantize(model, given(asymmetric=asymmetric))
     for block in model.blocks:
         forward = block.forward
         block.forward = lambda x, f=forward, b=block: calls.append(b) or f(x)
     run = stages.Replay.run
 
-    def watched(self, *arguments):
+    def watched(self, *arguments, **named):
         try:
-            return run(self, *arguments)
+            return run(self, *arguments, **named)
         finally:
-            held = [output for memory in self._memory for output in memory.values() if not output.freed]
+            memories = [memory for path in self._paths.values() for memory in path.memory]
+            held = [output for memory in memories for output in memory.values() if not output.freed]
             peaks.append(len(held))
 
     monkeypatch.setattr(stages.Replay, "run", watched)
     for x in batches():
         model(x)
-    # Three runs by the user, one that surveys; then once in floating point and once quantized.
-    assert all(calls.count(block) == 3 + 1 + 2 * 3 for block in model.blocks)
+    # Three runs by the user, one that surveys.
+    assert all(calls.count(block) == 3 + 1 + runs * 3 for block in model.blocks)
     # Two a batch while a stage gives way to the next.
-    assert max(peaks) <= 2 * 3
+    assert max(peaks) <= 2 * 3 * paths
     assert all("forward" in block.__dict__ for block in model.blocks)
 
 
@@ -503,7 +541,7 @@ def test_what_may_be_read_again_is_kept(kind, monkeypatch):
         try:
             return run(self, *arguments)
         finally:
-            held.append({event for event, output in self._memory[0].items() if not output.freed})
+            held.append({event for event, output in self._paths[False].memory[0].items() if not output.freed})
 
     monkeypatch.setattr(stages.Replay, "run", watched)
     model = made(kind)

@@ -16,7 +16,7 @@ from quantize.core.affine import (
     to_groups,
 )
 from quantize.core.algorithms import ALGORITHMS, Algorithm, LayerSpec, Solution, awq, gptq, minmax, smoothquant
-from quantize.core.observers import Observer, channel_absmean, channel_range, gram, product
+from quantize.core.observers import Observer, channel_absmean, channel_range, gram, paired_gram, product
 from quantize.core.qtensor import QParams, QTensor
 from quantize.core.scheme import Scheme
 
@@ -44,6 +44,7 @@ __all__ = [
     "minmax",
     "observers",
     "packing",
+    "paired_gram",
     "product",
     "qparams",
     "quantize",

@@ -27,7 +27,7 @@ class Observer(NamedTuple):
     """
 
     init: Callable[..., Any]
-    update: Callable[[Any, Tensor], Any]
+    update: Callable[..., Any]
     merge: Callable[[Any, Any], Any]
     finalize: Callable[[Any], Any]
 
@@ -123,7 +123,7 @@ def _gram_update(state: SumState, x: Tensor) -> SumState:
         # The matrix is symmetric: what is right of the diagonal is computed, and stands below it as well.
         stop = min(start + width, c)
         right = torch.addmm(state.total[start:stop, start:], tokens[:, start:stop].T, tokens[:, start:])
-        square, beside = right.split([stop - start, c - stop], 1)
+        square, beside = right[:, : stop - start], right[:, stop - start :]
         total[start:stop, start:stop] = square.triu() + square.triu(1).T
         total[start:stop, stop:], total[stop:, start:stop] = beside, beside.T
     return SumState(total, state.tokens + tokens.shape[0])
@@ -143,6 +143,46 @@ It gives the exact output error of any change ``delta`` ``[n, c]`` of the weight
 3. the GPTQ paper's Hessian is ``2 H``: the constant cancels in every quotient and is dropped here.
 
 It is symmetric to the last bit, and little more than half of it is computed.
+"""
+
+
+class PairedState(NamedTuple):
+    """``gram`` as of :data:`gram`; ``cross`` ``[c, c]``: the sum of ``(original - x)^T x``."""
+
+    gram: SumState
+    cross: Tensor
+
+
+def _paired_init(c: int, **kwargs: Any) -> PairedState:
+    return PairedState(_gram_init(c, **kwargs), _gram_init(c, **kwargs).total)
+
+
+def _paired_update(state: PairedState, x: Tensor, original: Tensor | None = None) -> PairedState:
+    tokens, cross = _tokens(x, state.cross.dtype), state.cross
+    if original is not None and original.shape == tokens.shape:
+        missing = original.to(cross.dtype) - tokens
+        alike = missing.square().sum(1, keepdim=True) <= tokens.square().sum(1, keepdim=True)
+        cross = torch.addmm(cross, (missing * alike).T, tokens)
+    return PairedState(_gram_update(state.gram, x), cross)
+
+
+def _paired_merge(a: PairedState, b: PairedState) -> PairedState:
+    return PairedState(_sum_merge(a.gram, b.gram), a.cross + b.cross)
+
+
+def _paired_finalize(state: PairedState) -> PairedState:
+    return state
+
+
+paired_gram = Observer(_paired_init, _paired_update, _paired_merge, _paired_finalize)
+"""The Gram matrix of the inputs ``x`` that arrive, and how they go along with what is missing of the ``original``.
+
+``update(state, x, original=None)``: ``original`` ``[t, c]`` are the inputs at the same call without the errors of the
+layers before. Source: Li et al. 2025, "GPTAQ: Efficient Finetuning-Free Quantization for Asymmetric Calibration",
+equations 5 to 7.
+
+A token counts in ``cross`` if at most as much of it is missing as there is: where a router sends other tokens, the two
+are no pair. Originals of another shape are none.
 """
 
 

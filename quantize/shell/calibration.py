@@ -13,13 +13,13 @@ from torch.nn import functional
 
 from quantize.core import LayerSpec, Scheme, Solution, affine, linear, metrics, minmax
 from quantize.shell import deployment
+from quantize.shell.batches import Batch
 from quantize.shell.config import Config, refusal
 from quantize.shell.kernels import Layout, reference
-from quantize.shell.recording import Batch
 from quantize.shell.report import Row
 
 if TYPE_CHECKING:
-    from quantize.shell.recording import Calls, Recorder
+    from quantize.shell.recording import Calls, Watching
 
 
 class CalibrationLinear(nn.Module):
@@ -44,7 +44,7 @@ class CalibrationLinear(nn.Module):
         self.statistics: Any = None
         self.solution: Solution | None = None
         self.active = False
-        self.recorder: Recorder | Calls | None = None
+        self.recorder: Watching | Calls | None = None
         # On the first layer of a session that is solved stage by stage: what the model was called with.
         self.batches: list[Batch] | None = None
 

@@ -2,140 +2,126 @@
 
 from __future__ import annotations
 
-import inspect
-import random
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.utils._pytree as pytree
-from torch import Tensor, nn
+from torch import Tensor
 
+from quantize.shell.batches import Batch, untracked
 from quantize.shell.config import refusal
 
 if TYPE_CHECKING:
     from quantize.shell.calibration import CalibrationLinear
 
-# What can be kept, saved and given again, in lists, tuples and dicts.
-_PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
+
+class Done(BaseException):
+    """Ends a run: the layers in question have seen their last call."""
 
 
-@dataclass
-class Batch:
-    """One forward pass: its arguments, and how often it called each layer, in the order of the first calls."""
+class _Known:
+    """Values by tensor, as long as it lives and nobody writes to it.
 
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    mask: Tensor | None
-    autocast: tuple[str, bool, torch.dtype]
-    random: tuple[bytes, Any]
-    calls: dict[str, int]
-    # Of the first batch: the buffers of the model before it, and whether it wrote to them.
-    buffers: dict[str, Tensor]
-    stateful: bool = False
-
-    @classmethod
-    def of(
-        cls, args: tuple[Any, ...], kwargs: dict[str, Any], mask: Tensor | None, buffers: Mapping[str, Tensor]
-    ) -> Batch:
-        """The pass that begins now."""
-        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        device = tensors[0].device.type if tensors else "cpu"
-        autocast = (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
-        with torch.inference_mode(False):
-            args, kwargs = copied((args, kwargs))
-            return cls(args, kwargs, mask, autocast, random_state(), {}, copied(dict(buffers)))
-
-    def changed(self, root: nn.Module) -> bool:
-        """Whether the buffers of ``root`` are others than before this first batch."""
-        now = dict(root.named_buffers())
-        return now.keys() != self.buffers.keys() or any(
-            not torch.equal(now[name], buffer) for name, buffer in self.buffers.items()
-        )
-
-    def move(self, device: torch.device) -> None:
-        """Bring the arguments to a device, where the model has gone."""
-        self.args, self.kwargs, self.mask, self.buffers = pytree.tree_map_only(
-            Tensor, lambda tensor: tensor.to(device), (self.args, self.kwargs, self.mask, self.buffers)
-        )
-
-
-def keepable(value: Any) -> bool:
-    """Whether ``value`` is tensors and plain values in lists, tuples and dicts: it can be given a second time."""
-    if type(value) in (list, tuple):
-        return all(map(keepable, value))
-    if type(value) is dict:
-        return all(type(key) in _PLAIN and keepable(item) for key, item in value.items())
-    dense = isinstance(value, Tensor) and value.layout == torch.strided and type(value) in (Tensor, nn.Parameter)
-    return dense or type(value) in _PLAIN
-
-
-def copied(value: Any) -> Any:
-    """The same with tensors of their own: what was one tensor stays one, and views share memory as they did.
-
-    Small views of something large, such as two rows of a data set, are copied apart.
+    Inference tensors do not tell whether they were written to, and are not known.
     """
-    tensors = {id(leaf): leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)}
-    covered: Counter[int] = Counter()
-    views: Counter[int] = Counter()
-    for tensor in tensors.values():
-        covered[tensor.untyped_storage()._cdata] += tensor.nbytes
-        views[tensor.untyped_storage()._cdata] += 1
-    storages: dict[int, Any] = {}
-    made: dict[int, Tensor] = {}
 
-    def copy(tensor: Tensor) -> Tensor:
-        if id(tensor) not in made:
-            storage = tensor.untyped_storage()
-            key = storage._cdata
-            if views[key] == 1 or covered[key] < storage.nbytes() // 2:
-                made[id(tensor)] = tensor.detach().clone()
-            else:
-                if key not in storages:
-                    storages[key] = storage.clone()  # type: ignore[no-untyped-call]
-                new = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-                made[id(tensor)] = new.set_(storages[key], tensor.storage_offset(), tensor.size(), tensor.stride())
-        return made[id(tensor)]
+    def __init__(self) -> None:
+        self._entries: dict[tuple[int, ...], tuple[weakref.ref[Tensor], Any, Any]] = {}
 
-    return pytree.tree_map_only(Tensor, copy, value)
+    def get(self, x: Tensor, *others: Any) -> Any:
+        """What was given with the same tensor, and the very same ``others``; or None."""
+        if x.is_inference():
+            return None
+        reference, _, value = self._entries.get(_key(x, others), (None, None, None))
+        # An id may come back with another tensor: the weak reference tells.
+        return value if reference is not None and reference() is x else None
+
+    def put(self, x: Tensor, value: Any, *others: Any) -> None:
+        """Give a value."""
+        if not x.is_inference():
+            # What nobody can ask for again must not keep its values alive.
+            self._entries = {key: entry for key, entry in self._entries.items() if entry[0]() is not None}
+            # The others are kept, so that no new object takes their ids.
+            self._entries[_key(x, others)] = weakref.ref(x), others, value
 
 
-def random_state() -> tuple[bytes, Any]:
-    """The state of the random numbers of torch on the CPU, and of Python."""
-    return bytes(torch.get_rng_state().numpy()), random.getstate()
+def _key(x: Tensor, others: tuple[Any, ...]) -> tuple[int, ...]:
+    return id(x), x._version, *map(id, others)
 
 
-def set_random_state(state: tuple[bytes, Any]) -> None:
-    """Undo :func:`random_state`."""
-    torch.set_rng_state(torch.frombuffer(bytearray(state[0]), dtype=torch.uint8))
-    version, internal, gauss = state[1]
-    random.setstate((version, tuple(internal), gauss))
+class Watching:
+    """Counts the calls of layers in one forward pass, which ends when all have come that ``until`` asks for.
 
+    Tokens where ``mask`` ``[b, t]`` is 0 do not count.
+    """
 
-class Recorder:
-    """The statistics of one forward pass; tokens where ``mask`` ``[b, t]`` is 0 do not count."""
-
-    def __init__(self, mask: Tensor | None = None) -> None:
+    def __init__(self, mask: Tensor | None = None, until: Mapping[CalibrationLinear, int] | None = None) -> None:
         self.calls: Counter[CalibrationLinear] = Counter()
         # A run that has ended does not count what is called on the way out.
         self.closed = False
-        self._mask = mask
-        self._pending: dict[CalibrationLinear, tuple[Any, int]] = {}
-        self._shared: dict[tuple[int, ...], tuple[weakref.ref[Tensor], Any, Any]] = {}
+        self._mask, self._until = mask, until
 
     def observe(self, layer: CalibrationLinear, x: Tensor) -> None:
-        """Add the inputs ``x`` ``[..., c]`` of a call of ``layer``."""
+        """A call of ``layer`` with the inputs ``x`` ``[..., c]``."""
         if self.closed:
             return
-        state, tokens = self._pending.get(layer, (layer.statistics, layer.tokens))
-        self.calls[layer] += 1
         with untracked(x.device):
-            state, new = self._update(layer, state, x)
-            self._pending[layer] = state, tokens + new
+            self._see(layer, x)
+        self.calls[layer] += 1
+        if self._until is not None and all(self.calls[each] >= number for each, number in self._until.items()):
+            raise Done
+
+    def _see(self, layer: CalibrationLinear, x: Tensor) -> None:
+        raise NotImplementedError
+
+
+AnyWatching = TypeVar("AnyWatching", bound=Watching)
+
+
+class Inputs(Watching):
+    """The tokens of every call in one forward pass, copied: a tensor that several layers read is kept once."""
+
+    def __init__(self, mask: Tensor | None = None, until: Mapping[CalibrationLinear, int] | None = None) -> None:
+        super().__init__(mask, until)
+        self._kept: dict[tuple[CalibrationLinear, int], Tensor] = {}
+        self._known = _Known()
+
+    def of(self, layer: CalibrationLinear, call: int) -> Tensor | None:
+        """The tokens ``[t, c]`` of a call of ``layer``, the first of which is 0; None if it was not called so often."""
+        return self._kept.get((layer, call))
+
+    def _see(self, layer: CalibrationLinear, x: Tensor) -> None:
+        kept = self._known.get(x)
+        if kept is None:
+            kept = counted(x, self._mask).reshape(-1, x.shape[-1]).clone()
+            self._known.put(x, kept)
+        self._kept[layer, self.calls[layer]] = kept
+
+
+class Recorder(Watching):
+    """The statistics of one forward pass.
+
+    ``original`` are the inputs of the float model in the same batch, for algorithms that look at both.
+    """
+
+    def __init__(
+        self,
+        mask: Tensor | None = None,
+        until: Mapping[CalibrationLinear, int] | None = None,
+        original: Inputs | None = None,
+    ) -> None:
+        super().__init__(mask, until)
+        self._original = original
+        self._pending: dict[CalibrationLinear, tuple[Any, int]] = {}
+        self._known = _Known()
+
+    def _see(self, layer: CalibrationLinear, x: Tensor) -> None:
+        state, tokens = self._pending.get(layer, (layer.statistics, layer.tokens))
+        state, new = self._update(layer, state, x)
+        self._pending[layer] = state, tokens + new
 
     def commit(self, batch: int) -> None:
         """Hand the statistics over to the layers.
@@ -154,38 +140,34 @@ class Recorder:
         """``update(state, x)``, computed once for all layers that share the state and read the same tensor.
 
         Layers start from one initial state, so those that always read the same tensor share one state to the end;
-        the first difference parts them. Inference tensors do not tell whether they were written to in between, so
-        they are not shared.
+        the first difference parts them.
         """
-        update = layer.config.algorithm.observer.update
+        update, leaves = layer.config.algorithm.observer.update, pytree.tree_leaves(state)
+        original = None if self._original is None else self._original.of(layer, self.calls[layer])
         tokens = counted(x, self._mask)
-        count = tokens.numel() // layer.in_features
-        if x.is_inference():
-            return update(state, tokens), count
-        key = (id(x), x._version, *(id(leaf) for leaf in pytree.tree_leaves(state)))
-        if key in self._shared:
-            reference, _, new = self._shared[key]
-            # An id may come back with another tensor: the weak reference tells.
-            if reference() is x:
-                return new, count
-        new = update(state, tokens)
-        # What nobody can ask for again must not keep its states alive.
-        self._shared = {key: entry for key, entry in self._shared.items() if entry[0]() is not None}
-        self._shared[key] = weakref.ref(x), state, new
-        return new, count
+        new = self._known.get(x, original, *leaves)
+        if new is None:
+            new = update(state, tokens) if original is None else update(state, tokens, original)
+            self._known.put(x, new, original, *leaves)
+        return new, tokens.numel() // layer.in_features
 
 
 class Calls:
-    """How often one forward pass called each layer, in the order of the first calls: written into ``batch.calls``."""
+    """How often a forward pass called each layer, in the order of the first calls, and what they read: in ``batch``."""
 
     def __init__(self, batch: Batch) -> None:
         self.batch = batch
         self._finite: dict[CalibrationLinear, Tensor] = {}
+        self._known = _Known()
 
     def observe(self, layer: CalibrationLinear, x: Tensor) -> None:
         """Count a call of ``layer``."""
         name = layer.names[0]
         self.batch.calls[name] = self.batch.calls.get(name, 0) + 1
+        if name not in self.batch.inputs:
+            number = self._known.get(x)
+            self.batch.inputs[name] = len(self.batch.inputs) if number is None else number
+            self._known.put(x, self.batch.inputs[name])
         with untracked(x.device):
             finite = torch.isfinite(counted(x, self.batch.mask)).all()
             self._finite[layer] = finite & self._finite[layer] if layer in self._finite else finite
@@ -210,23 +192,3 @@ def not_finite(layer: CalibrationLinear, batch: int) -> Exception:
     """The error for NaN or inf in a batch."""
     where = f"layer {layer.names[0]!r}"
     return refusal(where, f"NaN or inf in batch {batch}", "finite inputs; the batch is not counted")
-
-
-def attention_mask(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """Which tokens ``[b, t]`` are no padding, where the model is called with such an argument."""
-    try:
-        given = inspect.signature(root.forward).bind_partial(*args, **kwargs).arguments
-    except (TypeError, ValueError):
-        given = {}
-    mask = given.get("attention_mask", kwargs.get("attention_mask", given.get("kwargs", {}).get("attention_mask")))
-    # Masks of floats are added to scores: 0 means the opposite there.
-    if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.is_floating_point():
-        return None
-    return mask != 0
-
-
-@contextmanager
-def untracked(device: torch.device) -> Iterator[None]:
-    """No gradients, no inference tensors and no autocast, whatever the caller has switched on."""
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
-        yield

@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import nn
 
+from quantize.shell.batches import Batch, attention_mask, keepable
 from quantize.shell.config import Config, QuantizeWarning, refusal
 from quantize.shell.plan import Plan
-from quantize.shell.recording import Batch, Calls, Recorder, attention_mask, keepable
+from quantize.shell.recording import Calls, Recorder
 from quantize.shell.solving import KEY, carrier, solve, unsolved
 
 
@@ -50,7 +51,7 @@ class Session:
             return
         if isinstance(recorder, Recorder):
             recorder.commit(layers[0].seen + 1)
-        else:
+        elif isinstance(recorder, Calls):
             recorder.check(layers[0].seen + 1)
             kept = carrier(root).batches
             assert kept is not None

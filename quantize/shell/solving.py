@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from quantize.core import affine
-from quantize.shell import stages
+from quantize.shell import order, stages
+from quantize.shell.batches import Batch, random_state, set_random_state, untracked
 from quantize.shell.calibration import CalibrationLinear
 from quantize.shell.config import QuantizeWarning, refusal
 from quantize.shell.plan import check_weight
 from quantize.shell.ranks import Ranks
-from quantize.shell.recording import Batch, Recorder, random_state, set_random_state, untracked
+from quantize.shell.recording import AnyWatching, Inputs, Recorder
 
 # Where a model keeps its session.
 KEY = "_quantization"
@@ -103,11 +104,15 @@ def _solve_in_stages(root: nn.Module, ranks: Ranks) -> None:
     session = root.__dict__[KEY]
     layers, batches = calibrated(root), carrier(root).batches or []
     # The order of the first rank that called a layer.
-    calls = [
-        name for seen in ranks.gather([list(batch.calls) for batch in batches]) for names in seen for name in names
-    ]
-    order = stages.ordered(stages.stages(root, layers), calls)
-    replay = stages.Replay(root, order, batches)
+    seen = ranks.gather([(list(batch.calls), batch.inputs) for batch in batches])
+    calls = [name for theirs in seen for names, _ in theirs for name in names]
+    inputs: dict[str, tuple[int, int, int]] = {}
+    for rank, theirs in enumerate(seen):
+        for number, (_, read) in enumerate(theirs):
+            for name, tensor in read.items():
+                inputs.setdefault(name, (rank, number, tensor))
+    sequence = order.ordered(order.stages(root, layers), calls)
+    replay = stages.Replay(root, sequence, batches)
     session.replaying = True
     random = random_state()
     buffers = [(module, name, buffer, buffer.clone()) for module in root.modules()
@@ -115,14 +120,16 @@ def _solve_in_stages(root: nn.Module, ranks: Ranks) -> None:
     try:
         with replay.installed():
             ranks.together(replay.survey)
-            for place, (_, members) in enumerate(_progress(order)):
-                rest = [layer for layer in members if layer.solution is None]
-                if rest:
-                    ranks.together(partial(_observe, replay, place, rest, batches))
-                    ranks.merge(rest)
-                    ranks.solve(rest, _solve_layer)
-                for layer in members:
-                    layer.active = True
+            for place, (_, members) in enumerate(_progress(sequence)):
+                steps = order.groups(members, inputs) if members[0].config.algorithm.paired else [members]
+                for step in steps:
+                    rest = [layer for layer in step if layer.solution is None]
+                    if rest:
+                        ranks.together(partial(_observe, replay, place, rest, batches, last=step is steps[-1]))
+                        ranks.merge(rest)
+                        ranks.solve(rest, _solve_layer)
+                    for layer in step:
+                        layer.active = True
     except BaseException:
         # As before: all in floating point, and to be continued.
         for layer in layers:
@@ -137,7 +144,9 @@ def _solve_in_stages(root: nn.Module, ranks: Ranks) -> None:
                 buffer.copy_(kept)
 
 
-def _observe(replay: stages.Replay, place: int, members: list[CalibrationLinear], batches: list[Batch]) -> None:
+def _observe(
+    replay: stages.Replay, place: int, members: list[CalibrationLinear], batches: list[Batch], *, last: bool
+) -> None:
     # Of an interrupted solve nothing may be counted twice.
     restart(members)
     replay.reset()
@@ -145,18 +154,27 @@ def _observe(replay: stages.Replay, place: int, members: list[CalibrationLinear]
         expected = {layer: batch.calls[layer.names[0]] for layer in members if layer.names[0] in batch.calls}
         if not expected and not replay.stateful:
             continue
+        # Before the last layers of a stage there is no need to see its output.
+        until = None if last or replay.stateful else expected
 
-        def recorder(mask: Tensor | None = batch.mask) -> Recorder:
-            new = Recorder(mask)
-            for layer in members:
-                layer.recorder = new
-            return new
-
+        original = None
         try:
-            replay.run(number, place, expected, recorder).commit(number + 1)
+            # A model that writes to its buffers cannot run every batch twice.
+            if members[0].config.algorithm.paired and not replay.stateful:
+                watched = partial(_watched, members, partial(Inputs, batch.mask, until))
+                original = replay.run(number, place, expected, watched, floating=True)
+            recorder = partial(Recorder, batch.mask, until, original)
+            replay.run(number, place, expected, partial(_watched, members, recorder)).commit(number + 1)
         finally:
             for layer in members:
                 layer.recorder = None
+
+
+def _watched(members: list[CalibrationLinear], make: Callable[[], AnyWatching]) -> AnyWatching:
+    new = make()
+    for layer in members:
+        layer.recorder = new
+    return new
 
 
 def _solve_layer(layer: CalibrationLinear) -> None:

@@ -11,43 +11,25 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
+from quantize.shell.batches import Batch, copied, keepable, set_random_state
 from quantize.shell.calibration import CalibrationLinear
-from quantize.shell.recording import Batch, Recorder, copied, keepable, set_random_state
+from quantize.shell.recording import AnyWatching, Done, Watching
 from quantize.shell.survey import Survey, Surveyor
 from quantize.shell.watch import Escapes, Event, Output, Watch
 
 
-def stages(root: nn.Module, layers: list[CalibrationLinear]) -> dict[nn.Module, list[CalibrationLinear]]:
-    """The layers of every stage of ``root``."""
-    names = {module: name for name, module in root.named_modules()}
-    found: dict[nn.Module, list[CalibrationLinear]] = {}
-    for layer in layers:
-        path = names[layer].split(".")
-        owners = [root.get_submodule(".".join(path[:depth])) for depth in range(len(path))]
-        lists = [depth for depth, owner in enumerate(owners) if isinstance(owner, (nn.ModuleList, nn.Sequential))]
-        stage = root.get_submodule(".".join(path[: lists[0] + 1])) if lists else layer
-        found.setdefault(stage, []).append(layer)
-    return found
+class _Path:
+    """What is remembered of every batch on its way through one model: the float one, or the one being quantized."""
 
-
-def ordered(
-    grouped: dict[nn.Module, list[CalibrationLinear]], calls: list[str]
-) -> list[tuple[nn.Module, list[CalibrationLinear]]]:
-    """The stages in the order of the first ``calls`` of their layers; those that were never called come last."""
-    first: dict[str, int] = {}
-    for name in calls:
-        first.setdefault(name, len(first))
-    return sorted(grouped.items(), key=lambda item: min(first.get(layer.names[0], len(first)) for layer in item[1]))
-
-
-class _Done(BaseException):
-    """Ends a run: the layers in question have seen their last call."""
+    def __init__(self, batches: int) -> None:
+        self.memory: list[dict[Event, Output]] = [{} for _ in range(batches)]
+        self.ways: list[list[int]] = [[] for _ in range(batches)]
 
 
 class Replay:
@@ -63,8 +45,7 @@ class Replay:
         self, root: nn.Module, order: list[tuple[nn.Module, list[CalibrationLinear]]], batches: list[Batch]
     ) -> None:
         self._root, self._order, self._batches = root, order, batches
-        self._memory: list[dict[Event, Output]] = [{} for _ in batches]
-        self._ways: list[list[int]] = [[] for _ in batches]
+        self._paths = {floating: _Path(len(batches)) for floating in (False, True)}
         # Stages that are never remembered; if any is called, nothing is taken for unneeded.
         self._computed: set[int] = set()
         # A model that writes to its buffers needs every batch to its end, in their order.
@@ -99,7 +80,7 @@ class Replay:
         self._survey = survey
         try:
             self._forward(self._batches[0], survey.mode)
-        except _Done:
+        except Done:
             pass
         finally:
             self._survey = None
@@ -116,26 +97,34 @@ class Replay:
                 buffers[name].copy_(value)
 
     def run(
-        self, number: int, place: int, expected: Mapping[CalibrationLinear, int], recorder: Callable[[], Recorder]
-    ) -> Recorder:
+        self,
+        number: int,
+        place: int,
+        expected: Mapping[CalibrationLinear, int],
+        recorder: Callable[[], AnyWatching],
+        *,
+        floating: bool = False,
+    ) -> AnyWatching:
         """Batch ``number`` until the stage at ``place`` has called its layers as often as ``expected``.
 
-        ``recorder`` makes what watches a run, which is returned.
+        ``recorder`` makes what watches a run, which is returned. With ``floating``, the run goes through the float
+        model: what that gave stays right whatever is quantized.
         """
-        remembers = bool(self._memory[number])
+        path = self._paths[floating]
+        remembers = bool(path.memory[number])
         try:
             watching = recorder()
-            if self._attempt(number, place, expected, watching):
+            if self._attempt(number, place, expected, watching, floating):
                 return watching
         except Exception:
             if not remembers:
                 raise
         # Nothing of this batch is remembered again.
-        self._memory[number].clear()
-        self._ways[number] = []
+        path.memory[number].clear()
+        path.ways[number] = []
         self._computed = set(range(len(self._order)))
         watching = recorder()
-        self._attempt(number, place, expected, watching)
+        self._attempt(number, place, expected, watching, floating)
         return watching
 
     def _forward(self, batch: Batch, *modes: Any) -> None:
@@ -149,19 +138,23 @@ class Replay:
                 stack.enter_context(mode)
             self._root(*args, **kwargs)
 
-    def _attempt(self, number: int, place: int, expected: Mapping[CalibrationLinear, int], watching: Recorder) -> bool:
-        self._run = run = _Run(place, self._memory[number], {} if self.stateful else expected, watching)
+    def _attempt(
+        self, number: int, place: int, expected: Mapping[CalibrationLinear, int], watching: Watching, floating: bool
+    ) -> bool:
+        path = self._paths[floating]
+        self._run = run = _Run(place, path.memory[number], {} if self.stateful else expected, watching, floating)
         try:
-            self._forward(self._batches[number], run.watch, Escapes(run.watch))
-        except _Done:
+            with _inactive(self._order) if floating else nullcontext():
+                self._forward(self._batches[number], run.watch, Escapes(run.watch))
+        except Done:
             pass
         finally:
             self._run = None
             watching.closed = True
-        before = self._ways[number]
+        before = path.ways[number]
         # Up to the stage before this one nothing has changed since the last run.
         common = before[: before.index(place - 1)] if place - 1 in before else []
-        self._ways[number] = run.way
+        path.ways[number] = run.way
         return run.way[: len(common)] == common
 
     def _call(self, place: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -169,7 +162,7 @@ class Replay:
             output = self._survey.call(place, forward, args, kwargs)
             # What comes after the last layer, such as the head of a language model, concerns no stage.
             if self._survey.complete():
-                raise _Done
+                raise Done
             return output
         run = self._run
         if run is None or run.inside:
@@ -179,7 +172,8 @@ class Replay:
             run.forget()
         run.way.append(place)
         given = run.watch.events((args, kwargs))
-        remembered = run.memory.get(event)
+        # On the way of the float model this stage is remembered at once, and observed all the same.
+        remembered = run.memory.get(event) if place != run.place else None
         output = remembered.give() if remembered is not None else self._compute(run, event, forward, args, kwargs)
         # What is remembered does not depend on the arguments any more.
         if event in run.memory:
@@ -187,7 +181,7 @@ class Replay:
             given = frozenset({event})
         run.watch.mark(output, given)
         if place == run.place and run.complete():
-            raise _Done
+            raise Done
         return output
 
     def _compute(self, run: _Run, event: Event, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -200,7 +194,7 @@ class Replay:
             run.watch.__enter__()  # type: ignore[no-untyped-call]
             run.inside = False
         # What comes after the first call of the stage in question may depend on it, and that will change.
-        early = event[0] < run.place and run.place not in run.way
+        early = event[0] <= run.place if run.floating else event[0] < run.place and run.place not in run.way
         if early and event[0] not in self._computed and keepable(output):
             run.memory[event] = Output(output)
         return output
@@ -214,9 +208,10 @@ class _Run:
         place: int,
         memory: dict[Event, Output],
         expected: Mapping[CalibrationLinear, int],
-        watching: Recorder,
+        watching: Watching,
+        floating: bool,
     ) -> None:
-        self.place, self.memory = place, memory
+        self.place, self.memory, self.floating = place, memory, floating
         self._expected, self._watching = expected, watching
         self.way: list[int] = []
         self.given: set[Event] = set()
@@ -232,3 +227,16 @@ class _Run:
         """Free the outputs that nothing can read any more."""
         for event in self.given - self.watch.needed():
             self.memory[event].free()
+
+
+@contextmanager
+def _inactive(order: list[tuple[nn.Module, list[CalibrationLinear]]]) -> Iterator[None]:
+    """All layers compute in floating point."""
+    active = [layer for _, members in order for layer in members if layer.active]
+    for layer in active:
+        layer.active = False
+    try:
+        yield
+    finally:
+        for layer in active:
+            layer.active = True

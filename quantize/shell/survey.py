@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from quantize.shell.batches import keepable, random_state
 from quantize.shell.calibration import CalibrationLinear
-from quantize.shell.recording import keepable, random_state
 from quantize.shell.watch import Tags, storages_of
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from quantize.shell.recording import copied
+from quantize.shell.batches import copied
 
 _READ_BY_PYTHON = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 # What hands the numbers of a tensor to others without an operator of torch.

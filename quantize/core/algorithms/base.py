@@ -108,6 +108,8 @@ class Algorithm(NamedTuple):
     - ``observer``: what to remember of the inputs ``[..., c]``.
     - ``solve(weight, statistic) -> Solution``: ``weight`` is ``[n, c]``, any float dtype and finite.
     - ``data_free``: ``solve`` does not look at the statistic.
+    - ``paired``: the observer's ``update(state, x, original=None)`` also takes the inputs ``[t, c]`` of the float model
+      at the same call; layers are then fitted in the order of execution, each to what the ones before it give.
     - ``fewest``: with fewer tokens than this the statistic says nothing, and plain rounding is the better choice.
     """
 
@@ -115,6 +117,7 @@ class Algorithm(NamedTuple):
     solve: Callable[[Tensor, Any], Solution]
     data_free: bool = False
     fewest: int = 1
+    paired: bool = False
 
 
 class AlgorithmModule(Protocol):
