@@ -4,10 +4,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from property_tests.laws import assert_pure
+from property_tests.laws import assert_pure, same_bits
 from property_tests.oracles import numpy64
 from property_tests.strategies import correlated_tokens, normal_matrices, weight_schemes
-from quantize.core import Scheme, awq, dequantize, round_to_nearest, shrinkage
+from quantize.core import LayerSpec, Scheme, awq, dequantize, round_to_nearest, shrinkage
+from quantize.core.observers import SumState
 
 F64 = torch.float64
 
@@ -80,3 +81,26 @@ def test_one_large_channel_is_protected():
     scale = awq.search_scale(weight, x.abs().mean(0), x.T @ x, scheme)
     assert scale.argmax() == 3
     assert outputs_error(weight, x, scale, scheme) < 0.5 * outputs_error(weight, x, torch.ones_like(scale), scheme)
+
+
+@given(st.data(), st.sampled_from(["tensor", "channel", "group"]))
+def test_a_common_scale_is_the_best_for_the_sum_of_the_errors(data, strategy):
+    c = data.draw(st.integers(2, 8))
+    several = st.lists(normal_matrices(st.integers(1, 3), st.just(c), F64), min_size=1, max_size=3)
+    weights = data.draw(several)
+    x = data.draw(correlated_tokens(st.integers(1, 20), st.just(c)))
+    scheme = Scheme(4, True, strategy, 3 if strategy == "group" else None)
+    options = awq.Options(grids_num=6, shrink=0.0)
+    statistic = (x.abs().mean(0), SumState(x.T @ x, torch.tensor(len(x))))
+    chosen = awq.common_scale(LayerSpec(scheme), options, weights, statistic)
+
+    def loss(scale):
+        return sum((x @ awq.scaled_error(w, scale, scheme).T).square().sum().item() for w in weights)
+
+    losses = [loss(awq.candidate_scale(statistic[0], i / 6)) for i in range(6)]
+    assert loss(chosen) <= min(losses) * (1 + 1e-9) + 1e-12 * max(losses)
+    # Given to the solver, it is what the solver finds by itself.
+    alone = awq.solve(LayerSpec(scheme), options, weights[0], statistic)
+    given_ = awq.solve(LayerSpec(scheme), options, weights[0], statistic, awq.common_scale(
+        LayerSpec(scheme), options, weights[:1], statistic))  # fmt: skip
+    same_bits(alone, given_)

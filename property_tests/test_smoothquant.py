@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from property_tests.laws import assert_pure
 from property_tests.oracles import numpy64
 from property_tests.strategies import correlated_tokens, normal_matrices
-from quantize.core import LayerSpec, Scheme, linear, round_to_nearest, smoothquant
+from quantize.core import LayerSpec, Scheme, channel_range, linear, round_to_nearest, smoothquant
 from quantize.core.observers import Range, SumState
 
 F64 = torch.float64
@@ -122,3 +122,18 @@ def test_the_search_finds_what_an_outlier_needs(strategy):
         made = linear.fake_quantized_linear(x, q, inputs=spec.inputs, smoothing=s, static=static)
         losses.append((made - x @ weight.T).square().sum().item())
     assert losses[1] < 0.2 * losses[0]
+
+
+@given(st.data())
+def test_a_common_divisor_meets_the_largest_of_the_weights(data):
+    c = data.draw(st.integers(1, 8))
+    weights = [data.draw(normal_matrices(st.integers(1, 3), st.just(c), F64)) for _ in range(3)]
+    x = data.draw(normal_matrices(st.integers(1, 9), st.just(c), F64))
+    seen = channel_range.finalize(channel_range.update(channel_range.init(c, dtype=F64), x))
+    spec, options = LayerSpec(Scheme(), Scheme(strategy="token")), smoothquant.Options()
+    # The weights one below the other are one layer.
+    stacked = smoothquant.solve(spec, options, torch.cat(weights), seen)
+    scale = smoothquant.common_scale(spec, options, weights, seen)
+    assert torch.equal(scale, stacked.smoothing)
+    parts = [smoothquant.solve(spec, options, w, seen, scale) for w in weights]
+    assert torch.equal(torch.cat([part.weight.codes for part in parts]), stacked.weight.codes)

@@ -79,6 +79,28 @@ def integer_linear(
     return y if bias is None else y + bias
 
 
+def integer_bias(weight: QTensor, static: QParams, bias: Tensor | None = None) -> Tensor:
+    """What to add to the integer sum, so that one product with the scales is the whole layer: ``[n]`` in int64.
+
+    ``weight`` as in :func:`integer_linear`, ``static`` ``[1, 1]`` of the inputs. With ``b`` for the result::
+
+        y = s_x s_w (sum_c q_x q_w + b),  b = round(bias / (s_x s_w)) - z_x sum_c q_w
+
+    which is step 2 of :func:`integer_linear` with the bias rounded to half a unit ``s_x s_w``. Quotients are float64.
+
+    >>> weight = QTensor(torch.tensor([[3, 4]], dtype=torch.int8), torch.tensor([[0.5]]), None, Scheme())
+    >>> static = QParams(torch.tensor([[0.5]]), torch.tensor([[2]], dtype=torch.int8))
+    >>> integer_bias(weight, static, torch.tensor([1.0])).tolist()
+    [-10]
+    """
+    sums = reduce(weight.codes.to(torch.int64), "n c -> n", "sum")
+    total = torch.zeros_like(sums) if static.zero_point is None else -static.zero_point.to(torch.int64)[0] * sums
+    if bias is None:
+        return total
+    unit = (static.scale * weight.scale)[:, 0].double()
+    return total + torch.round(bias.double() / unit).to(torch.int64)
+
+
 def quantized_linear(
     x: Tensor,
     weight: QTensor,

@@ -23,13 +23,26 @@ def pack_int4(codes: Tensor, dtype: torch.dtype = torch.uint8) -> Tensor:
     >>> pack_int4(torch.tensor([1, -2, 7], dtype=torch.int8)).tolist()
     [225, 7]
     """
-    r = _per_word(dtype)
-    missing = -codes.shape[-1] % r
-    nibbles = torch.constant_pad_nd(codes, (0, missing)).to(torch.int32).bitwise_and(0xF)
-    words = rearrange(nibbles, "... (g r) -> ... g r", r=r)
-    shifts = torch.arange(0, _BITS * r, _BITS, dtype=torch.int32, device=codes.device)
-    # The bits of different elements do not overlap: their sum is their union, and int32 may wrap to negative.
-    return words.bitwise_left_shift(shifts).sum(-1, dtype=torch.int32).to(dtype)
+    return _words(codes.to(torch.int32).bitwise_and(0xF), _BITS, _per_word(dtype)).to(dtype)
+
+
+def pack_offset(codes: Tensor, bits: int) -> Tensor:
+    """Pack signed codes ``[..., c]`` into int32 words ``[..., ceil(c * bits / 32)]``, in offset binary.
+
+    The other custom: element ``j`` of a word is at bits ``bits * j`` and up, as the unsigned ``code + 2^(bits-1)``; a
+    last word that is not full ends with zeros. ``codes`` is int8 with values of ``bits`` bits.
+
+    Source: compressed-tensors, format ``pack-quantized``, for widths that divide 32.
+
+    Raises:
+        ValueError: ``bits`` other than 4 and 8.
+
+    >>> pack_offset(torch.tensor([-8, 0, 7], dtype=torch.int8), 4).tolist()
+    [3968]
+    """
+    if bits not in (4, 8):
+        raise ValueError(f"bits: {bits}; accepted: 4 or 8")
+    return _words(codes.to(torch.int32) + (1 << (bits - 1)), bits, 32 // bits)
 
 
 def unpack_int4(words: Tensor, length: int) -> Tensor:
@@ -44,6 +57,14 @@ def unpack_int4(words: Tensor, length: int) -> Tensor:
     # Two's complement: 8 to 15 stand for -8 to -1.
     signed = nibbles.bitwise_xor(8).to(torch.int8) - 8
     return rearrange(signed, "... g r -> ... (g r)")[..., :length]
+
+
+def _words(fields: Tensor, bits: int, r: int) -> Tensor:
+    missing = -fields.shape[-1] % r
+    words = rearrange(torch.constant_pad_nd(fields, (0, missing)), "... (g r) -> ... g r", r=r)
+    shifts = torch.arange(0, bits * r, bits, dtype=torch.int32, device=fields.device)
+    # The bits of different elements do not overlap: their sum is their union, and int32 may wrap to negative.
+    return words.bitwise_left_shift(shifts).sum(-1, dtype=torch.int32)
 
 
 def _per_word(dtype: torch.dtype) -> int:

@@ -6,7 +6,7 @@ import inspect
 import random
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,6 +45,18 @@ class Batch:
         with torch.inference_mode(False):
             args, kwargs = copied((args, kwargs))
             return cls(args, kwargs, mask, autocast, random_state(), {}, copied(dict(buffers)))
+
+    def run(self, root: nn.Module, *modes: Any) -> Any:
+        """The same pass once more, without gradients and under ``modes``; returns what ``root`` gives."""
+        device, enabled, dtype = self.autocast
+        set_random_state(self.random)
+        args, kwargs = copied((self.args, self.kwargs))
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(torch.autocast(device, enabled=enabled, dtype=dtype))
+            for mode in modes:
+                stack.enter_context(mode)
+            return root(*args, **kwargs)
 
     def changed(self, root: nn.Module) -> bool:
         """Whether the buffers of ``root`` are others than before this first batch."""
@@ -110,6 +122,22 @@ def set_random_state(state: tuple[bytes, Any]) -> None:
     torch.set_rng_state(torch.frombuffer(bytearray(state[0]), dtype=torch.uint8))
     version, internal, gauss = state[1]
     random.setstate((version, tuple(internal), gauss))
+
+
+@contextmanager
+def undisturbed(root: nn.Module) -> Iterator[None]:
+    """Random numbers and the buffers of ``root`` are afterwards as before."""
+    random = random_state()
+    buffers = [(module, name, buffer, buffer.clone()) for module in root.modules()
+               for name, buffer in module._buffers.items() if buffer is not None]  # fmt: skip
+    try:
+        yield
+    finally:
+        set_random_state(random)
+        for module, name, buffer, kept in buffers:
+            module._buffers[name] = buffer
+            if not torch.equal(buffer, kept):
+                buffer.copy_(kept)
 
 
 def attention_mask(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

@@ -47,12 +47,17 @@ class CalibrationLinear(nn.Module):
         self.recorder: Watching | Calls | None = None
         # On the first layer of a session that is solved stage by stage: what the model was called with.
         self.batches: list[Batch] | None = None
+        # On the first layer of a session that folds: what the model was called with first.
+        self.first: Batch | None = None
+        # What makes the inputs divides them by this already, [c].
+        self.folded: Tensor | None = None
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Linear gives it
         """``input`` ``[..., c]`` to ``[..., n]``: float, or fake-quantized once the model is solved."""
         s = self.solution
         if s is None or not self.active:
-            output = functional.linear(input, self.weight, self.bias)
+            x = input if self.folded is None else input * self.folded.to(input.dtype)
+            output = functional.linear(x, self.weight, self.bias)
             if self.recorder is not None:
                 self.recorder.observe(self, input)
             return output
@@ -66,20 +71,24 @@ class CalibrationLinear(nn.Module):
 
         The fallback knows no range of the inputs: static inputs become dynamic, one scale a token.
         """
-        algorithm, statistic = self.config.algorithm, None
+        algorithm, weight = self.config.algorithm, self.weight.detach()
         if self.fell_back:
             spec = self.config.spec
-            algorithm = minmax.algorithm(replace(spec, inputs=_dynamic(spec.inputs)))
-        elif not algorithm.data_free:
-            # The model may have been cast since: one dtype for weight and statistic.
-            dtype = affine.working_dtype(self.weight)
-            statistic = pytree.tree_map_only(
-                Tensor,
-                lambda t: t.to(dtype) if t.is_floating_point() else t,
-                algorithm.observer.finalize(self.statistics),
-            )
-        self.solution = algorithm.solve(self.weight.detach(), statistic)
+            self.solution = minmax.algorithm(replace(spec, inputs=_dynamic(spec.inputs))).solve(weight, None)
+        elif self.folded is None:
+            self.solution = algorithm.solve(weight, None if algorithm.data_free else self.statistic())
+        else:
+            solved = algorithm.solve(weight, self.statistic(), self.folded)
+            self.solution = replace(solved, smoothing=None, notes={**solved.notes, "folded": torch.ones(())})
         self.statistics = None
+
+    def statistic(self) -> Any:
+        """What the algorithm learns from the inputs, in the dtype that it computes in."""
+        # The model may have been cast since: one dtype for weight and statistic.
+        dtype, observer = affine.working_dtype(self.weight), self.config.algorithm.observer
+        return pytree.tree_map_only(
+            Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, observer.finalize(self.statistics)
+        )
 
     def adopt(self, solution: Solution) -> None:
         """Take over a solution that was found elsewhere."""
@@ -108,8 +117,9 @@ class CalibrationLinear(nn.Module):
         known: dict[str, Any] = {}
         if s is not None:
             reached = s.effective_weight()
+            weight = self.weight.detach().to(reached.dtype)
             known = {
-                "weight_sqnr": metrics.sqnr(self.weight.detach().to(reached.dtype), reached).item(),
+                "weight_sqnr": metrics.sqnr(weight if self.folded is None else weight * self.folded, reached).item(),
                 "error": None if s.error is None else s.error.item(),
                 "baseline_error": None if s.baseline_error is None else s.baseline_error.item(),
                 "notes": {name: value.item() for name, value in s.notes.items()},
@@ -146,7 +156,8 @@ class CalibrationLinear(nn.Module):
             }
         leaves = pytree.tree_leaves(self.statistics)
         return {"format": self.format(), "seen": self.seen, "tokens": self.tokens, "active": self.active,
-                "statistics": leaves, "solution": solved,
+                "statistics": leaves, "solution": solved, "folded": self.folded,
+                "first": None if self.first is None else vars(self.first),
                 "batches": None if self.batches is None else [vars(batch) for batch in self.batches]}  # fmt: skip
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
@@ -158,7 +169,8 @@ class CalibrationLinear(nn.Module):
         if state["format"] != self.format():
             raise refusal(f"layer {self.names[0]!r}", state["format"], f"a state of {self.format()}")
         self.seen, self.tokens, self.active = state["seen"], state["tokens"], state["active"]
-        self.statistics, self.solution = None, None
+        self.statistics, self.solution, self.folded = None, None, state["folded"]
+        self.first = None if state["first"] is None else Batch(**state["first"])
         self.batches = None if state["batches"] is None else [Batch(**batch) for batch in state["batches"]]
         if state["solution"] is None:
             structure = pytree.tree_structure(self.config.algorithm.observer.init(0))
@@ -186,10 +198,10 @@ class CalibrationLinear(nn.Module):
     def _follow_weight(self) -> None:
         # Statistics and solution follow the device of the weight, never its dtype.
         device = self.weight.device
-        self.statistics, self.solution = pytree.tree_map_only(
-            Tensor, lambda tensor: tensor.to(device), (self.statistics, self.solution)
+        self.statistics, self.solution, self.folded = pytree.tree_map_only(
+            Tensor, lambda tensor: tensor.to(device), (self.statistics, self.solution, self.folded)
         )
-        for batch in self.batches or ():
+        for batch in (*(self.batches or ()), *([self.first] if self.first else ())):
             batch.move(device)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -20,14 +20,14 @@ class Ranks:
 
     def __init__(self, group: Any = None) -> None:
         self._group = group
-        self._size = 1 if group is None else dist.get_world_size(group)
+        self.size = 1 if group is None else dist.get_world_size(group)
         self._rank = 0 if group is None else dist.get_rank(group)
 
     def gather(self, value: Any) -> list[Any]:
         """The plain ``value`` of every rank, in their order."""
-        if self._size == 1:
+        if self.size == 1:
             return [value]
-        values: list[Any] = [None] * self._size
+        values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self._group)
         return values
 
@@ -55,7 +55,7 @@ class Ranks:
         Raises:
             QuantizeError: on every rank; it names the first difference.
         """
-        if self._size == 1:
+        if self.size == 1:
             return
         everyone = self.gather([mode, *(_fingerprint(layer) for layer in layers)])
         for rank, theirs in enumerate(everyone):
@@ -71,7 +71,7 @@ class Ranks:
 
     def merge(self, layers: list[CalibrationLinear]) -> None:
         """Give every rank the statistics and token counts of all, the same to the last bit."""
-        if self._size == 1:
+        if self.size == 1:
             return
         # Layers that share a state do so on all ranks, or are taken for different.
         place: dict[int, int] = {}
@@ -101,14 +101,14 @@ class Ranks:
         for layer in progress([layer for layer in layers if owners[layer] == self._rank]):
             try:
                 solve(layer)
-                solution = pytree.tree_map_only(Tensor, Tensor.cpu, layer.solution) if self._size > 1 else None
+                solution = pytree.tree_map_only(Tensor, Tensor.cpu, layer.solution) if self.size > 1 else None
                 outcomes[layer] = [None, solution]
             except Exception as error:
-                if self._size == 1:
+                if self.size == 1:
                     raise
                 # The others wait for an answer.
                 outcomes[layer] = [f"{type(error).__name__}: {error}", None]
-        for layer in layers if self._size > 1 else ():
+        for layer in layers if self.size > 1 else ():
             outcome, owner = outcomes.get(layer, [None, None]), owners[layer]
             dist.broadcast_object_list(outcome, src=dist.get_global_rank(self._group, owner), group=self._group)
             failure, solution = outcome
@@ -120,7 +120,7 @@ class Ranks:
 
     def _owners(self, layers: list[CalibrationLinear]) -> dict[CalibrationLinear, int]:
         """Which rank solves which layer: the longest first, each to the rank that has least to do."""
-        loads = [0] * self._size
+        loads = [0] * self.size
         owners = {}
         for layer in sorted(layers, key=lambda layer: -(layer.in_features**3)):
             owners[layer] = rank = loads.index(min(loads))
@@ -131,7 +131,7 @@ class Ranks:
         leaves, structure = pytree.tree_flatten(state)
         gathered = []
         for leaf in leaves:
-            everyone = [torch.empty_like(leaf) for _ in range(self._size)]
+            everyone = [torch.empty_like(leaf) for _ in range(self.size)]
             dist.all_gather(everyone, leaf.contiguous(), group=self._group)
             gathered.append(everyone)
         return [pytree.tree_unflatten(list(each), structure) for each in zip(*gathered, strict=True)]

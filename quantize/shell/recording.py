@@ -115,6 +115,8 @@ class Recorder(Watching):
     ) -> None:
         super().__init__(mask, until)
         self._original = original
+        # The pass itself, where it will be made again.
+        self.batch: Batch | None = None
         self._pending: dict[CalibrationLinear, tuple[Any, int]] = {}
         self._known = _Known()
 

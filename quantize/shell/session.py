@@ -51,6 +51,8 @@ class Session:
             return
         if isinstance(recorder, Recorder):
             recorder.commit(layers[0].seen + 1)
+            if recorder.batch is not None:
+                carrier(root).first = recorder.batch
         elif isinstance(recorder, Calls):
             recorder.check(layers[0].seen + 1)
             kept = carrier(root).batches
@@ -68,7 +70,12 @@ class Session:
         if kept is None or not odd:
             mask = attention_mask(root, args, kwargs)
             first = dict(root.named_buffers()) if kept == [] else {}
-            return Recorder(mask) if kept is None else Calls(Batch.of(args, kwargs, mask, first))
+            if kept is not None:
+                return Calls(Batch.of(args, kwargs, mask, first))
+            recorder = Recorder(mask)
+            if getattr(self.config.options, "fold", False) and carrier(root).first is None and not odd:
+                recorder.batch = Batch.of(args, kwargs, mask, {})
+            return recorder
         told = f"an argument of type {type(odd[0]).__name__}, which may not be given twice"
         if kept:
             raise refusal("model", told, "arguments like those of the batches before: tensors and plain values")

@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 from quantize.core import affine
-from quantize.shell import order, stages
-from quantize.shell.batches import Batch, random_state, set_random_state, untracked
+from quantize.shell import folding, order, stages
+from quantize.shell.batches import Batch, undisturbed, untracked
 from quantize.shell.calibration import CalibrationLinear
 from quantize.shell.config import QuantizeWarning, refusal
 from quantize.shell.plan import check_weight
+from quantize.shell.progress import progress
 from quantize.shell.ranks import Ranks
 from quantize.shell.recording import AnyWatching, Inputs, Recorder
 
@@ -65,6 +66,8 @@ def solve(model: nn.Module, ranks: Ranks | None = None) -> None:
     # A part that was converted before has a session, and nothing to solve.
     roots = [module for module in model.modules() if KEY in module.__dict__ and unsolved(module)]
     staged = [root for root in roots if carrier(root).batches is not None]
+    if ranks.size > 1 and any(map(_folds, roots)):
+        raise refusal("algorithm.fold", "True with a process group", "False, or one process")
     ranks.together(partial(_check, layers, roots))
     with untracked(layers[0].weight.device):
         mode = f"{len(staged)} of {len(roots)} sessions in stages"
@@ -73,9 +76,11 @@ def solve(model: nn.Module, ranks: Ranks | None = None) -> None:
             _solve_in_stages(root, ranks)
         rest = [layer for layer in layers if layer.solution is None]
         ranks.merge(rest)
+        for root in roots:
+            _fold(root)
         ranks.solve(rest, _solve_layer, _progress)
     for layer in layers:
-        layer.active, layer.batches = True, None
+        layer.active, layer.batches, layer.first = True, None, None
     idle = [layer for layer in layers if layer.fell_back]
     if idle:
         few = max(layer.tokens for layer in idle)
@@ -83,6 +88,31 @@ def solve(model: nn.Module, ranks: Ranks | None = None) -> None:
         names = ", ".join(f"{layer.names[0]} ({layer.tokens})" if few else layer.names[0] for layer in idle)
         message = f"{reached} {len(idle)} of {len(layers)} layers, which fall back to minmax: {names}"
         warnings.warn(message, QuantizeWarning, stacklevel=2)
+
+
+def _folds(root: nn.Module) -> bool:
+    return bool(getattr(carrier(root).config.options, "fold", False))
+
+
+def _fold(root: nn.Module) -> None:
+    """Fold the scales of a session that asks for it, once."""
+    session, layers = root.__dict__[KEY], calibrated(root)
+    # After an interrupted solve what is folded stays so.
+    if not _folds(root) or any(layer.folded is not None for layer in layers):
+        return
+    first = carrier(root).first
+    open_ = [layer for layer in layers if layer.solution is None and not layer.fell_back]
+    session.replaying = True
+    try:
+        with undisturbed(root):
+            told = ["all scales at run time: the model was called with what may not be given twice"]
+            if first is not None:
+                told = folding.fold(root, open_, first)
+    finally:
+        session.replaying = False
+    session.remarks += tuple(told)
+    if told:
+        warnings.warn(f"not folded, see report(model): {'; '.join(told)}", QuantizeWarning, stacklevel=2)
 
 
 def _check(layers: list[CalibrationLinear], roots: list[nn.Module]) -> None:
@@ -114,11 +144,8 @@ def _solve_in_stages(root: nn.Module, ranks: Ranks) -> None:
     sequence = order.ordered(order.stages(root, layers), calls)
     replay = stages.Replay(root, sequence, batches)
     session.replaying = True
-    random = random_state()
-    buffers = [(module, name, buffer, buffer.clone()) for module in root.modules()
-               for name, buffer in module._buffers.items() if buffer is not None]  # fmt: skip
     try:
-        with replay.installed():
+        with undisturbed(root), replay.installed():
             ranks.together(replay.survey)
             for place, (_, members) in enumerate(_progress(sequence)):
                 steps = order.groups(members, inputs) if members[0].config.algorithm.paired else [members]
@@ -137,11 +164,6 @@ def _solve_in_stages(root: nn.Module, ranks: Ranks) -> None:
         raise
     finally:
         session.replaying = False
-        set_random_state(random)
-        for module, name, buffer, kept in buffers:
-            module._buffers[name] = buffer
-            if not torch.equal(buffer, kept):
-                buffer.copy_(kept)
 
 
 def _observe(
@@ -186,12 +208,8 @@ def _solve_layer(layer: CalibrationLinear) -> None:
 
 
 def _progress(items: list[Any]) -> Any:
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return items
-    # Quick work shows nothing; without a terminal neither.
-    return tqdm(items, desc="quantize", leave=False, delay=1, disable=None)
+    # Quick work shows nothing.
+    return progress(items, "quantize", unit="layer", delay=1)
 
 
 def checksum(model: nn.Module) -> list[int]:

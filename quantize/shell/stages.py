@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
-from quantize.shell.batches import Batch, copied, keepable, set_random_state
+from quantize.shell.batches import Batch, keepable
 from quantize.shell.calibration import CalibrationLinear
 from quantize.shell.recording import AnyWatching, Done, Watching
 from quantize.shell.survey import Survey, Surveyor
@@ -79,7 +79,7 @@ class Replay:
                 layer.recorder = survey.watch_layer(place)  # type: ignore[assignment]
         self._survey = survey
         try:
-            self._forward(self._batches[0], survey.mode)
+            self._batches[0].run(self._root, survey.mode)
         except Done:
             pass
         finally:
@@ -127,17 +127,6 @@ class Replay:
         self._attempt(number, place, expected, watching, floating)
         return watching
 
-    def _forward(self, batch: Batch, *modes: Any) -> None:
-        device, enabled, dtype = batch.autocast
-        set_random_state(batch.random)
-        args, kwargs = copied((batch.args, batch.kwargs))
-        with ExitStack() as stack:
-            stack.enter_context(torch.no_grad())
-            stack.enter_context(torch.autocast(device, enabled=enabled, dtype=dtype))
-            for mode in modes:
-                stack.enter_context(mode)
-            self._root(*args, **kwargs)
-
     def _attempt(
         self, number: int, place: int, expected: Mapping[CalibrationLinear, int], watching: Watching, floating: bool
     ) -> bool:
@@ -145,7 +134,7 @@ class Replay:
         self._run = run = _Run(place, path.memory[number], {} if self.stateful else expected, watching, floating)
         try:
             with _inactive(self._order) if floating else nullcontext():
-                self._forward(self._batches[number], run.watch, Escapes(run.watch))
+                self._batches[number].run(self._root, run.watch, Escapes(run.watch))
         except Done:
             pass
         finally:

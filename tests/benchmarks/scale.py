@@ -80,7 +80,8 @@ def rank(number, size, directory, count):
     dist.barrier()
     before, start = loaded(), time.perf_counter()
     qz.quantize(model, {**case("gptq", GROUP), "batch_num": 2**32 - 1})
-    smollm2.run(model, torch.cat(rows.split(smollm2.BATCH)[number::size]))
+    for part in rows.split(smollm2.BATCH)[number::size]:
+        smollm2.run(model, part)
     qz.finish(model, process_group=dist.group.WORLD)
     found = {"seconds": round(time.perf_counter() - start), "GiB": round(resident("VmHWM") - before, 2)}
     sums = [None] * size

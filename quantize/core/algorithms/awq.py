@@ -7,6 +7,7 @@ layer is not run again.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from quantize.core import affine, metrics, observers, ranges, refine, shrinkage
-from quantize.core.algorithms.base import FEWEST_FOR_GRAM, Algorithm, DataOptions, LayerSpec, Solution, option
+from quantize.core.algorithms.base import FEWEST_FOR_GRAM, FOLD, Algorithm, DataOptions, LayerSpec, Solution, option
 from quantize.core.scheme import Scheme
 
 QUANTIZES_INPUTS = frozenset({False})
@@ -28,17 +29,27 @@ class Options(DataOptions):
     - ``clip``: afterwards clip the ranges of the scaled weight by a search, where that helps an output channel.
     - ``shrink``: the strength with which correlations are shrunk as far as chance explains them, see
       :func:`~quantize.core.shrinkage.intensity`; with 0, the errors on the tokens that were seen decide alone.
+    - ``fold``: layers that read the same inputs get one scale, and what produces the inputs is divided by it, where
+      that changes nothing else in the model. The algorithm itself does not look at it.
     """
 
     grids_num: int = option(20, "an int, at least 1", lambda value: value >= 1)
     clip: bool = option(True, "True or False")
     shrink: float = option(4.0, "a number from 0 to 1e6", lambda value: 0 <= value <= 1e6)
+    fold: bool = option(False, FOLD)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.fold and self.sequential:
+            raise ValueError(f"fold: True with sequential; accepted: {FOLD}")
 
 
 def algorithm(spec: LayerSpec, options: Options = Options()) -> Algorithm:
     """AWQ; remembers the mean magnitude of the input channels and their Gram matrix."""
     observer = observers.product(observers.channel_absmean, observers.gram)
-    return Algorithm(observer, partial(solve, spec, options), fewest=FEWEST_FOR_GRAM)
+    return Algorithm(
+        observer, partial(solve, spec, options), fewest=FEWEST_FOR_GRAM, scale=partial(common_scale, spec, options)
+    )
 
 
 def candidate_scale(absmean: Tensor, ratio: float) -> Tensor:
@@ -68,7 +79,7 @@ def scaled_error(weight: Tensor, scale: Tensor, scheme: Scheme) -> Tensor:
 
 
 def search_scale(
-    weight: Tensor,
+    weight: Tensor | Sequence[Tensor],
     absmean: Tensor,
     gram: Tensor,
     scheme: Scheme,
@@ -80,13 +91,14 @@ def search_scale(
 
     A candidate counts by the larger of two errors, each relative to that of plain rounding, which is ratio 0: on
     ``gram`` ``[c, c]`` as it is, so that the result is never worse there, and with the part ``rho`` of the
-    correlations taken out, so that it does not live on chance.
+    correlations taken out, so that it does not live on chance. The errors of several weights ``[n, c]`` add up.
     """
-    diagonal = gram.diagonal()
+    diagonal, weights = gram.diagonal(), [weight] if isinstance(weight, Tensor) else weight
     scales = torch.stack([candidate_scale(absmean, i / grids_num) for i in range(grids_num)])
 
     def errors(scale: Tensor) -> Tensor:
-        delta = scaled_error(weight, scale, scheme)
+        # One below the other; rounded apart, since with strategy tensor each has a scale of its own.
+        delta = torch.cat([scaled_error(each, scale, scheme) for each in weights])
         full = metrics.output_error(delta, gram)
         return torch.stack([full, (1 - rho) * full + rho * (delta.square() * diagonal).sum()])
 
@@ -94,12 +106,31 @@ def search_scale(
     return refine.least(scales, (found / torch.where(found[0] > 0, found[0], 1.0)).amax(1))
 
 
-def solve(spec: LayerSpec, options: Options, weight: Tensor, statistic: tuple[Tensor, observers.SumState]) -> Solution:
-    """Scale and round ``weight`` ``[n, c]``; ``statistic``: mean magnitudes ``[c]`` and the Gram matrix ``[c, c]``."""
+def common_scale(
+    spec: LayerSpec, options: Options, weights: Sequence[Tensor], statistic: tuple[Tensor, observers.SumState]
+) -> Tensor:
+    """The best scale ``[c]`` for all ``weights`` ``[n, c]`` together; ``statistic`` as for :func:`solve`."""
+    absmean, sums = statistic
+    rho = shrinkage.intensity(sums, options.shrink)
+    wide = [weight.to(affine.working_dtype(weight)) for weight in weights]
+    return search_scale(wide, absmean, sums.total, spec.weight, grids_num=options.grids_num, rho=rho)
+
+
+def solve(
+    spec: LayerSpec,
+    options: Options,
+    weight: Tensor,
+    statistic: tuple[Tensor, observers.SumState],
+    smoothing: Tensor | None = None,
+) -> Solution:
+    """Scale and round ``weight`` ``[n, c]``; ``statistic``: mean magnitudes ``[c]`` and the Gram matrix ``[c, c]``.
+
+    Without ``smoothing`` ``[c]`` the scale is :func:`common_scale`.
+    """
     absmean, (gram, _) = statistic
     wide = weight.to(affine.working_dtype(weight))
     rho = shrinkage.intensity(statistic[1], options.shrink)
-    scale = search_scale(wide, absmean, gram, spec.weight, grids_num=options.grids_num, rho=rho)
+    scale = common_scale(spec, options, [wide], statistic) if smoothing is None else smoothing
     scaled, gram_scaled = wide * scale, gram / scale / scale[:, None]
     quantized = affine.round_to_nearest(scaled, spec.weight)
     if options.clip:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple, Protocol
 
@@ -45,6 +45,10 @@ class DataOptions(BaseOptions):
     """
 
     sequential: bool = option(False, "True or False")
+
+
+FOLD = "True or False; True without sequential"
+"""What ``fold`` accepts: move the divisor of the inputs into what produces them, so that nothing is left to do."""
 
 
 @dataclass(frozen=True)
@@ -110,14 +114,17 @@ class Algorithm(NamedTuple):
     - ``data_free``: ``solve`` does not look at the statistic.
     - ``paired``: the observer's ``update(state, x, original=None)`` also takes the inputs ``[t, c]`` of the float model
       at the same call; layers are then fitted in the order of execution, each to what the ones before it give.
+    - ``scale(weights, statistic) -> [c]``: for an algorithm that divides its inputs, the divisor for several weights
+      ``[n, c]`` that read the same inputs; ``solve(weight, statistic, smoothing)`` then takes it as given.
     - ``fewest``: with fewer tokens than this the statistic says nothing, and plain rounding is the better choice.
     """
 
     observer: Observer
-    solve: Callable[[Tensor, Any], Solution]
+    solve: Callable[..., Solution]
     data_free: bool = False
     fewest: int = 1
     paired: bool = False
+    scale: Callable[[Sequence[Tensor], Any], Tensor] | None = None
 
 
 class AlgorithmModule(Protocol):

@@ -6,6 +6,7 @@ equations 3 and 4.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,6 +19,9 @@ from quantize.core.algorithms.base import Algorithm, BaseOptions, LayerSpec, Sol
 
 QUANTIZES_INPUTS = frozenset({True})
 
+# The ranges of the channels, and for a search over strengths their Gram matrix.
+Statistic = observers.Range | tuple[observers.Range, observers.SumState]
+
 
 @dataclass(frozen=True)
 class Options(BaseOptions):
@@ -26,10 +30,13 @@ class Options(BaseOptions):
     - ``smooth_strength``: how much of the inputs' range moves into the weight; alpha in the paper.
     - ``grids_num``: 0 takes ``smooth_strength``; else every layer takes the best of the strengths ``i / grids_num``
       from 0 to 1, and of no smoothing at all.
+    - ``fold``: layers that read the same inputs get one scale, and what produces the inputs is divided by it, where
+      that changes nothing else in the model. The algorithm itself does not look at it.
     """
 
     smooth_strength: float = option(0.5, "a number strictly between 0 and 1", lambda value: 0 < value < 1)
     grids_num: int = option(0, "an int, at least 0", lambda value: value >= 0)
+    fold: bool = option(False, "True or False")
 
 
 def algorithm(spec: LayerSpec, options: Options = Options()) -> Algorithm:
@@ -37,9 +44,10 @@ def algorithm(spec: LayerSpec, options: Options = Options()) -> Algorithm:
 
     The search remembers the Gram matrix, too.
     """
+    observer = observers.channel_range
     if options.grids_num:
-        return Algorithm(observers.product(observers.channel_range, observers.gram), partial(_search, spec, options))
-    return Algorithm(observers.channel_range, partial(solve, spec, options))
+        observer = observers.product(observers.channel_range, observers.gram)
+    return Algorithm(observer, partial(solve, spec, options), scale=partial(common_scale, spec, options))
 
 
 def smoothing_scale(input_amax: Tensor, weight_amax: Tensor, strength: float) -> Tensor:
@@ -88,39 +96,55 @@ def expected_error(
 
 
 def search_scale(
-    spec: LayerSpec, weight: Tensor, inputs: observers.Range, gram: observers.SumState, *, grids_num: int
+    spec: LayerSpec,
+    weight: Tensor | Sequence[Tensor],
+    inputs: observers.Range,
+    gram: observers.SumState,
+    *,
+    grids_num: int,
 ) -> Tensor:
-    """The divisor ``[c]`` with the least :func:`expected_error`, among ``grids_num + 1`` strengths and the identity."""
-    input_amax = torch.maximum(-inputs.low, inputs.high)
-    weight_amax = reduce(weight.abs(), "n c -> c", "max")
+    """The divisor ``[c]`` with the least :func:`expected_error`, among ``grids_num + 1`` strengths and the identity.
+
+    The errors of several weights ``[n, c]`` add up.
+    """
+    weights = [weight] if isinstance(weight, Tensor) else weight
+    input_amax, weight_amax = _maxima(weights, inputs)
     scales = [torch.ones_like(input_amax)]
     scales += [smoothing_scale(input_amax, weight_amax, i / grids_num) for i in range(grids_num + 1)]
-    errors = [expected_error(spec, weight, scale, inputs, gram) for scale in scales]
+    errors = [
+        torch.stack([expected_error(spec, each, scale, inputs, gram) for each in weights]).sum() for scale in scales
+    ]
     return refine.least(torch.stack(scales), torch.stack(errors))
 
 
-def solve(spec: LayerSpec, options: Options, weight: Tensor, inputs: observers.Range) -> Solution:
-    """Smooth with ``smooth_strength`` and round ``weight`` ``[n, c]``; ``inputs``: the ranges ``[c]`` of the channels.
+def common_scale(spec: LayerSpec, options: Options, weights: Sequence[Tensor], statistic: Statistic) -> Tensor:
+    """The divisor ``[c]`` for all ``weights`` ``[n, c]`` together; ``statistic`` as for :func:`solve`."""
+    wide = [weight.to(affine.working_dtype(weight)) for weight in weights]
+    if isinstance(statistic, observers.Range):
+        return smoothing_scale(*_maxima(wide, statistic), options.smooth_strength)
+    return search_scale(spec, wide, *statistic, grids_num=options.grids_num)
 
-    Notes: ``dead_channels``, input channels that were zero in all of the tokens.
+
+def solve(
+    spec: LayerSpec, options: Options, weight: Tensor, statistic: Statistic, smoothing: Tensor | None = None
+) -> Solution:
+    """Smooth and round ``weight`` ``[n, c]``; ``statistic``: the ranges ``[c]`` of the channels.
+
+    For the search over strengths, the ranges and the Gram matrix ``[c, c]``. Without ``smoothing`` ``[c]`` the divisor
+    is :func:`common_scale`. Notes: ``dead_channels``, input channels that were zero in all of the tokens.
     """
     wide = weight.to(affine.working_dtype(weight))
-    input_amax = torch.maximum(-inputs.low, inputs.high)
-    weight_amax = reduce(wide.abs(), "n c -> c", "max")
-    return _smoothed(spec, wide, smoothing_scale(input_amax, weight_amax, options.smooth_strength), inputs)
-
-
-def _search(
-    spec: LayerSpec, options: Options, weight: Tensor, statistic: tuple[observers.Range, observers.SumState]
-) -> Solution:
-    wide = weight.to(affine.working_dtype(weight))
-    return _smoothed(spec, wide, search_scale(spec, wide, *statistic, grids_num=options.grids_num), statistic[0])
-
-
-def _smoothed(spec: LayerSpec, weight: Tensor, smoothing: Tensor, inputs: observers.Range) -> Solution:
+    if smoothing is None:
+        smoothing = common_scale(spec, options, [wide], statistic)
+    inputs = statistic if isinstance(statistic, observers.Range) else statistic[0]
     static = None
     if spec.inputs is not None and spec.inputs.strategy == "tensor":
         static = linear.static_params(inputs.low, inputs.high, spec.inputs, smoothing=smoothing)
     dead = (inputs.low == 0) & (inputs.high == 0)
-    quantized = affine.round_to_nearest(weight * smoothing, spec.weight)
+    quantized = affine.round_to_nearest(wide * smoothing, spec.weight)
     return Solution(quantized, spec.inputs, smoothing, static, notes={"dead_channels": dead.sum()})
+
+
+def _maxima(weights: Sequence[Tensor], inputs: observers.Range) -> tuple[Tensor, Tensor]:
+    weight_amax = torch.stack([reduce(weight.abs(), "n c -> c", "max") for weight in weights]).amax(0)
+    return torch.maximum(-inputs.low, inputs.high), weight_amax

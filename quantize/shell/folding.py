@@ -1,0 +1,187 @@
+"""Move the scale of a layer's inputs into the module that makes them: proposed, verified, and else left as it is.
+
+Source: Lin et al. 2024, AWQ, section 4, and Xiao et al. 2023, SmoothQuant, section 4, where tables of architectures say
+which module that is. Here a module is proposed because its output was seen to be the input, or because it is a linear
+layer that ran shortly before and has as many channels. Whether the proposal holds is tried out with scales that are
+powers of two: products with them are exact, so that nothing in the model may change by a single bit.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantize.core import affine
+from quantize.shell.batches import Batch
+from quantize.shell.calibration import CalibrationLinear
+from quantize.shell.producers import Group, find, hooked, sample, sampled
+from quantize.shell.recording import Done
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a module divides its output channels by ``s`` ``[c]``: its new weight, and the divisor that this comes to."""
+
+    name: str
+    divided: Callable[[Tensor, Tensor], Tensor]
+    factor: Callable[[Tensor], Tensor]
+    exact: bool = True
+
+
+MULTIPLIES = Form("weight", lambda w, s: w / s, lambda w: w)
+ONE_PLUS = Form("1 + weight", lambda w, s: (1 + w) / s - 1, lambda w: 1 + w, exact=False)
+ROWS = Form("rows", lambda w, s: w / s[:, None], lambda w: w)
+
+
+class Fold:
+    """One group, its producer, and the form of that: applied, or taken back to the very same parameters."""
+
+    def __init__(self, group: Group, producer: nn.Module, form: Form) -> None:
+        self.group, self.producer, self.form = group, producer, form
+        self._before: dict[str, nn.Parameter] = {}
+
+    def apply(self, scale: Tensor) -> None:
+        """Divide what the producer gives by ``scale`` ``[c]``; the layers multiply by what that comes to."""
+        for name in ("weight", "bias"):
+            old = self.producer._parameters.get(name)
+            if old is not None:
+                form = self.form if name == "weight" else MULTIPLIES
+                with torch.no_grad():
+                    new = form.divided(old.to(scale.dtype), scale).to(old.dtype)
+                self._before[name] = old
+                self.producer._parameters[name] = nn.Parameter(new, requires_grad=old.requires_grad)
+        if self.form is not ROWS:
+            # The new weight is rounded to its dtype: the layers make up for what was really divided.
+            before, after = self._before["weight"], self._weight()
+            real = self.form.factor(before.detach().to(scale.dtype)) / self.form.factor(after.detach().to(scale.dtype))
+            scale = torch.where(torch.isfinite(real) & (real > 0), real, scale)
+        for layer in self.group.layers:
+            layer.folded = scale
+
+    def undo(self) -> None:
+        """As before."""
+        self.producer._parameters.update(self._before)
+        self._before = {}
+        for layer in self.group.layers:
+            layer.folded = None
+
+    def _weight(self) -> nn.Parameter:
+        weight = self.producer._parameters["weight"]
+        assert weight is not None
+        return weight
+
+
+def fold(root: nn.Module, layers: list[CalibrationLinear], batch: Batch) -> list[str]:
+    """Fold the scales of ``layers`` wherever that is proven on ``batch``; returns what stays at run time, and why.
+
+    What is folded is on the layers afterwards, in :attr:`CalibrationLinear.folded`, and in the producers' parameters.
+    The float model computes what it computed before.
+    """
+    groups, outputs = find(root, layers, batch)
+    reasons = {id(group): group.reason for group in groups if not group.producers}
+    folds = _proven(root, groups, outputs, batch, reasons)
+    # From the end: what the rows of a layer are divided by is known before its own columns get a scale.
+    for each in reversed(folds):
+        algorithm = each.group.layers[0].config.algorithm
+        assert algorithm.scale is not None
+        weights = [layer.weight.detach() for layer in each.group.layers]
+        each.apply(algorithm.scale(weights, each.group.layers[0].statistic()))
+    if folds and not _alike(outputs, sampled(batch.run(root)), len(layers)):
+        for each in folds:
+            each.undo()
+            reasons[id(each.group)] = "the model's outputs would change"
+    return [
+        f"{', '.join(layer.names[0] for layer in group.layers)}: scale at run time, {reasons[id(group)]}"
+        for group in groups
+        if id(group) in reasons
+    ]
+
+
+def _proven(
+    root: nn.Module, groups: list[Group], outputs: list[Tensor], batch: Batch, reasons: dict[int, str]
+) -> list[Fold]:
+    """The proposals that hold, none of them applied."""
+    names = {module: re.sub(r"\d+", "#", name) for name, module in root.named_modules()}
+    proposals: dict[tuple[str, str, str], list[Fold]] = {}
+    for group in groups:
+        for producer in group.producers:
+            for form in _forms(producer):
+                # What is alike in all blocks of a model holds in all of them or is taken to hold in none.
+                relation = names[producer], names[group.layers[0]], form.name
+                proposals.setdefault(relation, []).append(Fold(group, producer, form))
+    proven: list[Fold] = []
+    for alike in proposals.values():
+        new: list[Fold] = []
+        for each in alike:
+            if all(each.group is not other.group and each.producer is not other.producer for other in [*proven, *new]):
+                new.append(each)
+        if new and _hold([*proven, *new], root, outputs, batch):
+            proven += new
+    done = {id(each.group) for each in proven}
+    reasons |= {id(group): "no module before makes each channel of the inputs, and nothing else, larger"
+                for group in groups if group.producers and id(group) not in done}  # fmt: skip
+    return proven
+
+
+def _forms(producer: nn.Module) -> tuple[Form, ...]:
+    return (ROWS,) if isinstance(producer, (nn.Linear, CalibrationLinear)) else (MULTIPLIES, ONE_PLUS)
+
+
+def _probe(fold: Fold) -> Tensor:
+    """A half, one and two, in turn."""
+    weight = fold.group.layers[0].weight
+    exponents = torch.arange(weight.shape[1], device=weight.device) % 3 - 1
+    return torch.exp2(exponents.to(affine.working_dtype(weight)))
+
+
+def _hold(folds: list[Fold], root: nn.Module, outputs: list[Tensor], batch: Batch) -> bool:
+    """Whether with all of ``folds`` every layer gets its inputs divided, and the model gives what it gave."""
+    of: dict[nn.Module, Fold] = {layer: each for each in folds for layer in each.group.layers}
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if module in of and not _divided(of[module], sample(args[0] if args else kwargs["input"])):
+            raise Done
+
+    try:
+        for each in folds:
+            each.apply(_probe(each))
+        with hooked(root, before, lambda *_: None):
+            found = sampled(batch.run(root))
+    except Done:
+        return False
+    finally:
+        for each in folds:
+            each.undo()
+    if all(each.form.exact for each in folds):
+        return all(map(torch.equal, outputs, found))
+    return _alike(outputs, found, len(of))
+
+
+def _divided(each: Fold, arrived: Tensor) -> bool:
+    expected, scale = each.group.sample, each.group.layers[0].folded
+    assert scale is not None
+    if arrived.shape != expected.shape:
+        return False
+    found = (arrived.to(scale.dtype) * scale).to(expected.dtype)
+    if each.form.exact:
+        return torch.equal(found, expected)
+    # 1 + weight is rounded three times, at most by half an eps of what is about as large as the token's largest value.
+    size = expected.abs() + expected.abs().amax(-1, keepdim=True)
+    return bool(((found - expected).abs() <= 4 * torch.finfo(expected.dtype).eps * size).all())
+
+
+def _alike(before: list[Tensor], after: list[Tensor], layers: int) -> bool:
+    """Whether outputs differ by no more than independent roundings of every layer would make them."""
+    for old, new in zip(before, after, strict=True):
+        if not old.is_floating_point():
+            continue
+        a, b = old.double(), new.double()
+        allowed = 8 * torch.finfo(old.dtype).eps * layers**0.5 * a.square().mean().sqrt()
+        if not bool((a - b).square().mean().sqrt() <= allowed):
+            return False
+    return True
