@@ -44,6 +44,26 @@ def test_the_integer_layer_is_the_float64_product_of_its_operands(data, weights,
     assert (np.abs(y - (left @ right.T + offset)) <= 4 * 2.0**-24 * magnitude).all()
 
 
+@given(st.data(), row_scaled, st.booleans())
+def test_the_integer_bias_makes_one_product_the_layer(data, weights, symmetric):
+    x, weight, bias = problem(data)
+    inputs = Scheme(8, symmetric, "tensor")
+    q, w = round_to_nearest(x, inputs), round_to_nearest(weight, weights)
+    held = assert_pure(linear.integer_bias, w, q.params, bias)
+    assert held.dtype == torch.int64
+    assert held.shape == (len(weight),)
+    # Without rounding anything but the bias: at most half a unit from the float64 product of the operands.
+    unit = numpy64(q.scale) * numpy64(w.scale).T
+    y = (q.codes.numpy().astype(np.int64) @ w.codes.numpy().astype(np.int64).T + held.numpy()) * unit
+    left, right = operand64(q), operand64(w)
+    offset = 0 if bias is None else numpy64(bias)
+    # The unit is a float32 product inside, and float64 sums round as well.
+    slack = 2.0**-23 * np.abs(offset) + 2.0**-48 * (np.abs(left) @ np.abs(right).T + np.abs(offset))
+    slack += 0 if symmetric else 2.0**-48 * np.abs(numpy64(q.zero_point) * unit) * 128 * x.shape[1]
+    limit = (0 if bias is None else unit / 2) + slack
+    assert (np.abs(y - (left @ right.T + offset)) <= limit).all()
+
+
 def operand64(q: QTensor):
     zero = 0 if q.zero_point is None else numpy64(q.zero_point)
     return (numpy64(q.codes) - zero) * numpy64(q.scale)

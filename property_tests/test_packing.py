@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from property_tests.laws import assert_pure
-from quantize.core.packing import pack_int4, unpack_int4
+from quantize.core.packing import pack_int4, pack_offset, unpack_int4
 
 codes = hnp.arrays(
     np.int8, hnp.array_shapes(min_dims=1, max_dims=3, min_side=0, max_side=19), elements=st.integers(-8, 7)
@@ -39,6 +39,27 @@ def test_other_words_are_refused(dtype):
         pack_int4(torch.zeros(4, dtype=torch.int8), dtype)
     with pytest.raises(ValueError, match="dtype: "):
         unpack_int4(torch.zeros(4, dtype=dtype), 4)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@given(codes, st.integers(1, 16))
+def test_offset_binary(bits, values, factor):
+    values = np.clip(values.astype(np.int32) * factor, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1).astype(np.int8)
+    packed = assert_pure(lambda q: pack_offset(q, bits), torch.from_numpy(values))
+    r, length = 32 // bits, values.shape[-1]
+    assert packed.dtype == torch.int32
+    assert packed.shape == (*values.shape[:-1], -(-length // r))
+    # An oracle by arithmetic: a word is the sum of its digits in base 2^bits, as Python's integers.
+    for index in np.ndindex(packed.shape):
+        digits = values[index[:-1]][index[-1] * r : (index[-1] + 1) * r]
+        word = sum((int(digit) + 2 ** (bits - 1)) * 2 ** (bits * j) for j, digit in enumerate(digits))
+        assert int(packed[index]) % 2**32 == word
+
+
+@pytest.mark.parametrize("bits", [0, 2, 3, 16])
+def test_other_widths_are_refused(bits):
+    with pytest.raises(ValueError, match=f"bits: {bits}; accepted: 4 or 8"):
+        pack_offset(torch.zeros(4, dtype=torch.int8), bits)
 
 
 def test_a_stack_packs_under_vmap():

@@ -14,6 +14,8 @@ from quantize.shell.api import convert, finish, quantize, report
 from quantize.shell.checkpoint import load_calibration, save_calibration
 from quantize.shell.config import QuantizeError, QuantizeWarning
 from quantize.shell.deployment import QuantizedLinear
+from quantize.shell.export import export
+from quantize.shell.storage import load, save
 
 __all__ = [
     "QuantizeError",
@@ -21,10 +23,13 @@ __all__ = [
     "QuantizedLinear",
     "convert",
     "core",
+    "export",
     "finish",
+    "load",
     "load_calibration",
     "presets",
     "quantize",
     "report",
+    "save",
     "save_calibration",
 ]

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from quantize.shell.config import refusal
+from quantize.shell.files import sync
 from quantize.shell.solving import calibrated
 
 
@@ -37,13 +38,7 @@ def save_calibration(model: nn.Module, path: str | os.PathLike[str]) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    # The name is on disk when its directory is; not every system opens directories.
-    if hasattr(os, "O_DIRECTORY"):
-        directory = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+    sync(target.parent)
 
 
 def load_calibration(model: nn.Module, path: str | os.PathLike[str]) -> None:

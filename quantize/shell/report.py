@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
+from quantize.shell import picture
 from quantize.shell.plan import Skipped
 
 
@@ -61,6 +63,14 @@ class Report:
             "unmatched_skip_layers": list(self.unmatched),
             "remarks": list(self.remarks),
         }
+
+    def plot(self, path: str | Path) -> None:
+        """Draw the errors of all layers, before and after, into the file ``path``: ``.png``, ``.pdf`` or ``.svg``.
+
+        Raises:
+            QuantizeError: another suffix, a file that cannot be written, no layer solved yet, or no matplotlib.
+        """
+        picture.save(self, path)
 
     def __str__(self) -> str:
         header = ("layer", "shape", "weights", "inputs", "algorithm", "stage", "kernel", "tokens", "SQNR dB",

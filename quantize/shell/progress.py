@@ -1,0 +1,30 @@
+"""One progress bar for everything that takes long."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def progress(items: Iterable[T], what: str, *, unit: str, total: int | None = None, delay: float = 0) -> Iterable[T]:
+    """``items`` behind a bar on stderr, which vanishes at the end; as they are without tqdm or without a terminal.
+
+    Args:
+        items: what to go through.
+        what: the words before the bar.
+        unit: what one item is called.
+        total: how many items there are, where they have no length.
+        delay: seconds until the bar appears, so that quick work shows none.
+    """
+    # What reads a pipe or a log file cannot move a cursor back.
+    if sys.stderr is None or not sys.stderr.isatty():
+        return items
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return items
+    bar: Iterable[T] = tqdm(items, desc=what, unit=unit, total=total, leave=False, delay=delay)
+    return bar

@@ -1,0 +1,472 @@
+"""Checkpoints of compressed-tensors, read by transformers: a program that knows nothing of this library."""
+
+import json
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig, LlamaConfig, LlamaForCausalLM
+
+import quantize as qz
+from quantize.core import affine, dequantize, fake_quantize, linear
+from tests.models import TENSOR, TOKEN, WEIGHTS, config, filled, generator, mlp, randn
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+# What transformers says where asymmetric weights are dequantized on loading: see test_transformers_loads_the_model.
+OVERWRITTEN = "ignore:You passed `quantization_config` or equivalent parameters:UserWarning"
+IDS = torch.arange(64).mul(37).remainder(128).view(4, 16)
+
+
+def weights(bits, symmetric, strategy, size=None):
+    given = {"type": f"int{bits}", "symmetric": symmetric, "strategy": strategy}
+    return given if size is None else {**given, "group_size": size}
+
+
+def named(w, inputs=None):
+    entered = "" if inputs is None else f"-{inputs['strategy']}-{inputs['symmetric']}"
+    return f"{w['type']}-{w['strategy']}{w.get('group_size', '')}-{w['symmetric']}{entered}"
+
+
+GRIDS = [("tensor", None), ("channel", None), ("group", 32), ("group", 64)]
+ALONE = {named(w): (w, None) for b in (4, 8) for y in (True, False) for g in GRIDS for w in [weights(b, y, *g)]}
+WITH_INPUTS = {
+    named(w, i): (w, i)
+    for w in (weights(8, True, "tensor"), WEIGHTS)
+    for i in (TENSOR, {**TENSOR, "symmetric": False}, TOKEN, {**TOKEN, "symmetric": False})
+}
+SCHEMES = {**ALONE, **WITH_INPUTS}
+
+
+def llama(dtype=torch.float32, *, tied=False, **skip):
+    """Two blocks, biases in attention, and a head that reads the embedding of the current token back."""
+    given = LlamaConfig(
+        vocab_size=128, hidden_size=128, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, attention_bias=True, tie_word_embeddings=tied, bos_token_id=1, eos_token_id=None,
+    )  # fmt: skip
+    model, source = LlamaForCausalLM(given), generator(1)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            noise = torch.randn(p.shape, generator=source)
+            p.copy_(1 + noise / 8 if "norm" in name else noise / 8 if p.ndim == 1 else noise / p.shape[1] ** 0.5)
+        model.model.embed_tokens.weight.mul_(8)
+        if not tied:
+            model.lm_head.weight.add_(model.model.embed_tokens.weight.roll(1, 0) / 3)
+    return model.to(dtype).eval()
+
+
+def converted(w=WEIGHTS, inputs=None, dtype=torch.float32, *, algorithm="minmax", tied=False, skip=("embed",)):
+    model = llama(dtype, tied=tied)
+    qz.quantize(model, config(algorithm, weights=w, inputs=inputs, skip_layers=skip))
+    with torch.no_grad():
+        model(IDS)
+    qz.convert(model, kernel="reference")
+    return model
+
+
+def quantized(model):
+    return {name: m for name, m in model.named_modules() if isinstance(m, qz.QuantizedLinear)}
+
+
+def listed(path):
+    return sorted(entry.name for entry in path.iterdir())
+
+
+def exported(model, path, form="compressed-tensors"):
+    qz.export(model, path, format=form)
+    return path
+
+
+def loaded(path, symmetric=True):
+    # Left compressed, transformers 5.24 gives packed zero points the shape of unpacked ones, and refuses every
+    # checkpoint that has them, whoever wrote it; dequantized on loading they are read as they should be.
+    how = {} if symmetric else {"quantization_config": CompressedTensorsConfig(dequantize=True)}
+    model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **how)
+    assert not any(info.values()), info
+    return model
+
+
+def moved(v, d):
+    """By how many whole numbers rounding may differ, where ``v`` is known up to ``d``."""
+    return torch.maximum((v + d).round() - v.round(), v.round() - (v - d).round())
+
+
+def weight_change(layer):
+    """How far a loaded weight may be from ours, relative to it.
+
+    float32: the same product of the same numbers. Else theirs is ``k s (1 + a)(1 + b)``, from the rounded scale and
+    the product, and ours ``k s (1 + c)(1 + d)``, from the product in float32 and the weight in the dtype of the model.
+    """
+    dtype = layer.layout.dtype
+    u = torch.finfo(dtype).eps / 2
+    return 0.0 if dtype == torch.float32 else (1 + u) ** 2 - 1 + u + 2.0**-23
+
+
+def input_change(layer, x):
+    """How far quantized inputs ``[t, c]`` may be from ours, ``[t, c]``, and ours.
+
+    compressed-tensors computes scale, quotient, sum and product in the dtype of ``x``, with unit roundoff ``u``.
+    With ``rho`` for the relative difference of the scales, a quotient ``v`` moves by ``|v| (rho + 2 u)``, and
+    asymmetric by another ``256 u`` in the sum with the zero point; a zero point of a token's own moves likewise.
+    Clipping brings nothing further apart than it was, up to the move of the zero point. A code is worth one scale.
+    """
+    s, u = layer.solution, torch.finfo(x.dtype).eps / 2
+    p = linear.input_params(x, s.inputs, s.static)
+    ours = fake_quantize(x.double(), p, s.inputs)
+    # Static: the scale is rounded. By token: symmetric, theirs is absmax / 127.5, and ours absmax / 127 or / 128;
+    # asymmetric, the same expression.
+    rho = u if s.static else 4 * u + (0.5 / 127 if s.inputs.symmetric else 0)
+    scale, shift = p.scale.double(), 0.0
+    v = x.double() / scale
+    spread = v.abs() * (rho + 2 * u)
+    if not s.inputs.symmetric:
+        spread = spread + 256 * u
+        if s.static is None:
+            low, _ = affine.group_ranges(x.double(), s.inputs)
+            shift = moved(-128 - low / scale, torch.tensor(256 * (rho + 3 * u)))
+    return scale * (1 + rho) * (moved(v, spread) + shift) + ours.abs() * (rho + 2 * u), ours
+
+
+def output_bound(layer, x):
+    """How far the output ``[t, n]`` of a loaded layer may be from ours, for the same input ``[t, c]``.
+
+    What inputs and weights move, and the roundings: of both sides' operands, outputs and biases to the dtype of the
+    model (5 u), and of two sums of ``c`` products and scales in float32 (2 (c + 8) v).
+    """
+    s, u, v, c = layer.solution, torch.finfo(x.dtype).eps / 2, 2.0**-24, x.shape[1]
+    change, entered = (torch.zeros(()), x.double()) if s.inputs is None else input_change(layer, x)
+    reach, r = dequantize(s.weight).double().abs(), weight_change(layer)
+    m = (entered.abs() + change) @ (reach.T * (1 + r)) + (0 if layer.bias is None else layer.bias.double().abs())
+    spread = change.expand_as(x).double() @ (reach.T * (1 + r)) + entered.abs() @ reach.T * r
+    return spread + (5 * u + 2 * (c + 8) * v) * m
+
+
+@pytest.mark.filterwarnings(OVERWRITTEN)
+@DTYPES
+@pytest.mark.parametrize(("w", "inputs"), SCHEMES.values(), ids=SCHEMES.keys())
+def test_transformers_loads_the_model(w, inputs, dtype, tmp_path):
+    model = converted(w, inputs, dtype)
+    theirs = loaded(exported(model, tmp_path / "out"), w["symmetric"])
+    assert theirs.dtype == dtype
+    entered = {}
+    layers = quantized(model)
+    handles = [
+        m.register_forward_hook(
+            lambda _m, args, y, n=n: entered.update({n: (args[0].flatten(0, -2), y.flatten(0, -2))})
+        )
+        for n, m in layers.items()
+    ]
+    with torch.no_grad():
+        ours, read = model(IDS).logits, theirs(IDS).logits
+        for handle in handles:
+            handle.remove()
+        for name, layer in layers.items():
+            # By token, it takes the first two axes of its input for those of tokens.
+            other, (x, y) = theirs.get_submodule(name), entered[name]
+            s = layer.solution
+            # The same codes, and the scale in the dtype of the model: the weight is known bit for bit.
+            k = affine.to_groups(s.weight.codes, s.weight.scheme).to(dtype)
+            zero = 0 if s.weight.zero_point is None else s.weight.zero_point[..., None].to(dtype)
+            expected = (k - zero) * s.weight.scale[..., None].to(dtype)
+            assert torch.equal(other.weight, affine.from_groups(expected, s.weight.scheme, s.weight.codes.shape)), name
+            assert ((other.weight - layer.weight).double().abs() <= weight_change(layer) * layer.weight.abs()).all()
+            if s.static is not None:
+                assert torch.equal(other.input_scale, s.static.scale[0].to(dtype))
+            assert ((other(x[None])[0] - y).double().abs() <= output_bound(layer, x)).all(), name
+        rest = {key: t for key, t in model.state_dict().items() if key.rpartition(".")[0] not in layers}
+        assert rest
+        for key, tensor in rest.items():
+            assert torch.equal(theirs.state_dict()[key], tensor), key
+        # Layers that move by no more than their bounds move the logits by no more than layers that move by them.
+        farthest = max((disturbed(model, layers, seed) - ours).abs().max() for seed in range(3))
+        assert (read - ours).abs().max() <= farthest
+        if inputs is None and dtype == torch.float32:
+            assert (read - ours).abs().max() <= 1e-5
+        for prompt in IDS[:, :5]:
+            told = [
+                each.generate(prompt[None], max_new_tokens=6, do_sample=False)[0].tolist() for each in (model, theirs)
+            ]
+            assert told[0] == told[1]
+
+
+def disturbed(model, layers, seed):
+    """The logits with every quantized layer off by its whole bound, signs at random."""
+    source = generator(seed)
+
+    def off(layer, args, y):
+        bound = output_bound(layer, args[0].flatten(0, -2)).view(y.shape)
+        return (y + bound * (torch.randint(0, 2, y.shape, generator=source) * 2 - 1)).to(y.dtype)
+
+    handles = [layer.register_forward_hook(off) for layer in layers.values()]
+    logits = model(IDS).logits
+    for handle in handles:
+        handle.remove()
+    return logits
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "w", "inputs"),
+    [("awq", weights(4, True, "group", 32), None), ("smoothquant", WEIGHTS, {**TENSOR, "symmetric": False})],
+    ids=["awq", "smoothquant"],
+)
+def test_folded_smoothing_is_in_the_checkpoint(algorithm, w, inputs, tmp_path):
+    model = converted(w, inputs, algorithm={algorithm: {"fold": True}}, skip=("embed", "head", "o_proj"))
+    theirs = loaded(exported(model, tmp_path / "out"))
+    with torch.no_grad():
+        ours, read = model(IDS).logits, theirs(IDS).logits
+        plain = converted(w, inputs, skip=("embed", "head", "o_proj"))(IDS).logits
+    # Far below what the smoothing itself changes.
+    assert (read - ours).abs().max() <= 1e-3 * (plain - ours).abs().max()
+
+
+def settings(path):
+    return json.loads((path / "config.json").read_text())
+
+
+def test_the_config_is_that_of_the_model_and_says_what_stays_float(tmp_path):
+    model = converted(weights(4, True, "group", 32), dtype=torch.bfloat16, skip=("embed", "head", "gate_proj"))
+    told = settings(exported(model, tmp_path / "out"))
+    assert told["architectures"] == ["LlamaForCausalLM"]
+    assert told["dtype"] == "bfloat16"
+    assert told["hidden_size"] == 128
+    quantization = told["quantization_config"]
+    assert quantization["format"] == "pack-quantized"
+    assert quantization["ignore"] == ["model.layers.0.mlp.gate_proj", "model.layers.1.mlp.gate_proj", "lm_head"]
+    (group,) = quantization["config_groups"].values()
+    assert group["targets"] == ["Linear"]
+    assert group["weights"]["group_size"] == 32
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["bos_token_id"] == 1
+    theirs = loaded(tmp_path / "out")
+    assert theirs.lm_head.weight.dtype == torch.bfloat16
+    assert torch.equal(theirs.lm_head.weight, model.lm_head.weight)
+
+
+@pytest.mark.parametrize("skip", [("embed",), ("embed", "head")], ids=["head quantized", "head float"])
+def test_tied_weights_are_written_once_and_a_quantized_head_is_tied_no_more(skip, tmp_path):
+    model = converted(tied=True, skip=skip)
+    path = exported(model, tmp_path / "out")
+    held = load_file(path / "model.safetensors")
+    float_head = len(skip) == 2
+    assert "lm_head.weight" not in held
+    assert ("lm_head.weight_packed" in held) is not float_head
+    assert settings(path)["tie_word_embeddings"] is float_head
+    (group,) = settings(path)["quantization_config"]["config_groups"].values()
+    assert group["targets"] == (["Linear"] if float_head else ["lm_head", "Linear"])
+    theirs = loaded(path)
+    with torch.no_grad():
+        assert (theirs(IDS).logits - model(IDS).logits).abs().max() <= 1e-5 * model(IDS).logits.abs().max()
+    assert (theirs.lm_head.weight is theirs.model.embed_tokens.weight) is float_head
+
+
+def test_layers_of_different_formats_are_groups_of_names(tmp_path):
+    model = llama()
+    for part, w, inputs in ((0, weights(4, True, "group", 64), None), (1, WEIGHTS, TOKEN)):
+        block = model.model.layers[part]
+        qz.quantize(block, config("minmax", weights=w, inputs=inputs))
+        with torch.no_grad():
+            model(IDS)
+        qz.convert(block, kernel="reference")
+    path = exported(model, tmp_path / "out")
+    quantization = settings(path)["quantization_config"]
+    assert quantization["format"] == "mixed-precision"
+    assert quantization["ignore"] == ["lm_head"]
+    groups = list(quantization["config_groups"].values())
+    assert [group["format"] for group in groups] == ["pack-quantized", "int-quantized"]
+    for i, group in enumerate(groups):
+        assert len(group["targets"]) == 7
+        assert all(name.startswith(f"model.layers.{i}.") for name in group["targets"])
+    theirs = loaded(path)
+    with torch.no_grad():
+        theirs(IDS)
+    for name, layer in quantized(model).items():
+        assert torch.equal(theirs.get_submodule(name).weight, layer.weight), name
+
+
+def test_a_model_without_a_config(tmp_path):
+    model = mlp()
+    qz.quantize(model, config())
+    qz.convert(model)
+    path = exported(model, tmp_path / "out")
+    assert listed(path) == ["config.json", "model.safetensors"]
+    held = load_file(path / "model.safetensors")
+    assert held["0.weight_shape"].tolist() == [96, 64]
+    assert torch.equal(held["0.bias"], model[0].bias)
+
+
+class Others(nn.Module):
+    """A layer under two names, a buffer that is saved, one that is not, and a layer inside of another kind."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(64, 64)
+        self.again = self.first
+        self.attention = nn.MultiheadAttention(64, 2)
+        self.register_buffer("kept", torch.ones(3))
+        self.register_buffer("passing", torch.ones(3), persistent=False)
+
+
+def test_everything_else_is_written_too(tmp_path):
+    model = filled(Others())
+    with pytest.warns(qz.QuantizeWarning):
+        qz.quantize(model, config())
+    qz.convert(model)
+    path = exported(model, tmp_path / "out")
+    held = load_file(path / "model.safetensors")
+    assert settings(path)["quantization_config"]["ignore"] == ["attention.out_proj"]
+    for name in ("first", "again"):
+        assert {key.rpartition(".")[2] for key in held if key.startswith(name)} == {
+            "weight_packed", "weight_scale", "weight_shape", "bias",
+        }  # fmt: skip
+    assert torch.equal(held["kept"], model.kept)
+    assert torch.equal(held["attention.in_proj_weight"], model.attention.in_proj_weight)
+    assert "passing" not in held
+
+
+def smoothed():
+    model = mlp()
+    qz.quantize(model, config("smoothquant", inputs=TOKEN))
+    model(randn(8, 64))
+    qz.convert(model)
+    return model
+
+
+def ragged():
+    return converted(weights(4, True, "group", 128), skip=("embed", "head", "attn", "gate", "up"))
+
+
+def big_bias():
+    model = mlp()
+    model[0].bias.data.fill_(1e9)
+    qz.quantize(model, config(inputs=TENSOR))
+    model(randn(8, 64) / 1e6)
+    qz.convert(model)
+    return model
+
+
+def calibrating():
+    model = mlp()
+    qz.quantize(model, config(inputs=TOKEN))
+    return model
+
+
+def with_extra_state():
+    class Counter(nn.Module):
+        def get_extra_state(self):
+            return {"counted": 3}
+
+        def set_extra_state(self, state):
+            pass
+
+    model = nn.Sequential(nn.Linear(8, 8), Counter())
+    qz.quantize(model, config())
+    qz.convert(model)
+    return model
+
+
+def alone(w, inputs=None):
+    return lambda: converted(w, inputs)
+
+
+BOTH = ("compressed-tensors", "ascendv1")
+REFUSED = {
+    "float": (mlp, BOTH, r"model: no converted layer .*; accepted: a model after convert\(model\)"),
+    "calibrating": (calibrating, BOTH, r"layer '0': under calibration; accepted: a model after convert\(model\)"),
+    "no module": (lambda: 3, BOTH, r"model: 3; accepted: a torch.nn.Module"),
+    "smoothing": (smoothed, BOTH, r"layer '0': its inputs are smoothed .*'smoothquant': \{'fold': True\}"),
+    "extra state": (with_extra_state, BOTH, r"'1._extra_state' in the state: a dict; accepted: tensors only"),
+    "ragged": (ragged, BOTH[:1], r"layer 'model.layers.0.mlp.down_proj': in_features 192 in groups of 128"),
+    "int4": (alone(weights(4, True, "channel")), BOTH[1:], r"layer '.*': int4 weights: .*; accepted: .*'int8'"),
+    "asymmetric": (alone(weights(8, False, "channel")), BOTH[1:], r"layer '.*': asymmetric weights.*; accepted: sym"),
+    "groups": (alone(weights(8, True, "group", 64)), BOTH[1:], r"layer '.*': weights in groups.*; accepted: strategy"),
+    "token": (alone(WEIGHTS, {**TOKEN, "symmetric": False}), BOTH[1:], r"layer '.*': asymmetric inputs by token.*"),
+    "bias": (big_bias, BOTH[1:], r"layer '0': a bias too large for int32.*; accepted: the layer in skip_layers"),
+}
+
+
+@pytest.mark.parametrize(("make", "forms", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_what_a_format_cannot_hold_is_refused_before_anything_is_written(make, forms, message, tmp_path):
+    model = make()
+    for form in forms:
+        with pytest.raises(qz.QuantizeError, match=message):
+            exported(model, tmp_path / "out", form)
+        assert not listed(tmp_path)
+
+
+def test_other_words_for_a_format_are_refused(tmp_path):
+    for word in ("gguf", None, ["ascendv1"]):
+        with pytest.raises(qz.QuantizeError, match=r"format: .*; accepted: one of 'compressed-tensors', 'ascendv1'"):
+            exported(smoothed(), tmp_path / "out", word)
+    assert not listed(tmp_path)
+
+
+def write(word, model, path):
+    if word == "save":
+        qz.save(model, path)
+    else:
+        qz.export(model, path, format=word)
+
+
+WORDS = pytest.mark.parametrize("word", [*BOTH, "save"])
+
+
+def plain():
+    model = mlp()
+    qz.quantize(model, config())
+    qz.convert(model)
+    return model
+
+
+@WORDS
+def test_a_directory_with_content_stays_as_it_is(word, tmp_path):
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "kept").write_text("kept")
+    (tmp_path / "file").write_text("kept")
+    for name in ("old", "file"):
+        with pytest.raises(qz.QuantizeError, match=f"{name}: exists, and holds something; accepted: a new or an empty"):
+            write(word, plain(), tmp_path / name)
+    assert listed(tmp_path) == ["file", "old"]
+    assert listed(tmp_path / "old") == ["kept"]
+
+
+@WORDS
+def test_an_empty_directory_is_filled(word, tmp_path):
+    (tmp_path / "out").mkdir()
+    write(word, plain(), tmp_path / "out")
+    assert len(listed(tmp_path / "out")) >= 2
+    assert listed(tmp_path) == ["out"]
+
+
+@WORDS
+@pytest.mark.parametrize("error", [OSError("no space"), KeyboardInterrupt()], ids=["OSError", "interrupt"])
+@pytest.mark.parametrize("at", ["pathlib.Path.write_text", "os.fsync", "pathlib.Path.replace"])
+def test_an_interrupted_write_leaves_nothing(at, error, word, tmp_path, monkeypatch):
+    def stop(*_args, **_kwargs):
+        assert listed(tmp_path)
+        raise error
+
+    model = plain()
+    with monkeypatch.context() as patched:
+        patched.setattr(at, stop)
+        with pytest.raises(type(error)):
+            write(word, model, tmp_path / "out")
+    assert not listed(tmp_path)
+    write(word, model, tmp_path / "out")
+
+
+@WORDS
+def test_without_safetensors_it_says_what_to_install(word, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    told = r"safetensors: not installed; accepted: .*pip install 'torch-quantize-core\[export\]'"
+    with pytest.raises(qz.QuantizeError, match=told):
+        write(word, plain(), tmp_path / "out")
+    assert not listed(tmp_path)
+
+
+@WORDS
+def test_the_model_stays_as_it_is(word, tmp_path):
+    model = plain()
+    before = {key: t.clone() for key, t in model.state_dict().items() if isinstance(t, torch.Tensor)}
+    write(word, model, tmp_path / "out")
+    after = model.state_dict()
+    assert all(torch.equal(after[key], t) for key, t in before.items())

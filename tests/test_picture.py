@@ -1,0 +1,160 @@
+"""The picture of a report, for few and many layers, with and without errors."""
+
+import itertools
+import math
+import sys
+from dataclasses import replace
+
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+import quantize as qz
+from quantize.shell import outliers, picture
+from quantize.shell.plan import Skipped
+from quantize.shell.report import Report, Row
+from tests.models import config, mlp, randn
+
+SKIPPED = (Skipped("lm_head", "skip_layers: 'lm_head'", asked=True), Skipped("wte", "Embedding is not an nn.Linear"))
+
+
+def row(i, ratio=0.5, **rest):
+    error = 10.0 * (i + 1)
+    numbers = {"weight_sqnr": 20.0, "error": ratio * error, "baseline_error": error}
+    return Row((f"model.layers.{i}.down_proj",), (8, 64), "int4", None, "gptq", "converted", 100, **{**numbers, **rest})
+
+
+def plain(i, sqnr):
+    return row(i, weight_sqnr=sqnr, error=None, baseline_error=None)
+
+
+def report(n, skipped=SKIPPED, worst=()):
+    return Report(tuple(row(i, 0.97 if i in worst else 0.4 + 0.001 * (i % 7)) for i in range(n)), skipped, ())
+
+
+def drawn(given):
+    figure = picture.draw(given)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return figure, canvas.get_renderer()
+
+
+def words(figure):
+    return [text.get_text() for ax in figure.axes for text in ax.texts]
+
+
+def points(ax):
+    """What lies on the axes, by label of the series: the values ``x``, each at its line ``y``."""
+    return {line.get_label(): dict(zip(line.get_ydata(), line.get_xdata(), strict=True)) for line in ax.lines}
+
+
+@pytest.mark.parametrize("suffix", [".png", ".pdf", ".svg"])
+def test_a_report_is_drawn_into_a_file(tmp_path, suffix):
+    model = mlp()
+    qz.quantize(model, config("gptq", weights={"type": "int4", "symmetric": True, "strategy": "channel"}))
+    model(randn(64, 64))
+    qz.report(model).plot(tmp_path / f"layers{suffix}")
+    start = {".png": b"\x89PNG", ".pdf": b"%PDF", ".svg": b"<?xml"}[suffix]
+    assert (tmp_path / f"layers{suffix}").read_bytes().startswith(start)
+
+
+@pytest.mark.parametrize("n", [1, 3, 6, 54, 55, 210])
+def test_no_two_names_overlap_and_none_is_cut_off(n):
+    # The worst lie side by side, at either end and in the middle.
+    worst = {i for i in (0, 1, 2, 3, n // 2, n // 2 + 1, n - 3, n - 2, n - 1) if n > 40}
+    figure, renderer = drawn(report(n, worst=worst))
+    names = [text for text in figure.axes[0].texts if "." in text.get_text() and "nn." not in text.get_text()]
+    assert len(names) == (n if n + 2 <= 56 else 12)
+    # Of the words: the line from a name to its layer is a part of the annotation.
+    boxes = [super(type(text), text).get_window_extent(renderer) for text in [*figure.axes[0].texts, *figure.texts]]
+    inside = figure.bbox
+    for box in boxes:
+        assert inside.x0 <= box.x0
+        assert box.x1 <= inside.x1
+        assert inside.y0 <= box.y0
+        assert box.y1 <= inside.y1
+    assert boxes[0].y1 <= figure.axes[0].bbox.y1 + 2
+    for a, b in itertools.combinations(boxes, 2):
+        assert not a.overlaps(b)
+    assert figure.get_figheight() < 20
+    for i in worst:
+        (text,) = [text for text in names if text.get_text() == f"model.layers.{i}.down_proj"]
+        assert text.get_color() == "#D55E00"
+
+
+def test_errors_are_those_of_an_output_value_and_stand_beside_their_ratio():
+    figure, _ = drawn(report(6))
+    errors, ratios = map(points, figure.axes)
+    for i, each in enumerate(report(6).rows):
+        assert errors["before: plain rounding"][i] == each.baseline_error / (100 * 8)
+        assert errors["after: as quantized"][i] == each.error / (100 * 8)
+        assert ratios["after: as quantized"][i] == each.error / each.baseline_error
+    assert figure.axes[0].get_xscale() == "linear"
+    assert figure.axes[0].get_xlim()[0] == 0
+    figure, _ = drawn(report(40))
+    assert figure.axes[0].get_xscale() == "log"
+
+
+def test_layers_without_errors_have_an_axis_of_their_own():
+    rows = (row(0), plain(1, 30.0), plain(2, math.inf), plain(3, None), row(4, error=0.0, baseline_error=0.0))
+    figure, _ = drawn(Report(rows, SKIPPED, ()))
+    errors, _, sqnr = map(points, figure.axes)
+    assert set(errors["before: plain rounding"]) == {0}
+    assert sqnr["after: as quantized"] == {1: 30.0}
+    assert "dB" in figure.axes[2].get_xlabel()
+    said = words(figure)
+    assert said.count("exact") == 2
+    assert said.count("not solved yet") == 1
+    figure, _ = drawn(Report(tuple(plain(i, 30.0) for i in range(5)), (), ()))
+    assert ["dB" in ax.get_xlabel() for ax in figure.axes] == [True]
+
+
+def test_skipped_layers_are_there_with_their_reasons_or_counted():
+    figure, _ = drawn(report(6))
+    assert {"lm_head", "wte", "floating point: skip_layers: 'lm_head'"} <= set(words(figure))
+    figure, _ = drawn(report(210))
+    assert "left in floating point (2): lm_head, wte" in figure.get_supxlabel()
+
+
+def test_a_zero_after_a_large_error_is_drawn_as_a_ratio():
+    figure, _ = drawn(Report((row(0, error=0.0), row(1), row(2)), (), ()))
+    assert points(figure.axes[1])["after: as quantized"][0] == 0
+    assert math.isnan(points(figure.axes[0])["after: as quantized"][0])
+
+
+def test_outliers_are_far_from_the_others_and_no_trifles():
+    def ranked(ratios, sqnr=()):
+        return outliers.ranked([(1.0, r) for r in ratios], [(math.nan, s) for s in sqnr])
+
+    assert ranked([0.5, 0.51, 0.97, 0.49, 0.5, 0.52]) == ([2, 5, 1, 0, 4, 3], [2])
+    assert ranked([0.5, 0.5, 0.54, 0.5, 0.5, 0.5, 0.5, 0.5])[1] == []
+    assert ranked([], [30.0, 31.0, 29.5, 30.5, 20.0, 45.0])[1] == [4]
+    assert ranked([0.1, 0.9, 0.2]) == ([1, 2, 0], [])
+    assert ranked([]) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("layers.jpeg", r"plot: .*layers\.jpeg; accepted: a file name that ends in \.pdf, \.png, \.svg"),
+        ("layers", r"plot: .*layers; accepted: a file name that ends in"),
+        ("nowhere/layers.png", r"plot: .*nowhere/layers\.png; accepted: a file in a directory that exists"),
+        ("taken.png", r"plot: .*taken\.png; accepted: a file in a directory that exists"),
+    ],
+)
+def test_a_place_that_does_not_do_is_refused(tmp_path, name, told):
+    (tmp_path / "taken.png").mkdir()
+    with pytest.raises(qz.QuantizeError, match=told):
+        report(6).plot(tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["taken.png"]
+
+
+def test_nothing_to_draw_is_refused(tmp_path):
+    unsolved = replace(report(1), rows=(plain(0, None),))
+    with pytest.raises(qz.QuantizeError, match="report: no layer is solved yet; accepted: a report after calibration"):
+        unsolved.plot(tmp_path / "layers.png")
+
+
+def test_without_matplotlib_it_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(qz.QuantizeError, match=r"pip install 'torch-quantize-core\[plot\]'"):
+        report(6).plot(tmp_path / "layers.png")
