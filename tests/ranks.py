@@ -13,8 +13,8 @@ from tests.test_stages import Chain
 C = 32
 INT4 = {"type": "int4", "symmetric": True, "strategy": "channel"}
 CONFIGS = {
-    "gptq": config("gptq", weights=INT4, batch_num=99),
-    "stages": config({"gptq": {"sequential": True}}, weights=INT4, batch_num=99),
+    "gptq": config({"gptq": {"sequential": False}}, weights=INT4, batch_num=99),
+    "stages": config("gptq", weights=INT4, batch_num=99),
     "awq": config("awq", weights=INT4, batch_num=99),
     "static": config("smoothquant", inputs={"type": "int8", "symmetric": False, "strategy": "tensor"}, batch_num=99),
     "minmax": config(inputs={"type": "int8", "symmetric": True, "strategy": "tensor"}, batch_num=99),

@@ -418,7 +418,7 @@ def test_autocast_does_not_reach_the_statistics():
     model, plain = mlp(), mlp()
     x = randn(40, 64)
     for each in (model, plain):
-        qz.quantize(each, config("gptq", batch_num=2))
+        qz.quantize(each, config({"gptq": {"sequential": False}}, batch_num=2))
     plain(x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         model(x)
@@ -438,7 +438,7 @@ def test_siblings_share_one_observation():
             return self.o(y + self.v(x))
 
     model = filled(Attention())
-    qz.quantize(model, config("gptq", batch_num=3))
+    qz.quantize(model, config({"gptq": {"sequential": False}}, batch_num=3))
     with torch.no_grad():
         model(randn(4, 16))
         assert model.q.statistics is model.k.statistics is model.v.statistics
@@ -608,11 +608,11 @@ def test_a_layer_called_often_keeps_one_state():
             for _ in range(20):
                 x = self.layer(x.tanh())
                 if self.layer.recorder is not None:
-                    self.entries.append(len(self.layer.recorder._shared))
+                    self.entries.append(len(self.layer.recorder._known._entries))
             return x
 
     model = filled(Loop())
-    qz.quantize(model, config("gptq"))
+    qz.quantize(model, config({"gptq": {"sequential": False}}))
     with torch.no_grad():
         model(randn(4, 8))
     assert max(model.entries) <= 2

@@ -14,6 +14,7 @@ from torch import nn
 import quantize as qz
 from quantize.core import LayerSpec, Scheme, gptq, gram, linear, paired_gram
 from quantize.shell import stages
+from quantize.shell.batches import copied
 from quantize.shell.calibration import CalibrationLinear
 from tests.models import config, filled, randn
 
@@ -904,6 +905,6 @@ def test_batches_are_kept_without_what_they_are_cut_from():
     assert sum(t.untyped_storage().nbytes() for t in (*small.args[:2], small.args[2][1])) == 3 * x.nbytes
     # One tensor under two names stays one.
     own = x.clone()
-    twice = stages.copied((own, own, own[:1]))
+    twice = copied((own, own, own[:1]))
     assert twice[0] is twice[1]
     assert twice[2].untyped_storage()._cdata == twice[0].untyped_storage()._cdata

@@ -71,6 +71,12 @@ class Batch:
             Tensor, lambda tensor: tensor.to(device), (self.args, self.kwargs, self.mask, self.buffers)
         )
 
+    def cast(self, before: torch.dtype, after: torch.dtype) -> None:
+        """Give arguments of dtype ``before`` another one, as the model got it."""
+        self.args, self.kwargs = pytree.tree_map_only(
+            Tensor, lambda tensor: tensor.to(after) if tensor.dtype == before else tensor, (self.args, self.kwargs)
+        )
+
 
 def keepable(value: Any) -> bool:
     """Whether ``value`` is tensors and plain values in lists, tuples and dicts: it can be given a second time."""

@@ -191,9 +191,16 @@ class CalibrationLinear(nn.Module):
         return f"{config.name}, weights {config.spec.weight}, inputs {config.spec.inputs or 'float'}, {config.options}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CalibrationLinear:
+        before = self.weight.dtype
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call] # torch leaves it bare
         self._follow_weight()
+        if self.weight.dtype != before:
+            for batch in self._kept():
+                batch.cast(before, self.weight.dtype)
         return self
+
+    def _kept(self) -> list[Batch]:
+        return [*(self.batches or ()), *([self.first] if self.first else ())]
 
     def _follow_weight(self) -> None:
         # Statistics and solution follow the device of the weight, never its dtype.
@@ -201,7 +208,7 @@ class CalibrationLinear(nn.Module):
         self.statistics, self.solution, self.folded = pytree.tree_map_only(
             Tensor, lambda tensor: tensor.to(device), (self.statistics, self.solution, self.folded)
         )
-        for batch in (*(self.batches or ()), *([self.first] if self.first else ())):
+        for batch in self._kept():
             batch.move(device)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -42,9 +42,10 @@ CASES = {
     ),
     "int4 group 64, gptq": case("gptq", GROUP),
     "int4 group 64, gptq, 4 rows": case("gptq", GROUP, rows=4),
-    "int4 group 64, gptq, in stages": case({"gptq": {"sequential": True}}, GROUP),
-    "int4 group 64, gptq, in stages, 4 rows": case({"gptq": {"sequential": True}}, GROUP, rows=4),
+    "int4 group 64, gptq, one pass": case({"gptq": {"sequential": False}}, GROUP),
+    "int4 group 64, gptq, one pass, 4 rows": case({"gptq": {"sequential": False}}, GROUP, rows=4),
     "int4 group 64, awq": case("awq", GROUP),
+    "int4 group 64, awq, folded": case({"awq": {"fold": True}}, GROUP),
     "int4 group 64, awq, 4 rows": case("awq", GROUP, rows=4),
     "int4 channel, minmax": case("minmax", INT4),
     "int4 channel, gptq": case("gptq", INT4),
@@ -54,7 +55,11 @@ CASES = {
     "int8 channel, token inputs, smoothquant": case("smoothquant", WEIGHTS, TOKEN),
     "int8 channel, tensor inputs, minmax": case("minmax", WEIGHTS, TENSOR),
     "int8 channel, tensor inputs, smoothquant": case("smoothquant", WEIGHTS, TENSOR),
+    "int8 channel, token inputs, smoothquant, folded": case({"smoothquant": {"fold": True}}, WEIGHTS, TOKEN),
     "int8 channel, tensor inputs, with a search": case({"smoothquant": {"grids_num": 20}}, WEIGHTS, TENSOR),
+    "int8 channel, tensor inputs, with a search, folded": case(
+        {"smoothquant": {"grids_num": 20, "fold": True}}, WEIGHTS, TENSOR
+    ),
 }
 
 

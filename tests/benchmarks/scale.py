@@ -29,12 +29,13 @@ from tests.benchmarks.memory import loaded, resident
 
 OURS = {
     "forward": None,
+    "gptq, one pass": {"sequential": False},
     "gptq": {},
-    "gptq, sequential": {"sequential": True},
+    "gptq, not asymmetric": {"asymmetric": 0.0},
     "awq": {},
     "awq, sequential": {"sequential": True},
 }
-RANKS = "gptq, 2 processes"
+RANKS = "gptq, one pass, 2 processes"
 PEERS = ("llm-compressor gptq", "llm-compressor awq")
 
 
@@ -79,7 +80,7 @@ def rank(number, size, directory, count):
     model, rows = smollm2.model(), smollm2.rows("calib", 0, count)
     dist.barrier()
     before, start = loaded(), time.perf_counter()
-    qz.quantize(model, {**case("gptq", GROUP), "batch_num": 2**32 - 1})
+    qz.quantize(model, {**case({"gptq": OURS["gptq, one pass"]}, GROUP), "batch_num": 2**32 - 1})
     for part in rows.split(smollm2.BATCH)[number::size]:
         smollm2.run(model, part)
     qz.finish(model, process_group=dist.group.WORLD)

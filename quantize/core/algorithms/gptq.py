@@ -32,8 +32,8 @@ class Options(DataOptions):
     - ``sweeps``: rounds of coordinate descent on the codes, and of refitted scales, after the pass.
     - ``guard``: for every output channel, keep plain rounding where it is better.
     - ``asymmetric``: with ``sequential``, how much of the error that arrives from the layers before a layer corrects,
-      see :func:`corrected`; its layers are then fitted one after the other inside of a stage as well. 0 corrects none.
-      Measured on text, 0.5 is best.
+      see :func:`corrected`; layers are then fitted one after the other inside of a stage as well. 0 corrects none.
+      Measured on text, 0.5 is best, and with it ``sequential`` better than one pass, without it not.
     """
 
     act_order: bool = option(True, "True or False")
@@ -43,6 +43,7 @@ class Options(DataOptions):
     shrink: float = option(4.0, "a number from 0 to 1e6", lambda value: 0 <= value <= 1e6)
     sweeps: int = option(0, "an int, at least 0", lambda value: value >= 0)
     guard: bool = option(True, "True or False")
+    sequential: bool = option(True, "True or False")
     asymmetric: float = option(0.5, "a number from 0 to 1", lambda value: 0 <= value <= 1)
 
 
