@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from property_tests.laws import assert_pure
+from property_tests.laws import assert_pure, same_bits
 from property_tests.oracles import members, numpy64
 from property_tests.strategies import correlated_tokens, normal_matrices, weight_schemes
 from quantize.core import QTensor, Scheme, affine, dequantize, metrics, ranges, refine, round_to_nearest
@@ -117,6 +117,16 @@ def test_the_better_rows_are_at_least_as_good_as_both(data, scheme):
         losses = [loss.sum() for loss in losses]
     assert (losses[0] <= torch.minimum(losses[1], losses[2]) + noise(weight, gram)).all()
     assert torch.equal(chosen.codes, torch.where(taken[:, None], b.codes, a.codes))
+
+
+@given(st.data(), weight_schemes())
+def test_rows_are_searched_apart(data, scheme):
+    x = data.draw(normal_matrices(st.integers(2, 7), st.integers(1, 9), F64))
+    importance = torch.rand(x.shape[1], dtype=F64, generator=torch.Generator().manual_seed(0))
+    whole = ranges.search(x, scheme, importance)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ranges, "_TOGETHER", 2 * x.shape[1])
+        same_bits(ranges.search(x, scheme, importance), whole)
 
 
 @given(st.data(), weight_schemes())

@@ -206,6 +206,25 @@ class Residual(Block):
         return y + self.down(self.activation(self.gate(y)) * self.up(y))
 
 
+class Tiled(Block):
+    """Heads get their keys and values in turn."""
+
+    def attend(self, x):
+        b, t, _ = x.shape
+        q, k, v = (m(x).view(b, t, -1, C // HEADS).transpose(1, 2) for m in (self.q, self.k, self.v))
+        k, v = (y.repeat(1, HEADS // y.shape[1], 1, 1) for y in (k, v))
+        return self.o(functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, t, C))
+
+
+class Smeared(Tiled):
+    """Values that mix neighbouring channels."""
+
+    def attend(self, x):
+        v = self.v(x)
+        y = (v + v.roll(1, -1)).repeat(1, 1, C // v.shape[-1])
+        return self.o(y * (self.q(x).mean(-1, keepdim=True) + self.k(x).mean(-1, keepdim=True)).sigmoid())
+
+
 class SharedNorm(Block):
     def forward(self, x):
         x = x + self.attend(self.first(x))
@@ -233,8 +252,12 @@ class Mixed(Block):
     ("options", "at_run_time", "undone", "told"),
     [
         ({"norm": BareNorm}, {"q", "k", "v", "gate", "up"}, None, "no module before has a weight for each channel"),
-        # Values of one head serve several: their rows do not line up with the columns.
-        ({"kv": 1}, {"o"}, None, "blocks.0.o: scale at run time, no module before makes each channel"),
+        (
+            {"block": Smeared, "kv": 2},
+            {"o"},
+            None,
+            "0.o: scale at run time, no module before makes each channel",
+        ),
         ({"block": Routed}, {"gate", "up"}, "second", "Routed reads the inputs as well"),
         ({"block": Residual}, {"gate", "up"}, "second", "Residual reads the inputs as well"),
         ({"block": SharedNorm}, {"q", "k", "v", "gate", "up"}, "first", "a Norm that is called more than once"),
@@ -242,7 +265,7 @@ class Mixed(Block):
         # Rows that line up with columns, and are read by another as well.
         ({"block": Mixed}, {"down"}, None, "down: scale at run time, no module before makes each channel"),
     ],
-    ids=["no weight", "grouped queries", "router", "residual", "shared norm", "gelu", "another reader"],
+    ids=["no weight", "mixed heads", "router", "residual", "shared norm", "gelu", "another reader"],
 )
 def test_what_does_not_hold_stays_at_run_time(given, options, at_run_time, undone, told):
     model = made(**options)
@@ -334,9 +357,23 @@ def test_blocks_that_are_alike_are_tried_at_once(monkeypatch):
     assert len(tried) == 5
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_a_wrong_proposal_takes_no_other_with_it(seed):
+@pytest.mark.parametrize("block", [Block, Tiled])
+@pytest.mark.parametrize("kv", [1, 2, HEADS])
+@pytest.mark.parametrize("given", list(CONFIGS.values())[:2], ids=list(CONFIGS)[:2])
+def test_heads_that_share_their_values_get_one_scale(block, kv, given):
+    model = made(block, kv=kv)
+    before, _ = run(model, given)
+    assert folded(model) == ALL
+    width = C // HEADS
+    heads = model.blocks[0].o.folded.view(HEADS, width)
+    serve = [h % kv if block is Tiled else h // (HEADS // kv) for h in range(HEADS)]
+    assert all(torch.equal(heads[h], heads[serve.index(serve[h])]) for h in range(HEADS))
+    assert (float_again(model) - before).abs().max() <= 64 * torch.finfo(torch.float32).eps * before.abs().max()
+
+
+@pytest.mark.parametrize("norm", [Norm, OnePlusNorm])
+def test_a_wrong_proposal_takes_no_other_with_it(norm):
     # Any two layers of the block may have as many channels: what holds is found whatever is tried beside it.
-    model = made(kv=[1, 2][seed % 2], norm=[Norm, OnePlusNorm][seed // 2])
+    model = made(Smeared, kv=2, norm=norm)
     run(model, CONFIGS["awq"], ["scale at run time"])
     assert folded(model) == ALL - {"blocks.0.o", "blocks.1.o"}

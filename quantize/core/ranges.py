@@ -10,6 +10,9 @@ from quantize.core import affine
 from quantize.core.qtensor import QParams
 from quantize.core.scheme import Scheme
 
+# Elements that are searched at a time: more do not stay in the cache.
+_TOGETHER = 2**18
+
 
 def weighted_error(x: Tensor, params: QParams, scheme: Scheme, importance: Tensor) -> Tensor:
     """Error of rounding ``x`` ``[n, c]``, by group: ``sum of importance * (x - Q(x))^2``, the shape of the scale.
@@ -34,6 +37,11 @@ def search(x: Tensor, scheme: Scheme, importance: Tensor, *, steps: int = 40, sm
     >>> bool(q.scale < 1 / 7)
     True
     """
+    rows = max(1, _TOGETHER // max(1, x.shape[1]))
+    if scheme.strategy != "tensor" and len(x) > rows:
+        parts = [search(part, scheme, importance, steps=steps, smallest=smallest) for part in x.split(rows)]
+        zeros = [part.zero_point for part in parts if part.zero_point is not None]
+        return QParams(torch.cat([part.scale for part in parts]), torch.cat(zeros) if zeros else None)
     low, high = affine.group_ranges(x, scheme)
     best = affine.qparams(low, high, scheme)
     lowest = weighted_error(x, best, scheme, importance)

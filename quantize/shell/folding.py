@@ -9,8 +9,6 @@ powers of two: products with them are exact, so that nothing in the model may ch
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,61 +17,9 @@ from torch import Tensor, nn
 from quantize.core import affine
 from quantize.shell.batches import Batch
 from quantize.shell.calibration import CalibrationLinear
-from quantize.shell.producers import Group, find, hooked, sample, sampled
+from quantize.shell.folds import MULTIPLIES, ONE_PLUS, ROWS, Fold, Form
+from quantize.shell.producers import Group, find, hooked, sample, sampled, width
 from quantize.shell.recording import Done
-
-
-@dataclass(frozen=True)
-class Form:
-    """How a module divides its output channels by ``s`` ``[c]``: its new weight, and the divisor that this comes to."""
-
-    name: str
-    divided: Callable[[Tensor, Tensor], Tensor]
-    factor: Callable[[Tensor], Tensor]
-    exact: bool = True
-
-
-MULTIPLIES = Form("weight", lambda w, s: w / s, lambda w: w)
-ONE_PLUS = Form("1 + weight", lambda w, s: (1 + w) / s - 1, lambda w: 1 + w, exact=False)
-ROWS = Form("rows", lambda w, s: w / s[:, None], lambda w: w)
-
-
-class Fold:
-    """One group, its producer, and the form of that: applied, or taken back to the very same parameters."""
-
-    def __init__(self, group: Group, producer: nn.Module, form: Form) -> None:
-        self.group, self.producer, self.form = group, producer, form
-        self._before: dict[str, nn.Parameter] = {}
-
-    def apply(self, scale: Tensor) -> None:
-        """Divide what the producer gives by ``scale`` ``[c]``; the layers multiply by what that comes to."""
-        for name in ("weight", "bias"):
-            old = self.producer._parameters.get(name)
-            if old is not None:
-                form = self.form if name == "weight" else MULTIPLIES
-                with torch.no_grad():
-                    new = form.divided(old.to(scale.dtype), scale).to(old.dtype)
-                self._before[name] = old
-                self.producer._parameters[name] = nn.Parameter(new, requires_grad=old.requires_grad)
-        if self.form is not ROWS:
-            # The new weight is rounded to its dtype: the layers make up for what was really divided.
-            before, after = self._before["weight"], self._weight()
-            real = self.form.factor(before.detach().to(scale.dtype)) / self.form.factor(after.detach().to(scale.dtype))
-            scale = torch.where(torch.isfinite(real) & (real > 0), real, scale)
-        for layer in self.group.layers:
-            layer.folded = scale
-
-    def undo(self) -> None:
-        """As before."""
-        self.producer._parameters.update(self._before)
-        self._before = {}
-        for layer in self.group.layers:
-            layer.folded = None
-
-    def _weight(self) -> nn.Parameter:
-        weight = self.producer._parameters["weight"]
-        assert weight is not None
-        return weight
 
 
 def fold(root: nn.Module, layers: list[CalibrationLinear], batch: Batch) -> list[str]:
@@ -90,7 +36,7 @@ def fold(root: nn.Module, layers: list[CalibrationLinear], batch: Batch) -> list
         algorithm = each.group.layers[0].config.algorithm
         assert algorithm.scale is not None
         weights = [layer.weight.detach() for layer in each.group.layers]
-        each.apply(algorithm.scale(weights, each.group.layers[0].statistic()))
+        each.apply(algorithm.scale(weights, each.group.layers[0].statistic(), each.rows))
     if folds and not _alike(outputs, sampled(batch.run(root)), len(layers)):
         for each in folds:
             each.undo()
@@ -120,6 +66,8 @@ def _proven(
         for each in alike:
             if all(each.group is not other.group and each.producer is not other.producer for other in [*proven, *new]):
                 new.append(each)
+        if new and new[0].copies and not _found_rows(new, proven, root, batch):
+            continue
         if new and _hold([*proven, *new], root, outputs, batch):
             proven += new
     done = {id(each.group) for each in proven}
@@ -132,11 +80,55 @@ def _forms(producer: nn.Module) -> tuple[Form, ...]:
     return (ROWS,) if isinstance(producer, (nn.Linear, CalibrationLinear)) else (MULTIPLIES, ONE_PLUS)
 
 
-def _probe(fold: Fold) -> Tensor:
-    """A half, one and two, in turn."""
+def _probe(fold: Fold, size: int, step: int = 1) -> Tensor:
+    """A half, one and two, each ``step`` times in turn."""
     weight = fold.group.layers[0].weight
-    exponents = torch.arange(weight.shape[1], device=weight.device) % 3 - 1
+    exponents = torch.arange(size, device=weight.device) // step % 3 - 1
     return torch.exp2(exponents.to(affine.working_dtype(weight)))
+
+
+def _found_rows(new: list[Fold], proven: list[Fold], root: nn.Module, batch: Batch) -> bool:
+    """Find out which channel of its producer each input is a copy of: heads that share their values have such.
+
+    In the runs, one a digit, every channel of a producer is multiplied by two to the power of a ternary digit of its
+    number; the digit is read where the layers get it, and made up for there, so that the rest of the run is as ever.
+    """
+    most = max(width(each.producer) for each in new)
+    of = {each.group.layers[0]: each for each in new}
+    found = {each: torch.zeros_like(each.group.sample[0], dtype=torch.int64) for each in new}
+    step = 1
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        each = of.get(module)  # type: ignore[call-overload]
+        if each is not None:
+            arrived, expected = sample(args[0] if args else kwargs["input"]), each.group.sample
+            if arrived.shape != expected.shape:
+                raise Done
+            ratio = (expected.abs().sum(0) / arrived.abs().sum(0)).nan_to_num(nan=1.0).double()
+            exponents = ratio.log2().round().clamp(-1, 1)
+            found[each] += step * (exponents.to(torch.int64) + 1)
+            for layer in each.group.layers:
+                layer.folded = torch.exp2(exponents).to(affine.working_dtype(layer.weight))
+
+    while step < most:
+        try:
+            for each in proven:
+                each.apply(_probe(each, len(each.group.sample[0])))
+            for each in new:
+                each.probe(_probe(each, width(each.producer), step))
+            with hooked(root, before, lambda *_: None):
+                batch.run(root)
+        except Done:
+            return False
+        finally:
+            for each in (*new, *proven):
+                each.undo()
+        step *= 3
+    for each, rows in found.items():
+        if bool((rows >= width(each.producer)).any()):
+            return False
+        each.rows = rows
+    return True
 
 
 def _hold(folds: list[Fold], root: nn.Module, outputs: list[Tensor], batch: Batch) -> bool:
@@ -149,7 +141,8 @@ def _hold(folds: list[Fold], root: nn.Module, outputs: list[Tensor], batch: Batc
 
     try:
         for each in folds:
-            each.apply(_probe(each))
+            rows = torch.arange(len(each.group.sample[0])) if each.rows is None else each.rows.cpu()
+            each.apply(_probe(each, int(rows.max()) + 1)[rows.to(each.group.sample.device)])
         with hooked(root, before, lambda *_: None):
             found = sampled(batch.run(root))
     except Done:

@@ -142,7 +142,7 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch leaves
             found.reason = f"{again[0]} is called more than once"
         elif made is None or any(self.inputs[layer][0] is not made for layer in layers):
             found.reason = "the inputs are those of the model, or are changed in between"
-        elif isinstance(made.module, nn.Module) and _channels(made.module) == layers[0].in_features:
+        elif isinstance(made.module, nn.Module) and width(made.module) == layers[0].in_features:
             others = [*made.others, *(layer.names[0] for layer in made.layers if layer not in layers)]
             if self._calls[made.module] > 1:
                 found.reason = f"a {type(made.module).__name__} that is called more than once makes the inputs"
@@ -152,15 +152,18 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch leaves
                 found.producers = [made.module]
         else:
             near = dict.fromkeys(reversed(self._linears[max(0, before - _NEAR) : before]))
-            fits = [each for each in near if _channels(each) == layers[0].in_features and self._calls[each] == 1]
+            fits = [each for each in near if self._calls[each] == 1 and width(each) in _divisors(layers[0])]
             found.producers = [each for each in fits if each not in layers][:_TRIED]
             found.reason = "" if found.producers else "no module before has a weight for each channel of the inputs"
         return found
 
 
-def _channels(module: nn.Module) -> int | None:
-    """For how many output channels ``module`` has a weight each."""
-    if isinstance(module, (nn.Linear, CalibrationLinear)):
-        return module.out_features
+def width(module: nn.Module) -> int:
+    """For how many output channels ``module`` has a weight each; 0 if for none."""
     weight = module._parameters.get("weight")
-    return len(weight) if weight is not None and weight.ndim == 1 else None
+    linear = isinstance(module, (nn.Linear, CalibrationLinear))
+    return len(weight) if weight is not None and (linear or weight.ndim == 1) else 0
+
+
+def _divisors(layer: CalibrationLinear) -> set[int]:
+    return {n for n in range(1, layer.in_features + 1) if layer.in_features % n == 0}

@@ -15,7 +15,16 @@ import torch
 from torch import Tensor
 
 from quantize.core import affine, metrics, observers, ranges, refine, shrinkage
-from quantize.core.algorithms.base import FEWEST_FOR_GRAM, FOLD, Algorithm, DataOptions, LayerSpec, Solution, option
+from quantize.core.algorithms.base import (
+    FEWEST_FOR_GRAM,
+    FOLD,
+    Algorithm,
+    DataOptions,
+    LayerSpec,
+    Solution,
+    option,
+    tied,
+)
 from quantize.core.scheme import Scheme
 
 QUANTIZES_INPUTS = frozenset({False})
@@ -107,10 +116,17 @@ def search_scale(
 
 
 def common_scale(
-    spec: LayerSpec, options: Options, weights: Sequence[Tensor], statistic: tuple[Tensor, observers.SumState]
+    spec: LayerSpec,
+    options: Options,
+    weights: Sequence[Tensor],
+    statistic: tuple[Tensor, observers.SumState],
+    tie: Tensor | None = None,
 ) -> Tensor:
-    """The best scale ``[c]`` for all ``weights`` ``[n, c]`` together; ``statistic`` as for :func:`solve`."""
-    absmean, sums = statistic
+    """The best scale ``[c]`` for all ``weights`` ``[n, c]`` together; ``statistic`` as for :func:`solve`.
+
+    Channels with the same number in ``tie`` ``[c]`` get one scale, by the largest of their mean magnitudes.
+    """
+    absmean, sums = tied(statistic[0], tie), statistic[1]
     rho = shrinkage.intensity(sums, options.shrink)
     wide = [weight.to(affine.working_dtype(weight)) for weight in weights]
     return search_scale(wide, absmean, sums.total, spec.weight, grids_num=options.grids_num, rho=rho)

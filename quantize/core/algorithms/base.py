@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple, Protocol
 
+import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
@@ -102,6 +103,20 @@ def _unflatten(leaves: Any, inputs: Scheme | None) -> Solution:
 pytree.register_pytree_node(Solution, _flatten, _unflatten, serialized_type_name="quantize.Solution")
 
 
+def tied(values: Tensor, tie: Tensor | None) -> Tensor:
+    """The largest of ``values`` ``[c]`` among the channels with the same number in ``tie`` ``[c]``, for each of them.
+
+    Heads that share their values read copies of the same channels: what makes those can be divided by one scale only.
+
+    >>> tied(torch.tensor([1., 5., 2.]), torch.tensor([0, 1, 0]))
+    tensor([2., 5., 2.])
+    """
+    if tie is None:
+        return values
+    alike = tie == tie[:, None]
+    return torch.where(alike, values, -torch.inf).amax(1)
+
+
 # Fewer tokens than this span so few directions that correlations between channels are noise.
 FEWEST_FOR_GRAM = 16
 
@@ -114,8 +129,9 @@ class Algorithm(NamedTuple):
     - ``data_free``: ``solve`` does not look at the statistic.
     - ``paired``: the observer's ``update(state, x, original=None)`` also takes the inputs ``[t, c]`` of the float model
       at the same call; layers are then fitted in the order of execution, each to what the ones before it give.
-    - ``scale(weights, statistic) -> [c]``: for an algorithm that divides its inputs, the divisor for several weights
-      ``[n, c]`` that read the same inputs; ``solve(weight, statistic, smoothing)`` then takes it as given.
+    - ``scale(weights, statistic, tie=None) -> [c]``: for an algorithm that divides its inputs, the divisor for several
+      weights ``[n, c]`` that read the same inputs, equal where ``tie`` ``[c]`` is, see :func:`tied`;
+      ``solve(weight, statistic, smoothing)`` then takes it as given.
     - ``fewest``: with fewer tokens than this the statistic says nothing, and plain rounding is the better choice.
     """
 
@@ -124,7 +140,7 @@ class Algorithm(NamedTuple):
     data_free: bool = False
     fewest: int = 1
     paired: bool = False
-    scale: Callable[[Sequence[Tensor], Any], Tensor] | None = None
+    scale: Callable[..., Tensor] | None = None
 
 
 class AlgorithmModule(Protocol):

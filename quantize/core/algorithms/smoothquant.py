@@ -15,7 +15,7 @@ from einops import reduce
 from torch import Tensor
 
 from quantize.core import affine, linear, metrics, observers, refine
-from quantize.core.algorithms.base import Algorithm, BaseOptions, LayerSpec, Solution, option
+from quantize.core.algorithms.base import Algorithm, BaseOptions, LayerSpec, Solution, option, tied
 
 QUANTIZES_INPUTS = frozenset({True})
 
@@ -102,13 +102,14 @@ def search_scale(
     gram: observers.SumState,
     *,
     grids_num: int,
+    tie: Tensor | None = None,
 ) -> Tensor:
     """The divisor ``[c]`` with the least :func:`expected_error`, among ``grids_num + 1`` strengths and the identity.
 
-    The errors of several weights ``[n, c]`` add up.
+    The errors of several weights ``[n, c]`` add up; ``tie`` as in :func:`common_scale`.
     """
     weights = [weight] if isinstance(weight, Tensor) else weight
-    input_amax, weight_amax = _maxima(weights, inputs)
+    input_amax, weight_amax = _maxima(weights, inputs, tie)
     scales = [torch.ones_like(input_amax)]
     scales += [smoothing_scale(input_amax, weight_amax, i / grids_num) for i in range(grids_num + 1)]
     errors = [
@@ -117,12 +118,17 @@ def search_scale(
     return refine.least(torch.stack(scales), torch.stack(errors))
 
 
-def common_scale(spec: LayerSpec, options: Options, weights: Sequence[Tensor], statistic: Statistic) -> Tensor:
-    """The divisor ``[c]`` for all ``weights`` ``[n, c]`` together; ``statistic`` as for :func:`solve`."""
+def common_scale(
+    spec: LayerSpec, options: Options, weights: Sequence[Tensor], statistic: Statistic, tie: Tensor | None = None
+) -> Tensor:
+    """The divisor ``[c]`` for all ``weights`` ``[n, c]`` together; ``statistic`` as for :func:`solve`.
+
+    Channels with the same number in ``tie`` ``[c]`` get one divisor, by the largest of their magnitudes.
+    """
     wide = [weight.to(affine.working_dtype(weight)) for weight in weights]
     if isinstance(statistic, observers.Range):
-        return smoothing_scale(*_maxima(wide, statistic), options.smooth_strength)
-    return search_scale(spec, wide, *statistic, grids_num=options.grids_num)
+        return smoothing_scale(*_maxima(wide, statistic, tie), options.smooth_strength)
+    return search_scale(spec, wide, *statistic, grids_num=options.grids_num, tie=tie)
 
 
 def solve(
@@ -145,6 +151,6 @@ def solve(
     return Solution(quantized, spec.inputs, smoothing, static, notes={"dead_channels": dead.sum()})
 
 
-def _maxima(weights: Sequence[Tensor], inputs: observers.Range) -> tuple[Tensor, Tensor]:
+def _maxima(weights: Sequence[Tensor], inputs: observers.Range, tie: Tensor | None) -> tuple[Tensor, Tensor]:
     weight_amax = torch.stack([reduce(weight.abs(), "n c -> c", "max") for weight in weights]).amax(0)
-    return torch.maximum(-inputs.low, inputs.high), weight_amax
+    return tied(torch.maximum(-inputs.low, inputs.high), tie), tied(weight_amax, tie)
