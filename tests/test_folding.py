@@ -289,6 +289,25 @@ def test_relu_keeps_channels_apart(given):
     assert {"blocks.0.down", "blocks.1.down"} <= folded(model)
 
 
+def test_a_layer_that_the_first_batch_did_not_reach_is_not_folded():
+    class Late(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(C, C), nn.Linear(C, C)
+
+        def forward(self, x):
+            chosen = x[x[:, 0] > 0]
+            return self.down(self.up(chosen).relu()).sum() + x.sum()
+
+    model = filled(Late())
+    given, x = config({"awq": {"fold": True}}, weights=INT4, batch_num=2), randn(50, C)
+    qz.quantize(model, given)
+    model(-x.abs())
+    with pytest.warns(qz.QuantizeWarning, match="no token of the first batch reached it"):
+        model(x.abs())
+    assert not folded(model)
+
+
 def test_arguments_that_cannot_be_given_twice_leave_all_at_run_time():
     class Odd(Model):
         def forward(self, tokens, more=None):

@@ -39,7 +39,8 @@ def search(x: Tensor, scheme: Scheme, importance: Tensor, *, steps: int = 40, sm
     """
     rows = max(1, _TOGETHER // max(1, x.shape[1]))
     if scheme.strategy != "tensor" and len(x) > rows:
-        parts = [search(part, scheme, importance, steps=steps, smallest=smallest) for part in x.split(rows)]
+        parts = [search(x[i : i + rows], scheme, importance, steps=steps, smallest=smallest)
+                 for i in range(0, len(x), rows)]  # fmt: skip
         zeros = [part.zero_point for part in parts if part.zero_point is not None]
         return QParams(torch.cat([part.scale for part in parts]), torch.cat(zeros) if zeros else None)
     low, high = affine.group_ranges(x, scheme)

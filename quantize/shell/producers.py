@@ -138,7 +138,9 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch leaves
         made, tokens, before = self.inputs[layers[0]]
         found = Group(layers, tokens)
         again = [layer.names[0] for layer in layers if self._calls[layer] > 1]
-        if again:
+        if not len(tokens):
+            found.reason = "no token of the first batch reached it"
+        elif again:
             found.reason = f"{again[0]} is called more than once"
         elif made is None or any(self.inputs[layer][0] is not made for layer in layers):
             found.reason = "the inputs are those of the model, or are changed in between"
