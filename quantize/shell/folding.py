@@ -68,8 +68,8 @@ def _proven(
                 new.append(each)
         if not new:
             continue
-        # What is not exact would hide whether others are.
-        basis = [each for each in proven if each.form.exact]
+        # What is not exact would hide whether others are: it is tried alone.
+        basis = [each for each in proven if each.form.exact and new[0].form.exact]
         if new[0].copies and not _found_rows(new, basis, root, batch):
             continue
         if _hold([*basis, *new], root, outputs, batch):
