@@ -264,8 +264,9 @@ def test_the_correction_is_a_ridge_regression_of_what_is_missing(drawn, strength
     moved = assert_pure(gptq.corrected, weight, statistic, strength)
     tokens, target = numpy64(x), numpy64(missing) @ numpy64(weight).T
     alive = (tokens != 0).any(0)
-    # As further tokens: one a channel, as large as all that it saw, for which nothing is missing.
-    ridge = np.diag(np.sqrt((tokens**2).sum(0)))
+    # As further tokens: one a channel, as large as all that it saw or as what it lacks, for which nothing is missing.
+    lacks = np.abs((numpy64(missing) * tokens).sum(0))
+    ridge = np.diag(np.sqrt(np.maximum((tokens**2).sum(0), lacks)))
     stacked, goal = np.vstack([tokens, ridge])[:, alive], np.vstack([target, np.zeros((x.shape[1], len(weight)))])
     change = np.zeros(weight.shape)
     change[:, alive] = np.linalg.lstsq(stacked / np.linalg.norm(stacked, axis=0), goal, rcond=None)[0].T
@@ -306,3 +307,16 @@ def test_what_is_missing_is_made_up_for_by_the_codes():
     solution = gptq.solve(LayerSpec(Scheme(8)), gptq.Options(sequential=True), weight, statistic)
     assert dequantize(solution.weight)[0].tolist() == pytest.approx([0.85] * 4)
     assert solution.notes["corrected"].item() == pytest.approx(0.0625)
+
+
+def test_a_channel_that_nearly_vanished_moves_no_weight_by_more_than_itself():
+    x = torch.randn(200, 6, dtype=F64, generator=torch.Generator().manual_seed(0))
+    original = x.clone()
+    original[:, 2] = 0
+    original[:3, 2], x[:, 2] = 1, 0
+    x[:3, 2] = 0.01
+    statistic = PairedState(state(x), (original - x).T @ x)
+    # Alone, the channel would be multiplied by a hundred.
+    assert statistic.cross[2, 2] / statistic.gram.total[2, 2] == pytest.approx(99)
+    weight = torch.eye(6, dtype=F64)
+    assert (gptq.corrected(weight, statistic, 0.5) - weight)[2].abs().max() <= 0.5

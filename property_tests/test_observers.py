@@ -101,6 +101,11 @@ def test_what_is_missing_of_the_original_is_paired_token_by_token(x, data):
 def test_statistics_of_many_experts_at_once():
     x = torch.randn(3, 20, 130, generator=torch.Generator().manual_seed(0))
     many = torch.func.vmap(lambda tokens: gram.update(gram.init(130), tokens))(x)
+    states = torch.stack([gram.init(130).total] * 3)
+    add = torch.func.vmap(
+        lambda total, tokens: gram.update(gram.init(130)._replace(total=total), tokens).total, (0, None)
+    )
+    assert torch.equal(add(states, x[0])[2], gram.update(gram.init(130), x[0]).total)
     for i, tokens in enumerate(x):
         single = gram.update(gram.init(130), tokens).total
         assert torch.allclose(many.total[i], single, rtol=0, atol=22 * 2.0**-23 * (tokens.abs().T @ tokens.abs()).max())

@@ -1,6 +1,7 @@
 """Scales that move into what makes the inputs: where that holds, where it does not, and what stays as it was."""
 
 import copy
+import dataclasses
 import io
 import warnings
 
@@ -10,6 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 import quantize as qz
+from quantize.core import smoothquant
 from quantize.shell import folding
 from quantize.shell.calibration import CalibrationLinear
 from tests.models import config, filled, randn
@@ -306,6 +308,172 @@ def test_a_layer_that_the_first_batch_did_not_reach_is_not_folded():
     with pytest.warns(qz.QuantizeWarning, match="no token of the first batch reached it"):
         model(x.abs())
     assert not folded(model)
+
+
+class Chained(nn.Module):
+    """Two layers and what is between and behind them."""
+
+    def __init__(self, between=functional.relu, behind=lambda y, _: y):
+        super().__init__()
+        self.up, self.down = nn.Linear(C, C), nn.Linear(C, C)
+        self.between, self.behind = between, behind
+
+    def forward(self, x):
+        h = self.between(self.up(x))
+        return self.behind(self.down(h), h)
+
+
+def added(y, h, channels):
+    y = y.clone()
+    y[..., channels] += h[..., channels]
+    return y
+
+
+@dataclasses.dataclass
+class Opaque:
+    y: torch.Tensor
+
+
+class Gate(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.gate, self.down = (nn.Linear(C, C, bias=False) for _ in range(3))
+
+    def forward(self, x):
+        return self.down(functional.silu(self.gate(x)) * self.up(x))
+
+
+class Tasks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.a, self.b = nn.LayerNorm(C), nn.Linear(C, C), nn.Linear(C, C)
+
+    def forward(self, x):
+        y = self.norm(x)
+        return (self.a if x.mean() > 0 else self.b)(y)
+
+
+class TiedNorms(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.LayerNorm(C), nn.LayerNorm(C)
+        self.two.weight = self.one.weight
+        self.a, self.b = nn.Linear(C, C), nn.Linear(C, C)
+
+    def forward(self, x):
+        return self.b(self.two(x + self.a(self.one(x))))
+
+
+@pytest.mark.parametrize(
+    ("model", "batches"),
+    [
+        (Chained(behind=lambda y, h: Opaque(y + h)), [1.0]),
+        (Chained(behind=lambda y, h: (y + h).sum().item()), [1.0]),
+        (Chained(behind=lambda y, h: added(y, h, slice(1, None, 2))), [1.0]),
+        (Chained(behind=lambda y, h: added(y, h, slice(1, 2))), [1.0]),
+        (Chained(behind=lambda y, h: torch.stack((y, y + h), -1)), [1.0]),
+        (Chained(between=functional.relu6), [0.3]),
+        (Chained(between=functional.hardtanh), [0.3]),
+        (Gate(), [0.0, 1.0]),
+        (Tasks(), [1.0, -1.0]),
+        (TiedNorms(), [1.0]),
+    ],
+    ids=["opaque", "number", "odd channels", "one channel", "stacked", "relu6", "hardtanh", "zeros", "tasks", "tied"],
+)
+def test_what_the_first_batch_does_not_show_is_not_folded(model, batches):
+    model = filled(model)
+    plain, x = copy.deepcopy(model), randn(8, 16, C)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", qz.QuantizeWarning)
+        qz.quantize(model, config({"smoothquant": {"fold": True}}, inputs=TOKEN, batch_num=len(batches)))
+        with torch.no_grad():
+            for factor in batches:
+                model(x * factor + (0.1 if isinstance(model, Tasks) else 0.0) * factor)
+    assert qz.report(model).remarks
+    assert not folded(model)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
+
+
+def test_channels_that_are_silent_in_the_first_batch_have_no_known_row():
+    class Silent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.v, self.o = nn.Linear(C, 16), nn.Linear(C, C)
+
+        def forward(self, x):
+            return self.o(torch.relu(self.v(x)).repeat(1, 1, 2))
+
+    model = filled(Silent())
+    with torch.no_grad():
+        model.v.bias[:4] = -50
+    qz.quantize(model, config({"smoothquant": {"fold": True}}, inputs=TOKEN))
+    with pytest.warns(qz.QuantizeWarning, match="not folded"), torch.no_grad():
+        model(randn(4, 8, C))
+    assert not folded(model)
+
+
+class Limited(Chained):
+    limit = None
+
+    def forward(self, x):
+        h = torch.relu(self.up(x))
+        if self.limit is not None and h.max() > self.limit:
+            raise ValueError("activations too large")
+        self.largest = h.max().item()
+        return self.down(h)
+
+
+def test_a_model_that_refuses_a_scale_is_left_as_it_was():
+    model, x = filled(Limited()), randn(8, 16, C)
+    with torch.no_grad():
+        model(x)
+    model.limit = 1.01 * model.largest
+    parameters = list(model.parameters())
+    qz.quantize(model, config({"smoothquant": {"fold": True}}, inputs=TOKEN))
+    with pytest.warns(qz.QuantizeWarning, match="not folded"), torch.no_grad():
+        model(x)
+    assert not folded(model)
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+
+
+def test_an_error_of_the_search_leaves_nothing_folded(monkeypatch):
+    model, whole = made(), made()
+    run(whole, CONFIGS["smoothquant, token"])
+    parameters, maxima, count = list(model.parameters()), smoothquant._maxima, iter(range(99))
+
+    def failing(*arguments):
+        if next(count) == 2:
+            raise MemoryError
+        return maxima(*arguments)
+
+    monkeypatch.setattr(smoothquant, "_maxima", failing)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore", qz.QuantizeWarning)
+        qz.quantize(model, {**CONFIGS["smoothquant, token"], "batch_num": 1})
+        with pytest.raises(MemoryError):
+            model(TOKENS)
+    assert not folded(model)
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    monkeypatch.undo()
+    qz.finish(model)
+    with torch.no_grad():
+        assert torch.equal(model(TOKENS), whole(TOKENS))
+
+
+def test_masked_outputs_are_compared_where_they_are_finite():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.layer = nn.LayerNorm(C), nn.Linear(C, 8)
+
+        def forward(self, x):
+            return self.layer(self.norm(x)).index_fill(-1, torch.tensor([0]), -torch.inf)
+
+    model = filled(Masked())
+    qz.quantize(model, config({"smoothquant": {"fold": True}}, inputs=TOKEN))
+    with torch.no_grad():
+        model(randn(4, 8, C))
+    assert folded(model) == {"layer"}
 
 
 def test_arguments_that_cannot_be_given_twice_leave_all_at_run_time():

@@ -117,8 +117,8 @@ _STRIPS, _NARROWEST = 8, 64
 def _gram_update(state: SumState, x: Tensor) -> SumState:
     tokens, c = _tokens(x, state.total.dtype), len(state.total)
     width = max(-(-c // _STRIPS), _NARROWEST)
-    # Made by the tokens: where those are a batch under vmap, so is this.
-    total = tokens.new_empty(c, c)
+    # Made of both: where one is a batch under vmap, so is this.
+    total = state.total + tokens.new_zeros(())
     for start in range(0, c, width):
         # The matrix is symmetric: what is right of the diagonal is computed, and stands below it as well.
         stop = min(start + width, c)
@@ -162,7 +162,7 @@ def _paired_update(state: PairedState, x: Tensor, original: Tensor | None = None
     if original is not None and original.shape == tokens.shape:
         missing = original.to(cross.dtype) - tokens
         alike = missing.square().sum(1, keepdim=True) <= tokens.square().sum(1, keepdim=True)
-        cross = torch.addmm(cross, (missing * alike).T, tokens)
+        cross = torch.addmm(cross, torch.where(alike, missing, 0.0).T, tokens)
     return PairedState(_gram_update(state.gram, x), cross)
 
 

@@ -130,6 +130,16 @@ def set_random_state(state: tuple[bytes, Any]) -> None:
     random.setstate((version, tuple(internal), gauss))
 
 
+def put(owner: nn.Module, name: str, value: Tensor) -> None:
+    """Write ``value`` into a buffer; one that was made in inference mode lets nobody, and is replaced."""
+    buffer = owner._buffers[name]
+    assert buffer is not None
+    if buffer.is_inference():
+        owner._buffers[name] = value.clone()
+    else:
+        buffer.copy_(value)
+
+
 @contextmanager
 def undisturbed(root: nn.Module) -> Iterator[None]:
     """Random numbers and the buffers of ``root`` are afterwards as before."""
@@ -143,7 +153,7 @@ def undisturbed(root: nn.Module) -> Iterator[None]:
         for module, name, buffer, kept in buffers:
             module._buffers[name] = buffer
             if not torch.equal(buffer, kept):
-                buffer.copy_(kept)
+                put(module, name, kept)
 
 
 def attention_mask(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

@@ -169,8 +169,8 @@ class CalibrationLinear(nn.Module):
         if state["format"] != self.format():
             raise refusal(f"layer {self.names[0]!r}", state["format"], f"a state of {self.format()}")
         self.seen, self.tokens, self.active = state["seen"], state["tokens"], state["active"]
-        self.statistics, self.solution, self.folded = None, None, state["folded"]
-        self.first = None if state["first"] is None else Batch(**state["first"])
+        self.statistics, self.solution, self.folded = None, None, state.get("folded")
+        self.first = Batch(**state["first"]) if state.get("first") else None
         self.batches = None if state["batches"] is None else [Batch(**batch) for batch in state["batches"]]
         if state["solution"] is None:
             structure = pytree.tree_structure(self.config.algorithm.observer.init(0))

@@ -9,6 +9,7 @@ powers of two: products with them are exact, so that nothing in the model may ch
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from quantize.core import affine
 from quantize.shell.batches import Batch
 from quantize.shell.calibration import CalibrationLinear
 from quantize.shell.folds import MULTIPLIES, ONE_PLUS, ROWS, Fold, Form
-from quantize.shell.producers import Group, find, hooked, sample, sampled, width
+from quantize.shell.producers import Group, Outputs, find, hooked, width
 from quantize.shell.recording import Done
 
 
@@ -32,15 +33,19 @@ def fold(root: nn.Module, layers: list[CalibrationLinear], batch: Batch) -> list
     reasons = {id(group): group.reason for group in groups if not group.producers}
     folds = _proven(root, groups, outputs, batch, reasons)
     # From the end: what the rows of a layer are divided by is known before its own columns get a scale.
-    for each in reversed(folds):
-        algorithm = each.group.layers[0].config.algorithm
-        assert algorithm.scale is not None
-        weights = [layer.weight.detach() for layer in each.group.layers]
-        each.apply(algorithm.scale(weights, each.group.layers[0].statistic(), each.rows))
-    if folds and not _alike(outputs, sampled(batch.run(root)), len(layers)):
-        for each in folds:
-            each.undo()
-            reasons[id(each.group)] = "the model's outputs would change"
+    try:
+        for each in reversed(folds):
+            algorithm = each.group.layers[0].config.algorithm
+            assert algorithm.scale is not None
+            weights = [layer.weight.detach() for layer in each.group.layers]
+            each.apply(algorithm.scale(weights, each.group.layers[0].statistic(), each.rows))
+        kept = not folds or _given(root, batch, lambda found: _alike(outputs, found, len(layers)))
+    except BaseException:
+        _undo(folds)
+        raise
+    if not kept:
+        _undo(folds)
+        reasons |= {id(each.group): "the model's outputs would change" for each in folds}
     return [
         f"{', '.join(layer.names[0] for layer in group.layers)}: scale at run time, {reasons[id(group)]}"
         for group in groups
@@ -49,7 +54,7 @@ def fold(root: nn.Module, layers: list[CalibrationLinear], batch: Batch) -> list
 
 
 def _proven(
-    root: nn.Module, groups: list[Group], outputs: list[Tensor], batch: Batch, reasons: dict[int, str]
+    root: nn.Module, groups: list[Group], outputs: Outputs, batch: Batch, reasons: dict[int, str]
 ) -> list[Fold]:
     """The proposals that hold, none of them applied."""
     names = {module: re.sub(r"\d+", "#", name) for name, module in root.named_modules()}
@@ -90,9 +95,14 @@ def _powers(fold: Fold, exponents: Tensor) -> Tensor:
 
 
 def _probe(fold: Fold) -> Tensor:
-    """A half and two, in turn over the channels of the producer: no channel is left as it is."""
+    """Small and large, in turn over the channels of the producer: no channel is left as it is.
+
+    Far enough apart that a function which is linear in a part of its range only, such as relu6, gives itself away; in
+    half precision, and where 1 is added to the weight, as far as it goes.
+    """
     rows = torch.arange(fold.group.sample.shape[1]) if fold.rows is None else fold.rows
-    return _powers(fold, rows % 2 * 2 - 1)
+    far = 1 if not fold.form.exact else 3 if fold.group.sample.dtype == torch.float16 else 10
+    return _powers(fold, (rows % 2 * 2 - 1) * far)
 
 
 def _found_rows(new: list[Fold], proven: list[Fold], root: nn.Module, batch: Batch) -> bool:
@@ -110,8 +120,9 @@ def _found_rows(new: list[Fold], proven: list[Fold], root: nn.Module, batch: Bat
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         each = of.get(module)  # type: ignore[call-overload]
         if each is not None:
-            arrived, expected = sample(args[0] if args else kwargs["input"]), each.group.sample
-            if arrived.shape != expected.shape:
+            arrived, expected = each.group.arrived(args[0] if args else kwargs["input"]), each.group.sample
+            # Nothing can be read off a channel that is silent in these tokens.
+            if arrived is None or not bool(expected.any(0).all()):
                 raise Done
             ratio = (expected.abs().sum(0) / arrived.abs().sum(0)).nan_to_num(nan=1.0).double()
             exponents = ratio.log2().round().clamp(-1, 1)
@@ -126,12 +137,11 @@ def _found_rows(new: list[Fold], proven: list[Fold], root: nn.Module, batch: Bat
             for each in new:
                 each.probe(_powers(each, torch.arange(width(each.producer)) // step % 3 - 1))
             with hooked(root, before, lambda *_: None):
-                batch.run(root)
-        except Done:
-            return False
+                read = _given(root, batch, lambda _: True)
         finally:
-            for each in (*new, *proven):
-                each.undo()
+            _undo([*new, *proven])
+        if not read:
+            return False
         step *= 3
     for each, rows in found.items():
         if bool((rows >= width(each.producer)).any()):
@@ -140,33 +150,44 @@ def _found_rows(new: list[Fold], proven: list[Fold], root: nn.Module, batch: Bat
     return True
 
 
-def _hold(folds: list[Fold], root: nn.Module, outputs: list[Tensor], batch: Batch) -> bool:
+def _hold(folds: list[Fold], root: nn.Module, outputs: Outputs, batch: Batch) -> bool:
     """Whether with all of ``folds`` every layer gets its inputs divided, and the model gives what it gave."""
     of: dict[nn.Module, Fold] = {layer: each for each in folds for layer in each.group.layers}
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if module in of and not _divided(of[module], sample(args[0] if args else kwargs["input"])):
+        if module in of and not _divided(of[module], args[0] if args else kwargs["input"]):
             raise Done
+
+    def same(found: Outputs) -> bool:
+        exact = all(each.form.exact for each in folds)
+        return found.bits == outputs.bits if exact else _alike(outputs, found, len(of))
 
     try:
         for each in folds:
             each.apply(_probe(each))
         with hooked(root, before, lambda *_: None):
-            found = sampled(batch.run(root))
-    except Done:
-        return False
+            return _given(root, batch, same)
     finally:
-        for each in folds:
-            each.undo()
-    if all(each.form.exact for each in folds):
-        return all(map(torch.equal, outputs, found))
-    return _alike(outputs, found, len(of))
+        _undo(folds)
 
 
-def _divided(each: Fold, arrived: Tensor) -> bool:
-    expected, scale = each.group.sample, each.group.layers[0].folded
+def _given(root: nn.Module, batch: Batch, holds: Callable[[Outputs], bool]) -> bool:
+    """Whether what the model gives for ``batch`` ``holds``; it does not where a hook or the model itself refuses."""
+    try:
+        return bool(holds(Outputs.of(batch.run(root))))
+    except (Done, Exception):
+        return False
+
+
+def _undo(folds: list[Fold]) -> None:
+    for each in folds:
+        each.undo()
+
+
+def _divided(each: Fold, x: Tensor) -> bool:
+    arrived, expected, scale = each.group.arrived(x), each.group.sample, each.group.layers[0].folded
     assert scale is not None
-    if arrived.shape != expected.shape:
+    if arrived is None:
         return False
     found = (arrived.to(scale.dtype) * scale).to(expected.dtype)
     if each.form.exact:
@@ -176,12 +197,17 @@ def _divided(each: Fold, arrived: Tensor) -> bool:
     return bool((off <= size / 4).all())
 
 
-def _alike(before: list[Tensor], after: list[Tensor], layers: int) -> bool:
+def _alike(before: Outputs, after: Outputs, layers: int) -> bool:
     """Whether outputs differ by no more than independent roundings of every layer would make them."""
-    for old, new in zip(before, after, strict=True):
-        if not old.is_floating_point():
+    if [each.shape for each in before.numbers] != [each.shape for each in after.numbers]:
+        return False
+    for old, new in zip(before.numbers, after.numbers, strict=True):
+        finite = torch.isfinite(old)
+        if not torch.equal(finite, torch.isfinite(new)):
+            return False
+        if not old.is_floating_point() or not finite.any():
             continue
-        a, b = old.double(), new.double()
+        a, b = old[finite].double(), new[finite].double()
         allowed = 8 * torch.finfo(old.dtype).eps * layers**0.5 * a.square().mean().sqrt()
         if not bool((a - b).square().mean().sqrt() <= allowed):
             return False

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from quantize.shell.batches import Batch
+from quantize.shell.batches import Batch, keepable
 from quantize.shell.calibration import CalibrationLinear
 from quantize.shell.watch import Tags, storages_of
 
-# How many tokens, and how many numbers of an output, are compared.
+# How many tokens, and how many numbers of an output where bits may change, are compared.
 _TOKENS, _NUMBERS = 16, 4096
 # How many linear layers before a layer may make its inputs, through something that keeps the channels apart.
 _NEAR, _TRIED = 8, 3
@@ -24,27 +26,59 @@ _NEAR, _TRIED = 8, 3
 
 @dataclass(eq=False)
 class Group:
-    """Layers that read one tensor, some of its tokens ``[s, c]``, and the modules that may make it, likeliest first.
+    """Layers that read one tensor, its largest tokens ``[s, c]``, and the modules that may make it, likeliest first.
 
-    Without any, ``reason`` says why.
+    ``places`` ``[s]`` are those of the tokens. Without any module, ``reason`` says why.
     """
 
     layers: list[CalibrationLinear]
     sample: Tensor
+    places: Tensor
     producers: list[nn.Module] = field(default_factory=list)
     reason: str = ""
 
+    def arrived(self, x: Tensor) -> Tensor | None:
+        """The same tokens of other inputs ``[..., c]``; None if there are fewer."""
+        tokens = x.detach().reshape(-1, x.shape[-1])
+        within = len(tokens) > int(self.places.max()) and tokens.shape[1] == self.sample.shape[1]
+        return tokens[self.places] if within else None
 
-def sample(x: Tensor) -> Tensor:
-    """A few tokens ``[s, c]`` of ``x`` ``[..., c]``, evenly spaced."""
-    tokens = x.detach().reshape(-1, x.shape[-1])
-    return tokens[:: max(1, len(tokens) // _TOKENS)].clone()
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a model gave: a checksum of all its bits, and some of the numbers of every tensor."""
+
+    bits: tuple[Any, ...]
+    numbers: list[Tensor]
+
+    @classmethod
+    def of(cls, value: Any) -> Outputs:
+        """Of tensors and plain values."""
+        leaves = pytree.tree_leaves(value)
+        tensors = [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
+        plain = tuple(repr(leaf) for leaf in leaves if not isinstance(leaf, Tensor))
+        return cls((*plain, *map(_checksum, tensors)), [_some(tensor) for tensor in tensors])
 
 
-def sampled(output: Any) -> list[Tensor]:
-    """Numbers of every tensor in ``output``, evenly spaced."""
-    flat = [leaf.detach().flatten() for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
-    return [leaf[:: max(1, len(leaf) // _NUMBERS)].clone() for leaf in flat]
+def _checksum(tensor: Tensor) -> tuple[Any, ...]:
+    """Two sums over all bits, of which one also depends on the places; both may wrap."""
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    flat = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    bits = flat.contiguous().flatten().view(integer[flat.element_size()])
+    sums = [tensor.shape, tensor.dtype]
+    for start in range(0, len(bits), 2**20):
+        part = bits[start : start + 2**20].to(torch.int64)
+        places = torch.arange(start, start + len(part), device=part.device) * 2654435761 + 1
+        sums += [int(part.sum()), int((part * places).sum())]
+    return tuple(sums)
+
+
+def _some(tensor: Tensor) -> Tensor:
+    # A step without a divisor in common with the shape: no channel is left out.
+    step = max(1, tensor.numel() // _NUMBERS)
+    while any(math.gcd(step, size) > 1 for size in tensor.shape):
+        step += 1
+    return tensor.flatten()[::step].clone()
 
 
 @contextmanager
@@ -61,19 +95,28 @@ def hooked(root: nn.Module, before: Any, after: Any) -> Iterator[None]:
             handle.remove()
 
 
-def find(root: nn.Module, layers: list[CalibrationLinear], batch: Batch) -> tuple[list[Group], list[Tensor]]:
-    """The groups of ``layers`` in the order of execution, and numbers of what ``root`` gives for ``batch``.
+def find(root: nn.Module, layers: list[CalibrationLinear], batch: Batch) -> tuple[list[Group], Outputs]:
+    """The groups of ``layers`` in the order of execution, and what ``root`` gives for ``batch``.
 
     Layers are one group if they share their statistics: then they read the same tensor in every batch.
     """
-    trace = _Trace(set(layers))
+    trace = _Trace(root, set(layers))
     with hooked(root, trace.before, trace.after):
         output = batch.run(root, trace)
     trace.gave(output)
+    leaves = pytree.tree_leaves(output)
+    opaque = [leaf for leaf in leaves if not keepable(leaf)]
+    missed = [layer.names[0] for layer in layers if layer.tokens and layer not in trace.inputs]
+    if opaque:
+        trace.reason = f"a {type(opaque[0]).__name__} in the model's outputs cannot be compared"
+    elif not any(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in leaves):
+        trace.reason = "the model's outputs are no tensors in floating point"
+    elif missed:
+        trace.reason = f"the first batch did not reach {missed[0]}, others did"
     together: dict[int, list[CalibrationLinear]] = {}
     for layer in sorted((layer for layer in layers if layer in trace.inputs), key=trace.order.index):
         together.setdefault(id(pytree.tree_leaves(layer.statistics)[0]), []).append(layer)
-    return [trace.group(members) for members in together.values()], sampled(output)
+    return [trace.group(members) for members in together.values()], Outputs.of(output if not opaque else None)
 
 
 class _Made:
@@ -86,16 +129,19 @@ class _Made:
 
 
 class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch leaves it bare
-    def __init__(self, layers: set[CalibrationLinear]) -> None:
+    def __init__(self, root: nn.Module, layers: set[CalibrationLinear]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._layers = layers
+        # Of all groups, why none can be folded.
+        self.reason = ""
+        self._owners = Counter(id(p) for module in root.modules() for p in module._parameters.values() if p is not None)
         self._made = Tags()
         self._inside: list[nn.Module] = []
         # Linear layers in the order of their calls, and how often each module was called.
         self._linears: list[nn.Module] = []
         self._calls: Counter[nn.Module] = Counter()
         self.order: list[CalibrationLinear] = []
-        self.inputs: dict[CalibrationLinear, tuple[_Made | None, Tensor, int]] = {}
+        self.inputs: dict[CalibrationLinear, tuple[_Made | None, tuple[Tensor, Tensor], int]] = {}
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._calls[module] += 1
@@ -103,7 +149,11 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch leaves
         if isinstance(module, CalibrationLinear) and module in self._layers and module not in self.inputs:
             x = args[0] if args else kwargs["input"]
             self.order.append(module)
-            self.inputs[module] = self._made.get(x.untyped_storage()), sample(x), len(self._linears)
+            tokens = x.detach().reshape(-1, x.shape[-1])
+            norms = tokens.float().abs().sum(1)
+            places = norms.topk(min(_TOKENS, len(tokens))).indices
+            made = self._made.get(x.untyped_storage())
+            self.inputs[module] = made, (tokens[places].clone(), places), len(self._linears)
 
     def after(self, module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
         self._inside.pop()
@@ -135,10 +185,12 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch leaves
         return result
 
     def group(self, layers: list[CalibrationLinear]) -> Group:
-        made, tokens, before = self.inputs[layers[0]]
-        found = Group(layers, tokens)
+        made, (tokens, places), before = self.inputs[layers[0]]
+        found = Group(layers, tokens, places)
         again = [layer.names[0] for layer in layers if self._calls[layer] > 1]
-        if not len(tokens):
+        if self.reason:
+            found.reason = self.reason
+        elif not tokens.any():
             found.reason = "no token of the first batch reached it"
         elif again:
             found.reason = f"{again[0]} is called more than once"
@@ -150,14 +202,23 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch leaves
                 found.reason = f"a {type(made.module).__name__} that is called more than once makes the inputs"
             elif others:
                 found.reason = f"{others[0]} reads the inputs as well"
+            elif self._tied(made.module):
+                found.reason = f"the {type(made.module).__name__} that makes the inputs shares its parameters"
             else:
                 found.producers = [made.module]
         else:
             near = dict.fromkeys(reversed(self._linears[max(0, before - _NEAR) : before]))
-            fits = [each for each in near if self._calls[each] == 1 and width(each) in _divisors(layers[0])]
-            found.producers = [each for each in fits if each not in layers][:_TRIED]
+            c = layers[0].in_features
+            fits = [each for each in near if width(each) > 1 and c % width(each) == 0 and each not in layers]
+            fits = [each for each in fits if self._calls[each] == 1 and not self._tied(each)]
+            # The nearest first, and those with a channel for each input before those that would be read several times.
+            whole, shared = ([each for each in fits if (width(each) == c) is full] for full in (True, False))
+            found.producers = [*whole[:_TRIED], *shared[:_TRIED]]
             found.reason = "" if found.producers else "no module before has a weight for each channel of the inputs"
         return found
+
+    def _tied(self, module: nn.Module) -> bool:
+        return any(self._owners[id(p)] > 1 for p in module._parameters.values() if p is not None)
 
 
 def width(module: nn.Module) -> int:
@@ -165,7 +226,3 @@ def width(module: nn.Module) -> int:
     weight = module._parameters.get("weight")
     linear = isinstance(module, (nn.Linear, CalibrationLinear))
     return len(weight) if weight is not None and (linear or weight.ndim == 1) else 0
-
-
-def _divisors(layer: CalibrationLinear) -> set[int]:
-    return {n for n in range(1, layer.in_features + 1) if layer.in_features % n == 0}

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantize.shell.batches import Batch, keepable
+from quantize.shell.batches import Batch, keepable, put
 from quantize.shell.calibration import CalibrationLinear
 from quantize.shell.recording import AnyWatching, Done, Watching
 from quantize.shell.survey import Survey, Surveyor
@@ -94,7 +94,8 @@ class Replay:
         buffers = dict(self._root.named_buffers())
         for name, value in (self._batches[0].buffers if self._batches else {}).items():
             if name in buffers and not torch.equal(buffers[name], value):
-                buffers[name].copy_(value)
+                owner, _, last = name.rpartition(".")
+                put(self._root.get_submodule(owner), last, value)
 
     def run(
         self,

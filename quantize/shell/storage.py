@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from quantize.shell import files
 from quantize.shell.api import convert
-from quantize.shell.config import refusal
+from quantize.shell.config import QuantizeError, refusal, shown
+from quantize.shell.deployment import QuantizedLinear
 from quantize.shell.export.parts import as_json, quantized
 
 _TENSORS, _REST, _VERSION = "model.safetensors", "quantize.json", 1
@@ -39,7 +40,10 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     extra: dict[str, Any] = {}
     for key, value in state.items():
         if not isinstance(value, Tensor):
-            as_json(f"{key!r} in the state", value)
+            # Tuples, and keys that are no strings, would come back as others.
+            theirs = not isinstance(model.get_submodule(key.rpartition(".")[0]), QuantizedLinear)
+            if json.loads(as_json(f"{key!r} in the state", value)) != value and theirs:
+                raise refusal(f"{key!r} in the state", shown(value), "what JSON gives back as it was")
             extra[key] = value
         elif value.is_meta:
             raise refusal(f"{key!r} in the state", "on the meta device", "a tensor with data")
@@ -70,13 +74,15 @@ def load(model: nn.Module, directory: str | os.PathLike[str], *, kernel: str | N
     where, reader = os.fspath(directory), files.safetensors()
     from safetensors import SafetensorError
 
-    text = (Path(directory) / _REST).read_text(encoding="utf-8")
+    content = (Path(directory) / _REST).read_bytes()
     try:
-        rest, tensors = json.loads(text), reader.load_file(Path(directory) / _TENSORS)
+        rest, tensors = json.loads(content), reader.load_file(Path(directory) / _TENSORS)
         if rest["version"] != _VERSION:
             raise refusal(where, f"version {rest['version']!r}", f"version {_VERSION}")
         state = OrderedDict({**tensors, **rest["extra"], **{k: tensors[v] for k, v in rest["aliases"].items()}})
         state._metadata = rest["modules"]  # type: ignore[attr-defined] # an attribute that torch adds
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, SafetensorError) as error:
+    except QuantizeError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, SafetensorError) as error:
         raise refusal(where, f"cannot be read ({type(error).__name__}: {error})", "a directory of save") from error
     convert(model, kernel=kernel, from_state=state)

@@ -105,7 +105,8 @@ def corrected(weight: Tensor, statistic: observers.PairedState, strength: float)
     1. With ``x`` what arrives and ``e`` what is missing of it, ``V x`` is nearest to ``W (x + e)`` in the mean of the
        squares for ``V = W + W D H^-1``, where ``D = sum e x^T`` and ``H = sum x x^T``.
     2. ``D H^-1`` is a regression with as many unknowns as ``c^2``, and mostly noise where correlations are weak: as
-       much as the diagonal of ``H`` is added to it (a ridge in units of the channels).
+       much as the diagonal of ``H`` is added to it (a ridge in units of the channels), and that of ``D`` where it is
+       larger, so that a channel which nearly vanished on the way moves no weight by more than itself.
     3. ``strength`` of the change is taken: what is corrected here is seen again by the layers behind.
 
     Source: Li et al. 2025, "GPTAQ: Efficient Finetuning-Free Quantization for Asymmetric Calibration": the same
@@ -117,8 +118,8 @@ def corrected(weight: Tensor, statistic: observers.PairedState, strength: float)
     """
     (gram, _), cross = statistic
     unit = torch.where(gram.diagonal() > 0, gram.diagonal(), 1.0).rsqrt()
-    ridge = gram * unit * unit[:, None] + torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    lower, _ = _cholesky(ridge)
+    ridge = (cross.diagonal().abs() * unit.square()).clamp(min=1)
+    lower, _ = _cholesky(gram * unit * unit[:, None] + torch.diag(ridge))
     pull = (weight @ cross * unit).T
     return weight + strength * (_cholesky_solve(pull, lower) * unit[:, None]).T
 

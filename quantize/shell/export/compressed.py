@@ -46,6 +46,9 @@ def _tensors(name: str, layer: QuantizedLinear) -> dict[str, Tensor]:
     scale = per_row(weight.scale, n)
     if solved.inputs is None:
         # All loaders compute with these scales in the dtype of the model.
+        if not bool(scale.to(layer.layout.dtype).all()):
+            found = f"a scale too small for {layer.layout.dtype}, in which the format holds it"
+            raise refusal(f"layer {name!r}", found, "a model in bfloat16 or float32, or the layer in skip_layers")
         held = {
             "weight_packed": pack_offset(weight.codes, weight.scheme.bits),
             "weight_scale": scale.to(layer.layout.dtype),
