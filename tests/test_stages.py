@@ -908,3 +908,25 @@ def test_batches_are_kept_without_what_they_are_cut_from():
     twice = copied((own, own, own[:1]))
     assert twice[0] is twice[1]
     assert twice[2].untyped_storage()._cdata == twice[0].untyped_storage()._cdata
+
+
+class Averaging(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(C, C)
+        self.register_buffer("mean", torch.zeros(C))
+
+    def forward(self, x):
+        self.mean = 0.9 * self.mean + 0.1 * x.mean((0, 1))
+        return self.layer(x - self.mean)
+
+
+def test_buffers_of_inference_mode_are_replaced():
+    models = [made(Averaging) for _ in range(2)]
+    for model, mode in zip(models, (torch.no_grad, torch.inference_mode), strict=True):
+        qz.quantize(model, given(asymmetric=0.5))
+        with mode():
+            for x in batches():
+                model(x)
+    assert torch.equal(models[0].layer.solution.weight.codes, models[1].layer.solution.weight.codes)
+    assert torch.equal(models[0].mean, models[1].mean)
