@@ -124,9 +124,9 @@ def common_scale(
 ) -> Tensor:
     """The best scale ``[c]`` for all ``weights`` ``[n, c]`` together; ``statistic`` as for :func:`solve`.
 
-    Channels with the same number in ``tie`` ``[c]`` get one scale, by the largest of their mean magnitudes.
+    Channels with the same number in ``tie`` ``[c]`` get one scale, by the mean of their magnitudes.
     """
-    absmean, sums = tied(statistic[0], tie), statistic[1]
+    absmean, sums = tied(statistic[0], tie, mean=True), statistic[1]
     rho = shrinkage.intensity(sums, options.shrink)
     wide = [weight.to(affine.working_dtype(weight)) for weight in weights]
     return search_scale(wide, absmean, sums.total, spec.weight, grids_num=options.grids_num, rho=rho)

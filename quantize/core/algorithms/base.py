@@ -103,8 +103,8 @@ def _unflatten(leaves: Any, inputs: Scheme | None) -> Solution:
 pytree.register_pytree_node(Solution, _flatten, _unflatten, serialized_type_name="quantize.Solution")
 
 
-def tied(values: Tensor, tie: Tensor | None) -> Tensor:
-    """The largest of ``values`` ``[c]`` among the channels with the same number in ``tie`` ``[c]``, for each of them.
+def tied(values: Tensor, tie: Tensor | None, *, mean: bool = False) -> Tensor:
+    """The largest, or the mean, of ``values`` ``[c]`` among the channels with one number in ``tie`` ``[c]``.
 
     Heads that share their values read copies of the same channels: what makes those can be divided by one scale only.
 
@@ -114,6 +114,8 @@ def tied(values: Tensor, tie: Tensor | None) -> Tensor:
     if tie is None:
         return values
     alike = tie == tie[:, None]
+    if mean:
+        return torch.where(alike, values, 0.0).sum(1) / alike.sum(1)
     return torch.where(alike, values, -torch.inf).amax(1)
 
 
