@@ -50,7 +50,9 @@ class Options(DataOptions):
 # Ascend.
 _WITHOUT_CHOLESKY = frozenset({"npu"})
 
-PAPER = Options(act_order=False, search_range=False, shrink=0.0, sweeps=0, guard=False, asymmetric=0.0)
+PAPER = Options(
+    act_order=False, search_range=False, shrink=0.0, sweeps=0, guard=False, sequential=False, asymmetric=0.0
+)
 """The paper's algorithm 1, to the last code, with the scales of groups fixed before the pass.
 
 Channels that were zero in all tokens are rounded; the authors' code sets them to zero, which the outputs on these
