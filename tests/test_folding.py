@@ -334,6 +334,10 @@ class Opaque:
     y: torch.Tensor
 
 
+class Mapping(dict):
+    pass
+
+
 class Gate(nn.Module):
     def __init__(self):
         super().__init__()
@@ -368,6 +372,8 @@ class TiedNorms(nn.Module):
     ("model", "batches"),
     [
         (Chained(behind=lambda y, h: Opaque(y + h)), [1.0]),
+        (Chained(behind=lambda y, h: Mapping(y=Opaque(y + h))), [1.0]),
+        (Chained(behind=lambda y, h: (y + h).numpy()), [1.0]),
         (Chained(behind=lambda y, h: (y + h).sum().item()), [1.0]),
         (Chained(behind=lambda y, h: added(y, h, slice(1, None, 2))), [1.0]),
         (Chained(behind=lambda y, h: added(y, h, slice(1, 2))), [1.0]),
@@ -378,7 +384,20 @@ class TiedNorms(nn.Module):
         (Tasks(), [1.0, -1.0]),
         (TiedNorms(), [1.0]),
     ],
-    ids=["opaque", "number", "odd channels", "one channel", "stacked", "relu6", "hardtanh", "zeros", "tasks", "tied"],
+    ids=[
+        "opaque",
+        "mapping",
+        "array",
+        "number",
+        "odd channels",
+        "one channel",
+        "stacked",
+        "relu6",
+        "hardtanh",
+        "zeros",
+        "tasks",
+        "tied",
+    ],
 )
 def test_what_the_first_batch_does_not_show_is_not_folded(model, batches):
     model = filled(model)
@@ -458,6 +477,14 @@ def test_an_error_of_the_search_leaves_nothing_folded(monkeypatch):
     qz.finish(model)
     with torch.no_grad():
         assert torch.equal(model(TOKENS), whole(TOKENS))
+
+
+def test_outputs_in_an_object_are_compared():
+    model = filled(Chained(behind=lambda y, h: Opaque(y)))
+    qz.quantize(model, config({"smoothquant": {"fold": True}}, inputs=TOKEN))
+    with pytest.warns(qz.QuantizeWarning, match="up: scale at run time"), torch.no_grad():
+        model(randn(4, 8, C))
+    assert folded(model) == {"down"}
 
 
 def test_masked_outputs_are_compared_where_they_are_finite():

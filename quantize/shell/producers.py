@@ -53,11 +53,28 @@ class Outputs:
 
     @classmethod
     def of(cls, value: Any) -> Outputs:
-        """Of tensors and plain values."""
-        leaves = pytree.tree_leaves(value)
+        """Of what :func:`visible` finds."""
+        leaves = visible(value)
         tensors = [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
         plain = tuple(repr(leaf) for leaf in leaves if not isinstance(leaf, Tensor))
         return cls((*plain, *map(_checksum, tensors)), [_some(tensor) for tensor in tensors])
+
+
+def visible(value: Any) -> list[Any]:
+    """Tensors, plain values, and what cannot be looked into, in containers and in the attributes of objects."""
+    found: list[Any] = []
+    seen: dict[int, Any] = {}
+    waiting = pytree.tree_leaves(value)
+    while waiting:
+        leaf = waiting.pop()
+        if keepable(leaf) or not hasattr(leaf, "__dict__"):
+            found.append(leaf)
+        elif id(leaf) not in seen:
+            # Kept, so that no new object takes its id.
+            seen[id(leaf)] = leaf
+            inside = [*vars(leaf).values(), *(leaf.values() if isinstance(leaf, dict) else ())]
+            waiting += pytree.tree_leaves(inside)
+    return found[::-1]
 
 
 def _checksum(tensor: Tensor) -> tuple[Any, ...]:
@@ -104,7 +121,7 @@ def find(root: nn.Module, layers: list[CalibrationLinear], batch: Batch) -> tupl
     with hooked(root, trace.before, trace.after):
         output = batch.run(root, trace)
     trace.gave(output)
-    leaves = pytree.tree_leaves(output)
+    leaves = visible(output)
     opaque = [leaf for leaf in leaves if not keepable(leaf)]
     missed = [layer.names[0] for layer in layers if layer.tokens and layer not in trace.inputs]
     if opaque:
@@ -116,7 +133,7 @@ def find(root: nn.Module, layers: list[CalibrationLinear], batch: Batch) -> tupl
     together: dict[int, list[CalibrationLinear]] = {}
     for layer in sorted((layer for layer in layers if layer in trace.inputs), key=trace.order.index):
         together.setdefault(id(pytree.tree_leaves(layer.statistics)[0]), []).append(layer)
-    return [trace.group(members) for members in together.values()], Outputs.of(output if not opaque else None)
+    return [trace.group(members) for members in together.values()], Outputs.of(None if opaque else output)
 
 
 class _Made:
@@ -165,7 +182,7 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch leaves
             made.module, made.layers, made.others = module, {}, {}
 
     def gave(self, output: Any) -> None:
-        for storage in storages_of(output) or ():
+        for storage in storages_of(visible(output)) or ():
             if (made := self._made.get(storage)) is not None:
                 made.others["the caller of the model"] = None
 

@@ -46,7 +46,7 @@ def unsmoothed(name: str, layer: QuantizedLinear) -> Solution:
     solved = layer.solution
     if solved.smoothing is not None:
         fold = f"algorithm {{{layer.row.algorithm!r}: {{'fold': True}}}}"
-        how = f"{fold}, which smooths in the module before where there is one for it, or else the layer in skip_layers"
+        how = f"{fold}, which smooths in the module before (report says why it did not), or the layer in skip_layers"
         raise refusal(f"layer {name!r}", "its inputs are smoothed at run time, which the format cannot hold", how)
     return solved
 
