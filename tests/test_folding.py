@@ -190,7 +190,15 @@ def test_half_precision(norm):
     assert drift <= 8 * torch.finfo(torch.bfloat16).eps * len(ALL) ** 0.5 * before.float().square().mean().sqrt()
 
 
-class Routed(Block):
+class Mlp(Block):
+    """No attention."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        del self.q, self.k, self.v, self.o
+
+
+class Routed(Mlp):
     """A router of another kind reads what the norm gives."""
 
     def __init__(self, **options):
@@ -202,7 +210,7 @@ class Routed(Block):
         return x + self.down(self.activation(self.gate(y)) * self.up(y)) * (y @ self.router).sigmoid()[..., None]
 
 
-class Residual(Block):
+class Residual(Mlp):
     def forward(self, x):
         y = self.second(x)
         return y + self.down(self.activation(self.gate(y)) * self.up(y))
@@ -234,15 +242,16 @@ class SharedNorm(Block):
         return x + self.down(self.activation(self.gate(y)) * self.up(y))
 
 
-class Ungated(Block):
+class Ungated(Mlp):
     def __init__(self, activation=functional.gelu, **options):
         super().__init__(activation=activation, **options)
+        del self.gate
 
     def forward(self, x):
         return x + self.down(self.activation(self.up(self.second(x))))
 
 
-class Mixed(Block):
+class Mixed(Mlp):
     def forward(self, x):
         y = self.second(x)
         up = self.up(y)
@@ -382,6 +391,7 @@ class TiedNorms(nn.Module):
         (Chained(between=functional.hardtanh), [0.3]),
         (Gate(), [0.0, 1.0]),
         (Tasks(), [1.0, -1.0]),
+        (Tasks(), [1.0]),
         (TiedNorms(), [1.0]),
     ],
     ids=[
@@ -396,6 +406,7 @@ class TiedNorms(nn.Module):
         "hardtanh",
         "zeros",
         "tasks",
+        "idle",
         "tied",
     ],
 )

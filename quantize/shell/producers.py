@@ -117,19 +117,21 @@ def find(root: nn.Module, layers: list[CalibrationLinear], batch: Batch) -> tupl
 
     Layers are one group if they share their statistics: then they read the same tensor in every batch.
     """
-    trace = _Trace(root, set(layers))
+    everyone = [module for module in root.modules() if isinstance(module, CalibrationLinear)]
+    trace = _Trace(root, set(everyone))
     with hooked(root, trace.before, trace.after):
         output = batch.run(root, trace)
     trace.gave(output)
     leaves = visible(output)
     opaque = [leaf for leaf in leaves if not keepable(leaf)]
-    missed = [layer.names[0] for layer in layers if layer.tokens and layer not in trace.inputs]
+    # What runs in other batches alone may read anything.
+    missed = [layer.names[0] for layer in everyone if layer not in trace.inputs]
     if opaque:
         trace.reason = f"a {type(opaque[0]).__name__} in the model's outputs cannot be compared"
     elif not any(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in leaves):
         trace.reason = "the model's outputs are no tensors in floating point"
     elif missed:
-        trace.reason = f"the first batch did not reach {missed[0]}, others did"
+        trace.reason = f"the first batch did not reach {missed[0]}"
     together: dict[int, list[CalibrationLinear]] = {}
     for layer in sorted((layer for layer in layers if layer in trace.inputs), key=trace.order.index):
         together.setdefault(id(pytree.tree_leaves(layer.statistics)[0]), []).append(layer)
