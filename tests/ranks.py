@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 
 import quantize as qz
-from quantize.shell import solving
+from quantize.shell import calibration
 from quantize.shell.calibration import CalibrationLinear
 from quantize.shell.ranks import Ranks
 from tests.models import config, filled, randn
@@ -49,7 +49,7 @@ def work(rank, size, rendezvous, directory):
         qz.finish(model, process_group=dist.group.WORLD)
         found[name] = {"solutions": solutions(model), "tokens": [row.tokens for row in qz.report(model).rows]}
     merged = calibrated("gptq", share(rank, size))
-    Ranks(dist.group.WORLD).merge(solving.calibrated(merged))
+    Ranks(dist.group.WORLD).merge(calibration.calibrated(merged))
     found["gram"] = merged.first.statistics.total
     found["errors"] = errors(rank)
     torch.save(found, f"{directory}/{rank}.pt")

@@ -10,7 +10,7 @@ from torch import nn
 
 from quantize.presets import INT8_MINMAX_WEIGHT_QUANT_CFG
 from quantize.shell import loading, session, solving
-from quantize.shell.calibration import CalibrationLinear
+from quantize.shell.calibration import CalibrationLinear, calibrated
 from quantize.shell.config import QuantizeWarning, parse, refusal, shown
 from quantize.shell.deployment import QuantizedLinear
 from quantize.shell.kernels import KERNELS
@@ -76,7 +76,7 @@ def finish(model: nn.Module, *, process_group: Any = None) -> None:
             differ.
     """
     _check_model(model)
-    if not solving.calibrated(model) and process_group is None:
+    if not calibrated(model) and process_group is None:
         raise refusal("model", "not under calibration", "a model after quantize(model, config)")
     ranks, layers = Ranks(process_group), solving.unsolved(model)
     everyone = ranks.gather([(layer.names[0], layer.seen) for layer in layers])
@@ -130,7 +130,7 @@ def convert(model: nn.Module, *, kernel: str | None = None, from_state: Mapping[
 
 
 def _deployed(model: nn.Module, kernel: str | None) -> dict[nn.Module, QuantizedLinear]:
-    layers = solving.calibrated(model)
+    layers = calibrated(model)
     if not layers:
         raise refusal("model", "not calibrated", "a model after quantize(model, config) and its forward passes")
     for layer in layers:

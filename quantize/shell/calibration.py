@@ -216,5 +216,10 @@ class CalibrationLinear(nn.Module):
         return {**self.__dict__, "recorder": None}
 
 
+def calibrated(model: nn.Module) -> list[CalibrationLinear]:
+    """All layers under calibration or fake-quantized, each once."""
+    return [module for module in model.modules() if isinstance(module, CalibrationLinear)]
+
+
 def _dynamic(inputs: Scheme | None) -> Scheme | None:
     return None if inputs is None else replace(inputs, strategy="token")

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from quantize.shell.calibration import calibrated
 from quantize.shell.config import refusal
 from quantize.shell.files import sync
-from quantize.shell.solving import calibrated
 
 
 def save_calibration(model: nn.Module, path: str | os.PathLike[str]) -> None:

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from quantize.shell.api import convert, quantize, report
+from quantize.shell.calibration import calibrated
 from quantize.shell.config import QuantizeWarning, parse, refusal
 from quantize.shell.progress import progress
 from quantize.shell.report import Report
-from quantize.shell.solving import calibrated
 
 CONFIG: dict[str, Any] = {
     "batch_num": 4,

@@ -39,7 +39,7 @@ def fold(root: nn.Module, layers: list[CalibrationLinear], batch: Batch) -> list
             assert algorithm.scale is not None
             weights = [layer.weight.detach() for layer in each.group.layers]
             each.apply(algorithm.scale(weights, each.group.layers[0].statistic(), each.rows))
-        kept = not folds or _given(root, batch, lambda found: _alike(outputs, found, len(layers)))
+        kept = not folds or _given(root, batch, lambda found: _alike(outputs, Outputs.of(found), len(layers)))
     except BaseException:
         _undo(folds)
         raise
@@ -135,7 +135,7 @@ def _found_rows(new: list[Fold], proven: list[Fold], root: nn.Module, batch: Bat
             for each in proven:
                 each.apply(_probe(each))
             for each in new:
-                each.probe(_powers(each, torch.arange(width(each.producer)) // step % 3 - 1))
+                each.divide(_powers(each, torch.arange(width(each.producer)) // step % 3 - 1))
             with hooked(root, before, lambda *_: None):
                 read = _given(root, batch, lambda _: True)
         finally:
@@ -158,7 +158,8 @@ def _hold(folds: list[Fold], root: nn.Module, outputs: Outputs, batch: Batch) ->
         if module in of and not _divided(of[module], args[0] if args else kwargs["input"]):
             raise Done
 
-    def same(found: Outputs) -> bool:
+    def same(given: Any) -> bool:
+        found = Outputs.of(given)
         exact = all(each.form.exact for each in folds)
         return found.bits == outputs.bits if exact else _alike(outputs, found, len(of))
 
@@ -171,10 +172,10 @@ def _hold(folds: list[Fold], root: nn.Module, outputs: Outputs, batch: Batch) ->
         _undo(folds)
 
 
-def _given(root: nn.Module, batch: Batch, holds: Callable[[Outputs], bool]) -> bool:
+def _given(root: nn.Module, batch: Batch, holds: Callable[[Any], bool]) -> bool:
     """Whether what the model gives for ``batch`` ``holds``; it does not where a hook or the model itself refuses."""
     try:
-        return bool(holds(Outputs.of(batch.run(root))))
+        return holds(batch.run(root))
     except (Done, Exception):
         return False
 

@@ -44,7 +44,7 @@ class Fold:
 
     def apply(self, scale: Tensor) -> None:
         """Divide what the producer gives by ``scale`` ``[c]``; the layers multiply by what that comes to."""
-        self._divide(scale if self.rows is None else scale.new_ones(width(self.producer)).scatter(0, self.rows, scale))
+        self.divide(scale if self.rows is None else scale.new_ones(width(self.producer)).scatter(0, self.rows, scale))
         if self.form is not ROWS:
             # The new weight is rounded to its dtype: the layers make up for what was really divided.
             before, after = self._before["weight"], self._weight()
@@ -53,11 +53,8 @@ class Fold:
         for layer in self.group.layers:
             layer.folded = scale
 
-    def probe(self, scale: Tensor) -> None:
+    def divide(self, scale: Tensor) -> None:
         """Divide the producer's own channels by ``scale``, whatever becomes of that."""
-        self._divide(scale)
-
-    def _divide(self, scale: Tensor) -> None:
         for name in ("weight", "bias"):
             old = self.producer._parameters.get(name)
             if old is not None:

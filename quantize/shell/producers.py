@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from quantize.shell.batches import Batch, keepable
-from quantize.shell.calibration import CalibrationLinear
+from quantize.shell.calibration import CalibrationLinear, calibrated
 from quantize.shell.watch import Tags, storages_of
 
 # How many tokens, and how many numbers of an output where bits may change, are compared.
@@ -117,15 +117,14 @@ def find(root: nn.Module, layers: list[CalibrationLinear], batch: Batch) -> tupl
 
     Layers are one group if they share their statistics: then they read the same tensor in every batch.
     """
-    everyone = [module for module in root.modules() if isinstance(module, CalibrationLinear)]
-    trace = _Trace(root, set(everyone))
+    trace = _Trace(root)
     with hooked(root, trace.before, trace.after):
         output = batch.run(root, trace)
-    trace.gave(output)
     leaves = visible(output)
+    trace.gave(leaves)
     opaque = [leaf for leaf in leaves if not keepable(leaf)]
     # What runs in other batches alone may read anything.
-    missed = [layer.names[0] for layer in everyone if layer not in trace.inputs]
+    missed = [layer.names[0] for layer in calibrated(root) if layer not in trace.inputs]
     if opaque:
         trace.reason = f"a {type(opaque[0]).__name__} in the model's outputs cannot be compared"
     elif not any(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in leaves):
@@ -133,7 +132,7 @@ def find(root: nn.Module, layers: list[CalibrationLinear], batch: Batch) -> tupl
     elif missed:
         trace.reason = f"the first batch did not reach {missed[0]}"
     together: dict[int, list[CalibrationLinear]] = {}
-    for layer in sorted((layer for layer in layers if layer in trace.inputs), key=trace.order.index):
+    for layer in filter(set(layers).__contains__, trace.inputs):
         together.setdefault(id(pytree.tree_leaves(layer.statistics)[0]), []).append(layer)
     return [trace.group(members) for members in together.values()], Outputs.of(None if opaque else output)
 
@@ -148,9 +147,8 @@ class _Made:
 
 
 class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch leaves it bare
-    def __init__(self, root: nn.Module, layers: set[CalibrationLinear]) -> None:
+    def __init__(self, root: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._layers = layers
         # Of all groups, why none can be folded.
         self.reason = ""
         self._owners = Counter(id(p) for module in root.modules() for p in module._parameters.values() if p is not None)
@@ -159,15 +157,14 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch leaves
         # Linear layers in the order of their calls, and how often each module was called.
         self._linears: list[nn.Module] = []
         self._calls: Counter[nn.Module] = Counter()
-        self.order: list[CalibrationLinear] = []
+        # What each layer read at its first call, in the order of those.
         self.inputs: dict[CalibrationLinear, tuple[_Made | None, tuple[Tensor, Tensor], int]] = {}
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._calls[module] += 1
         self._inside.append(module)
-        if isinstance(module, CalibrationLinear) and module in self._layers and module not in self.inputs:
+        if isinstance(module, CalibrationLinear) and module not in self.inputs:
             x = args[0] if args else kwargs["input"]
-            self.order.append(module)
             tokens = x.detach().reshape(-1, x.shape[-1])
             norms = tokens.float().abs().sum(1)
             places = norms.topk(min(_TOKENS, len(tokens))).indices
@@ -183,8 +180,8 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch leaves
         if made is not None and made.module is None:
             made.module, made.layers, made.others = module, {}, {}
 
-    def gave(self, output: Any) -> None:
-        for storage in storages_of(visible(output)) or ():
+    def gave(self, leaves: list[Any]) -> None:
+        for storage in storages_of(leaves) or ():
             if (made := self._made.get(storage)) is not None:
                 made.others["the caller of the model"] = None
 
@@ -192,7 +189,7 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch leaves
         here = self._inside[-1] if self._inside else None
         read = storages_of((args, kwargs)) or []
         for made in filter(None, map(self._made.get, () if func.is_view else read)):
-            if isinstance(here, CalibrationLinear) and here in self._layers:
+            if isinstance(here, CalibrationLinear):
                 made.layers[here] = None
             else:
                 made.others[type(here).__name__ if here is not None else "the model"] = None
@@ -215,7 +212,7 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch leaves
             found.reason = f"{again[0]} is called more than once"
         elif made is None or any(self.inputs[layer][0] is not made for layer in layers):
             found.reason = "the inputs are those of the model, or are changed in between"
-        elif isinstance(made.module, nn.Module) and width(made.module) == layers[0].in_features:
+        elif made.module is not None and width(made.module) == layers[0].in_features:
             others = [*made.others, *(layer.names[0] for layer in made.layers if layer not in layers)]
             if self._calls[made.module] > 1:
                 found.reason = f"a {type(made.module).__name__} that is called more than once makes the inputs"

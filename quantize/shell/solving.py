@@ -13,7 +13,7 @@ from torch import nn
 from quantize.core import affine
 from quantize.shell import folding, order, stages
 from quantize.shell.batches import Batch, undisturbed, untracked
-from quantize.shell.calibration import CalibrationLinear
+from quantize.shell.calibration import CalibrationLinear, calibrated
 from quantize.shell.config import QuantizeWarning, refusal
 from quantize.shell.plan import check_weight
 from quantize.shell.progress import progress
@@ -22,11 +22,6 @@ from quantize.shell.recording import AnyWatching, Inputs, Recorder
 
 # Where a model keeps its session.
 KEY = "_quantization"
-
-
-def calibrated(model: nn.Module) -> list[CalibrationLinear]:
-    """All layers under calibration or fake-quantized, each once."""
-    return [module for module in model.modules() if isinstance(module, CalibrationLinear)]
 
 
 def unsolved(model: nn.Module) -> list[CalibrationLinear]:
