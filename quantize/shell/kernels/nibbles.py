@@ -7,7 +7,6 @@ asks for it, so that codes come back exactly.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 
 import torch
@@ -21,6 +20,8 @@ from quantize.shell.kernels.contract import Layout
 _SIZES = (256, 128, 64, 32)
 # With more tokens, a matmul of the dequantized weight wins.
 _MANY = 64
+# What the probe of the processor found, once it ran.
+_found: list[int | None] = []
 
 
 def obstacle(solved: Solution, dtype: torch.dtype) -> str | None:
@@ -100,19 +101,20 @@ def _columns(words: Tensor, block: int) -> Tensor:
     return torch.cat([columns.bitwise_and(0xF), columns.bitwise_right_shift(4)], -1).view(torch.int8)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def known_block() -> int:
     """:func:`_block` where :func:`obstacle` found none."""
-    return _block() or 1
+    # A compiler takes what stands here as a constant; it could not follow the probe.
+    return _found[0] or 1 if _found else _block() or 1
 
 
-@functools.cache
 def _block() -> int | None:
     """How many rows torch packs together on this processor; None where it is not as :func:`unpack` knows it."""
-    random = torch.Generator("cpu").manual_seed(0)
-    codes = torch.randint(-8, 8, (64, 32), generator=random, dtype=torch.int8, device="cpu")
-    found = torch._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32) + 8, 1)
-    return next((block for block in (64, 32) if torch.equal(unpack(found, block), codes)), None)
+    if not _found:
+        random = torch.Generator("cpu").manual_seed(0)
+        codes = torch.randint(-8, 8, (64, 32), generator=random, dtype=torch.int8, device="cpu")
+        words = torch._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32) + 8, 1)
+        _found.append(next((block for block in (64, 32) if torch.equal(unpack(words, block), codes)), None))
+    return _found[0]
 
 
 def _size(scheme: Scheme, c: int) -> int | None:
