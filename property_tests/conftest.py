@@ -1,3 +1,11 @@
-from tests.shared import unchanged_global_state
+"""Functions of the core leave everything global alone."""
 
-__all__ = ["unchanged_global_state"]
+import pytest
+
+from tests.shared import modes, random_states, unchanged
+
+
+@pytest.fixture(autouse=True)
+def unchanged_global_state():
+    with unchanged(modes, random_states):
+        yield

@@ -13,7 +13,7 @@ slower than dequantizing.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -101,8 +101,21 @@ def few(tokens: Tensor, most: int) -> bool:
     return not torch.compiler.is_exporting() and 0 < tokens.shape[0] <= most
 
 
-def fixed_point_linear(x: Tensor, weight: QTensor, bias: Tensor | None) -> Tensor:
+def int_mm(a: Tensor, b: Tensor) -> Tensor:
+    """:func:`quantize.core.linear.int_matmul` by ``torch._int_mm``."""
+    if torch.compiler.is_exporting():
+        # In the operators of torch alone. A row of zeros more: a single row may come with a stride that is misread.
+        return torch._int_mm(torch.constant_pad_nd(a, (0, 0, 0, 1)), b.T)[:-1]
+    return packed.int_mm(a, b)
+
+
+def fixed_point_linear(
+    x: Tensor, weight: QTensor, bias: Tensor | None, *, matmul: Callable[[Tensor, Tensor], Tensor] = int_mm
+) -> Tensor:
     """``x W^T + bias`` of float tokens ``[t, c]`` and int8 weights, a scale a tensor or a channel, by integer matmuls.
+
+    ``matmul`` has to be exact: :func:`int_mm` where :func:`exact_int_mm` says so, or
+    :func:`quantize.core.linear.int_matmul`.
 
     A token is rounded to multiples of ``step = max(max|x| / (127 * 2^16), 2^-126)``, which has 24 bits as float32 has,
     and split into three digits of a byte; the product of each digit with the codes is exact. With ``u`` = 2^-24 and
@@ -124,7 +137,7 @@ def fixed_point_linear(x: Tensor, weight: QTensor, bias: Tensor | None) -> Tenso
     offset = 0x80 * (1 + 256 + 256**2)
     digits = (fixed + offset).bitwise_xor(offset)[..., None].view(torch.int8)[..., :_DIGITS]
     # One call for all digits: the weight is read once.
-    sums = int_mm(digits.permute(2, 0, 1).reshape(_DIGITS * t, c), weight.codes)
+    sums = matmul(digits.permute(2, 0, 1).reshape(_DIGITS * t, c), weight.codes)
     # With a zero point large sums cancel.
     wide = torch.float32 if weight.zero_point is None else torch.float64
     low, middle, high = sums.view(_DIGITS, t, weight.codes.shape[0]).to(wide).unbind()
@@ -134,14 +147,6 @@ def fixed_point_linear(x: Tensor, weight: QTensor, bias: Tensor | None) -> Tenso
     # The scales first: the total times one of them may overflow.
     y: Tensor = total.float() * (step * weight.scale.T)
     return y if bias is None else y + bias
-
-
-def int_mm(a: Tensor, b: Tensor) -> Tensor:
-    """:func:`quantize.core.linear.int_matmul` by ``torch._int_mm``."""
-    if torch.compiler.is_exporting():
-        # In the operators of torch alone. A row of zeros more: a single row may come with a stride that is misread.
-        return torch._int_mm(torch.constant_pad_nd(a, (0, 0, 0, 1)), b.T)[:-1]
-    return packed.int_mm(a, b)
 
 
 @functools.cache
