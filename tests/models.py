@@ -37,6 +37,14 @@ def mlp(*, c=64, hidden=96, out=32, dtype=torch.float32):
     return filled(nn.Sequential(nn.Linear(c, hidden), nn.ReLU(), nn.Linear(hidden, out))).to(dtype).eval()
 
 
+def hooks(model):
+    """The forward hooks of all modules; torch lists them nowhere but in these attributes."""
+    found = []
+    for module in model.modules():
+        found += [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    return found
+
+
 def snapshot(model):
     """Everything that a refused call must leave alone: values, identities, hooks, flags."""
     return {
@@ -44,7 +52,7 @@ def snapshot(model):
         "tensors": [(name, id(t), t.dtype) for name, t in model.named_parameters(remove_duplicate=False)],
         "values": [t.clone() for t in pytree.tree_leaves(model.state_dict()) if isinstance(t, torch.Tensor)],
         "grads": [None if p.grad is None else p.grad.clone() for p in model.parameters()],
-        "hooks": [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()],
+        "hooks": hooks(model),
         "training": [module.training for module in model.modules()],
         "attributes": [sorted(module.__dict__) for module in model.modules()],
     }
@@ -57,6 +65,11 @@ def assert_same_snapshot(a, b):
             assert (
                 torch.equal(x.nan_to_num(nan=0.125), y.nan_to_num(nan=0.125)) if isinstance(x, torch.Tensor) else x == y
             ), key
+
+
+def solutions(model):
+    """What was found for every layer, by its name in the report."""
+    return {row.name: model.get_submodule(row.name).solution for row in qz.report(model).rows}
 
 
 def statistics(model, names, observer, run):

@@ -1,4 +1,9 @@
-"""What the processes of ``test_ranks`` run; a module of its own, since new processes import it."""
+"""What processes of their own run: ranks, and calibrations that are killed."""
+
+import multiprocessing
+import os
+import pathlib
+import signal
 
 import torch
 import torch.distributed as dist
@@ -8,23 +13,33 @@ from quantize.shell import calibration
 from quantize.shell.calibration import CalibrationLinear
 from quantize.shell.ranks import Ranks
 from tests.models import config, filled, randn
-from tests.test_stages import Chain
+from tests.zoo.sequential import LongChain as Chain
 
 C = 32
 INT4 = {"type": "int4", "symmetric": True, "strategy": "channel"}
 CONFIGS = {
-    "gptq": config({"gptq": {"sequential": False}}, weights=INT4, batch_num=99),
-    "stages": config("gptq", weights=INT4, batch_num=99),
-    "awq": config("awq", weights=INT4, batch_num=99),
-    "static": config("smoothquant", inputs={"type": "int8", "symmetric": False, "strategy": "tensor"}, batch_num=99),
-    "minmax": config(inputs={"type": "int8", "symmetric": True, "strategy": "tensor"}, batch_num=99),
+    "gptq": config({"gptq": {"sequential": False}}, weights=INT4),
+    "stages": config("gptq", weights=INT4),
+    "awq": config("awq", weights=INT4),
+    "static": config("smoothquant", inputs={"type": "int8", "symmetric": False, "strategy": "tensor"}),
+    "minmax": config(inputs={"type": "int8", "symmetric": True, "strategy": "tensor"}),
 }
-BATCHES = [randn(2, 20, C, seed=seed) for seed in range(5)]
+# Multiples of 1/8: sums of their products are exact in float32, in any order.
+BATCHES = [torch.round(randn(2, 20, C, seed=seed) * 8) / 8 for seed in range(5)]
 
 
-def calibrated(name, batches, seed=0):
+def warm():
+    """Processes forked from one that has imported everything, and computed nothing yet."""
+    # The one that forks finds the modules by the environment.
+    os.environ["PYTHONPATH"] = str(pathlib.Path(__file__).parent.parent)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
+def calibrated(name, batches, seed=0, *, batch_num=99):
     model = filled(Chain(), seed)
-    qz.quantize(model, CONFIGS[name])
+    qz.quantize(model, {**CONFIGS[name], "batch_num": batch_num})
     with torch.no_grad():
         for x in batches:
             model(x)
@@ -39,6 +54,26 @@ def solutions(model):
 def share(rank, size):
     """What a rank sees: all batches between them, the last rank none."""
     return BATCHES[rank :: size - 1] if size > 1 and rank < size - 1 else [] if size > 1 else BATCHES
+
+
+def calibrate_and_die(name, path, kill):
+    """Calibrate with four batches, saving after each; killed before a batch, or while the fifth layer is solved."""
+    solve, solved = CalibrationLinear.solve, []
+
+    def dying(layer):
+        solved.append(layer)
+        if kill == "solve" and len(solved) == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        solve(layer)
+
+    CalibrationLinear.solve = dying
+    model = calibrated(name, [], batch_num=4)
+    for number, x in enumerate(BATCHES[:4]):
+        if kill == f"batch {number}":
+            os.kill(os.getpid(), signal.SIGKILL)
+        with torch.no_grad():
+            model(x)
+        qz.save_calibration(model, path)
 
 
 def work(rank, size, rendezvous, directory):

@@ -8,6 +8,8 @@ import tempfile
 
 # One thread a process: the cores are shared out among the processes of pytest-xdist.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# With more of them, those that wait must not spin on the cores of the others.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # torch would load torch_npu, which fails where Ascend's libraries are missing; before torch is imported.
 os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
 # The compiler's cache takes kernels for one instruction set as kernels for any: a cache for each.

@@ -1,75 +1,36 @@
 """A calibration that is killed goes on from its last file, bit for bit."""
 
-import os
-import pathlib
 import signal
-import subprocess
-import sys
-import textwrap
 
 import pytest
 import torch
 
 import quantize as qz
 from quantize.shell.calibration import CalibrationLinear
+from tests import ranks
 from tests.models import config, mlp
-from tests.ranks import BATCHES, CONFIGS, calibrated, solutions
-
-HERE = pathlib.Path(__file__).parent.parent
-COMMON = """
-import os, signal, sys
-import torch
-import quantize as qz
-from tests.ranks import BATCHES, CONFIGS, Chain, filled
-from quantize.shell.calibration import CalibrationLinear
-
-name, path, kill = sys.argv[1], sys.argv[2], sys.argv[3]
-model = filled(Chain())
-qz.quantize(model, {**CONFIGS[name], "batch_num": 4})
-solve, solved = CalibrationLinear.solve, []
-
-def dying(layer):
-    solved.append(layer)
-    if kill == "solve" and len(solved) == 5:
-        os.kill(os.getpid(), signal.SIGKILL)
-    solve(layer)
-
-CalibrationLinear.solve = dying
-for number, x in enumerate(BATCHES[:4]):
-    if kill == f"batch {number}":
-        os.kill(os.getpid(), signal.SIGKILL)
-    with torch.no_grad():
-        model(x)
-    qz.save_calibration(model, path)
-"""
+from tests.ranks import BATCHES, calibrated, solutions
 
 
 @pytest.mark.parametrize("kill", ["batch 1", "batch 3", "solve"])
 @pytest.mark.parametrize("name", ["gptq", "stages", "static"])
 def test_a_killed_calibration_goes_on(name, kill, tmp_path):
     path = tmp_path / "calibration.pt"
-    command = [sys.executable, "-c", textwrap.dedent(COMMON), name, str(path), kill]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=str(HERE), env={
-        **os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": str(torch.get_num_threads())})  # fmt: skip
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    process = ranks.warm().Process(target=ranks.calibrate_and_die, args=(name, path, kill))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     saved = 1 if kill == "batch 1" else 3
-    whole = calibrated_in(name, BATCHES[:4])
-    model = calibrated_in(name, [])
+    whole = calibrated(name, BATCHES[:4], batch_num=4)
+    model = calibrated(name, [], batch_num=4)
     qz.load_calibration(model, path)
     assert qz.report(model).rows[0].stage == "calibrating"
     for x in BATCHES[saved:4]:
         model(x)
     mine, theirs = solutions(model), solutions(whole)
+    assert theirs
     for layer, leaves in theirs.items():
         assert all(torch.equal(a, b) for a, b in zip(leaves, mine[layer], strict=True))
-
-
-def calibrated_in(name, batches):
-    CONFIGS[name] = {**CONFIGS[name], "batch_num": 4}
-    try:
-        return calibrated(name, batches)
-    finally:
-        CONFIGS[name] = {**CONFIGS[name], "batch_num": 99}
 
 
 def test_a_file_is_whole_or_not_there(tmp_path, monkeypatch):
