@@ -82,7 +82,7 @@ def test_every_valid_config_runs_to_the_end(config):
     assert torch.isfinite(solved).all()
     assert_converts_by_rounding_only(model, x)
     assert all(row.stage == "converted" for row in qz.report(model).rows)
-    str(qz.report(model))
+    assert all(row.name in str(qz.report(model)) for row in qz.report(model).rows)
 
 
 junk = st.sampled_from(
@@ -116,7 +116,7 @@ def test_a_mutated_config_runs_or_is_refused(config, data):
         place[data.draw(st.sampled_from(["bits", "x", 3]))] = data.draw(junk)
     if mutation == "replace":
         place[key] = data.draw(junk)
-    model = mlp(c=128)
+    model, x = mlp(c=128), randn(5, 128)
     before = snapshot(model)
     refused = None
     try:
@@ -126,3 +126,11 @@ def test_a_mutated_config_runs_or_is_refused(config, data):
     if refused is not None:
         assert "accepted: " in refused
         assert_same_snapshot(before, snapshot(model))
+        return
+    # Accepted: it runs as any other config.
+    model(x)
+    if qz.report(model).rows[0].stage == "calibrating":
+        qz.finish(model)
+    qz.convert(model)
+    assert torch.isfinite(model(x)).all()
+    assert all(row.stage == "converted" for row in qz.report(model).rows)

@@ -138,7 +138,7 @@ def test_integers_are_refused_by_name():
         served(torch.ones(2, 256, dtype=torch.int64))
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own
+@pytest.mark.filterwarnings("ignore:.*torch.jit")  # torch's own
 @every_scheme
 @every_dtype
 def test_derivatives_forward_and_backward_are_those_of_the_reference(scheme, dtype):
@@ -193,7 +193,7 @@ def test_buffers_of_a_user_stay():
         assert {"0.mine"} == {key for key in model.state_dict() if "mine" in key or "hidden" in key}
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # the compiler's own
+@pytest.mark.filterwarnings("ignore:.*torch.jit")  # the compiler's own
 @pytest.mark.parametrize("scheme", [Scheme(), Scheme(4, False, "group", 64)], ids=str)
 def test_compiled_graphs_take_strides_prefill_and_gradients(scheme):
     torch._dynamo.reset()

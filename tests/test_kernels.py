@@ -314,7 +314,7 @@ def assert_agree(model, found):
             assert torch.equal(y, layer(x))
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # the compiler's own
+@pytest.mark.filterwarnings("ignore:.*torch.jit")  # the compiler's own
 @pytest.mark.parametrize("given", [config(weights=INT4), config(), config(inputs=TOKEN), config(inputs=TENSOR)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_compile_and_export(given, dtype):

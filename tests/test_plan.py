@@ -9,7 +9,16 @@ from torch import nn
 from torch.nn.utils import prune
 
 import quantize as qz
-from tests.models import TENSOR, WEIGHTS, assert_same_snapshot, config, mlp, randn, snapshot
+from tests.models import (
+    TENSOR,
+    WEIGHTS,
+    assert_converts_by_rounding_only,
+    assert_same_snapshot,
+    config,
+    mlp,
+    randn,
+    snapshot,
+)
 
 
 class Special(nn.Linear):
@@ -130,7 +139,8 @@ def test_nothing_left_to_quantize_is_an_error(model, text):
 @pytest.mark.filterwarnings("ignore::quantize.QuantizeWarning")
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_torch_own_transformer_runs_with_its_fast_path(mode):
-    model = nn.ModuleDict({"block": nn.TransformerEncoderLayer(64, 2, 32, batch_first=True), "head": nn.Linear(64, 4)})
+    block = nn.TransformerEncoderLayer(64, 2, 32, dropout=0.0, batch_first=True)
+    model = nn.ModuleDict({"block": block, "head": nn.Linear(64, 4)})
 
     class Whole(nn.Module):
         def __init__(self):
@@ -140,12 +150,13 @@ def test_torch_own_transformer_runs_with_its_fast_path(mode):
         def forward(self, x):
             return self.parts["head"](self.parts["block"](x))
 
-    whole = getattr(Whole(), mode)()
-    qz.quantize(whole, config(inputs=TENSOR))
+    whole, x = getattr(Whole(), mode)(), randn(2, 5, 64)
     with torch.no_grad():
-        whole(randn(2, 5, 64))
-        qz.convert(whole)
-        assert torch.isfinite(whole(randn(2, 5, 64))).all()
+        expected = block(x)
+        qz.quantize(whole, config(inputs=TENSOR))
+        whole(x)
+        assert_converts_by_rounding_only(whole, x)
+        assert torch.equal(block(x), expected)
     assert [row.name for row in qz.report(whole).rows] == ["parts.head"]
 
 
