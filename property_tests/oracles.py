@@ -5,6 +5,9 @@ from fractions import Fraction
 import numpy as np
 import torch
 
+# Unit roundoffs: the largest relative error of one operation.
+U32, U64 = 2.0**-24, 2.0**-53
+
 
 def members(scheme, n, c):
     """Index of the scale of every element, ``[n, c]`` of pairs, spelled out per strategy."""
@@ -46,3 +49,35 @@ def gram64(x):
     for token in numpy64(x):
         total += np.outer(token, token)
     return total
+
+
+def spread(q):
+    """Scale and zero point of every element of ``q``, ``[n, c]`` each; zeros where there is no zero point."""
+    where = np.array(members(q.scheme, *q.codes.shape))
+    scale = numpy64(q.scale)[where[..., 0], where[..., 1]]
+    return scale, np.zeros_like(scale) if q.zero_point is None else numpy64(q.zero_point)[where[..., 0], where[..., 1]]
+
+
+def values64(q):
+    """The numbers that the codes stand for: one rounding of float64 each, so that they are the core's to the bit."""
+    scale, zero = spread(q)
+    return (numpy64(q.codes) - zero) * scale
+
+
+def row_losses(delta, gram):
+    """``sum over i, j of delta_i H_ij delta_j`` for every row, ``[n]``, of float64 arrays."""
+    return (delta @ gram * delta).sum(1)
+
+
+def loss_noise(sizes, gram):
+    """By how much, at most, the larger of two losses may be taken for the smaller, ``[n]``.
+
+    ``sizes`` bounds the magnitudes of both changes. A loss is a product and two sums over ``c`` terms: at most
+    ``2 c + 1`` roundings of the sum of the magnitudes. Two losses are compared, in the core and in the test: 4 of them.
+    """
+    return 4 * (2 * len(gram) + 2) * U64 * row_losses(sizes, np.abs(gram))
+
+
+def total_noise(sizes, gram):
+    """:func:`loss_noise` of sums over the rows: one more rounding for each row, and a few for a mean of two losses."""
+    return 4 * (2 * len(gram) + len(sizes) + 6) * U64 * row_losses(sizes, np.abs(gram)).sum()

@@ -5,9 +5,10 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from quantize.core import Scheme
+from quantize.core import QTensor, Scheme
 
 sizes = st.integers(1, 9)
+seeds = st.integers(0, 2**31)
 
 
 @st.composite
@@ -38,7 +39,7 @@ def integer_matrices(draw, n=sizes, c=sizes, bound=15):
 @st.composite
 def normal_matrices(draw, n, c, dtype=torch.float32):
     """Gaussian numbers with heavy-tailed channels, as the inputs of transformers have them."""
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    generator = torch.Generator().manual_seed(draw(seeds))
     channels = torch.randn(draw(c), generator=generator, dtype=torch.float64).mul(draw(st.sampled_from([0, 0.5, 2])))
     x = torch.randn(draw(n), len(channels), generator=generator, dtype=torch.float64) * channels.exp()
     return x.to(dtype)
@@ -49,7 +50,7 @@ def correlated_tokens(draw, t, c, dtype=torch.float64):
     """Tokens ``[t, c]`` with correlated, heavy-tailed channels, some of them dead, at times of low rank."""
     c = draw(c)
     x = draw(normal_matrices(t, st.just(c), torch.float64))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    generator = torch.Generator().manual_seed(draw(seeds))
     rank = draw(st.integers(1, c))
     mix = torch.randn(c, rank, generator=generator, dtype=torch.float64) @ torch.randn(
         rank, c, generator=generator, dtype=torch.float64
@@ -58,3 +59,11 @@ def correlated_tokens(draw, t, c, dtype=torch.float64):
     if draw(st.booleans()):
         x[:, draw(st.integers(0, c - 1))] = 0
     return x.to(dtype)
+
+
+def whole_quantized(source, n, c, scheme):
+    """Random codes and zero points from -8 to 7, with float64 steps of 1/4 to 2: exact in all sums and products."""
+    p, g = scheme.grid_shape(n, c)
+    scale = torch.from_numpy(2.0 ** source.integers(-2, 2, (p, g)))
+    zero = None if scheme.symmetric else torch.from_numpy(source.integers(-8, 8, (p, g))).to(torch.int8)
+    return QTensor(torch.from_numpy(source.integers(-8, 8, (n, c))).to(torch.int8), scale, zero, scheme)

@@ -3,12 +3,12 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from property_tests.laws import assert_pure, same_bits
 from property_tests.oracles import exact_ranges, exact_scale, half_even, members
-from property_tests.strategies import matrices, normal_matrices, sizes, weight_schemes
+from property_tests.strategies import matrices, normal_matrices, seeds, sizes, weight_schemes, whole_quantized
 from quantize.core import (
     QParams,
     Scheme,
@@ -22,9 +22,19 @@ from quantize.core import (
     to_groups,
 )
 
-# Relative error of one float32 operation.
-U = Fraction(1, 2**24)
+# Unit roundoffs: the largest relative error of one operation.
+U, V = Fraction(1, 2**24), Fraction(1, 2**53)
 TINY = Fraction(torch.finfo(torch.float32).tiny)
+
+
+def assert_scale(scale, low, high, scheme, u):
+    """``scale`` is the rule of the format, but for the roundings of its own formula."""
+    exact = max(exact_scale(low, high, scheme.bits, scheme.symmetric), TINY)
+    # Symmetric: one rounded division. Asymmetric: a rounded difference before it, of two halves, each of which may be
+    # off by half of the smallest subnormal number, 2^-150 in float32.
+    halves = 0 if scheme.symmetric else Fraction(2, 2**150) / ((2**scheme.bits - 1) / Fraction(2))
+    bound = (1 + u) ** (1 if scheme.symmetric else 2)
+    assert abs(Fraction(scale) - exact) <= exact * (bound - 1) + halves * bound
 
 
 @given(matrices(), weight_schemes())
@@ -50,13 +60,10 @@ def test_scale_is_the_rule_of_the_format(x, scheme):
     assert params.scale.dtype == torch.float32
     assert (params.zero_point is None) == scheme.symmetric
     for (i, j), (low, high) in exact_ranges(x, scheme).items():
-        scale = Fraction(params.scale[i, j].item())
-        exact = max(exact_scale(low, high, scheme.bits, scheme.symmetric), TINY)
-        # Symmetric: one rounded division; asymmetric: a rounded difference before it.
-        assert abs(scale - exact) <= exact * ((1 + U) ** (1 if scheme.symmetric else 2) - 1)
+        assert_scale(params.scale[i, j].item(), low, high, scheme, U)
         if not scheme.symmetric:
-            position = scheme.qmin - low / scale
-            # A rounded quotient and a rounded sum: each at most half a unit in the last place of 256.
+            position = scheme.qmin - low / Fraction(params.scale[i, j].item())
+            # A rounded quotient and a rounded sum, both below 256.
             assert abs(params.zero_point[i, j].item() - position) <= Fraction(1, 2) + 2 * 256 * U
 
 
@@ -84,6 +91,21 @@ def test_error_is_at_most_half_a_step_where_nothing_clips(x, scheme):
                 assert abs(code - zero - exact) <= 1 + slack
 
 
+@given(sizes, sizes, weight_schemes(), seeds)
+def test_ties_go_to_the_even_code(n, c, scheme, seed):
+    # Quarters of a step that is a power of two: every quotient is exact, and one in four is a tie.
+    source = np.random.default_rng(seed)
+    params, where = whole_quantized(source, n, c, scheme).params, members(scheme, n, c)
+    quarters = source.integers(4 * scheme.qmin - 8, 4 * scheme.qmax + 9, (n, c))
+    x = torch.from_numpy(quarters / 4) * torch.tensor([[params.scale[g].item() for g in row] for row in where])
+    codes = assert_pure(quantize, x.double(), params, scheme).codes
+    for i in range(n):
+        for j in range(c):
+            zero = 0 if params.zero_point is None else params.zero_point[where[i][j]].item()
+            rounded = half_even(Fraction(int(quarters[i, j]), 4)) + zero
+            assert codes[i, j].item() == min(max(rounded, scheme.qmin), scheme.qmax)
+
+
 @given(matrices(), weight_schemes())
 def test_dequantize_multiplies_the_codes(x, scheme):
     q = round_to_nearest(x, scheme)
@@ -105,7 +127,6 @@ def test_fake_quantize_is_the_round_trip(x, scheme):
 @given(matrices(), weight_schemes())
 def test_quantizing_again_changes_nothing(x, scheme):
     q = round_to_nearest(x, scheme)
-    assume(not torch.isinf(dequantize(q)).any())
     same_bits(quantize(dequantize(q), q.params, scheme), q)
 
 
@@ -147,8 +168,7 @@ def test_float64_keeps_its_precision(x, scheme):
     q = round_to_nearest(x, scheme)
     assert q.scale.dtype == torch.float64
     for (i, j), (low, high) in exact_ranges(x, scheme).items():
-        exact = exact_scale(low, high, scheme.bits, scheme.symmetric)
-        assert abs(Fraction(q.scale[i, j].item()) - exact) <= exact * Fraction(1, 2**51)
+        assert_scale(q.scale[i, j].item(), low, high, scheme, V)
 
 
 def test_tiny_rows_are_not_zeroed():

@@ -46,8 +46,9 @@ def test_the_affine_functions_compile_and_map(scheme):
         q = quantize(x, qparams(*group_ranges(x, scheme), scheme), scheme)
         return q, dequantize(q)
 
-    for x in STACK:
-        same_bits(compiled(both)(x), both(x))
+    whole = compiled(both)
+    for x in STACK[:2]:
+        same_bits(whole(x), both(x))
     mapped, values = torch.func.vmap(both)(STACK)
     for i, x in enumerate(STACK):
         q, value = both(x)
@@ -63,8 +64,9 @@ def test_the_observers_compile_and_map(observer):
         return observer.finalize(observer.merge(state, state))
 
     whole = STACK.mul(8).round()
-    for x in whole:
-        same_bits(compiled(statistic)(x), statistic(x))
+    traced = compiled(statistic)
+    for x in whole[:2]:
+        same_bits(traced(x), statistic(x))
     mapped = torch.utils._pytree.tree_leaves(torch.func.vmap(statistic)(whole))
     for i, x in enumerate(whole):
         for leaf, expected in zip(mapped, torch.utils._pytree.tree_leaves(statistic(x)), strict=True):
