@@ -147,6 +147,7 @@ def test_a_refitted_scale_is_the_least_squares_scale(data, scheme):
     for group in sorted({pair for row in where for pair in row}):
         inside = [(i, j) for i in range(n) for j in range(c) if where[i][j] == group]
         # In exact rationals, with the new scales of the groups before: the slope and the curvature of the parabola.
+        # Beside them, the sum of the magnitudes in the slope.
         slope = curve = Fraction(0)
         size = 0.0
         for i, j in inside:
