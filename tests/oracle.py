@@ -21,9 +21,11 @@ class Quantized(nn.Module):
 
     def forward(self, x):
         s = self.solution
-        return linear.fake_quantized_linear(
-            x, s.weight, self.bias, inputs=s.inputs, smoothing=s.smoothing, static=s.static
-        )
+        # Quantized layers compute in the dtype of their inputs, also under autocast.
+        with torch.autocast(x.device.type, enabled=False):
+            return linear.fake_quantized_linear(
+                x, s.weight, self.bias, inputs=s.inputs, smoothing=s.smoothing, static=s.static
+            )
 
 
 def linears(model):
@@ -58,30 +60,13 @@ def called(model, batches):
     return list(dict.fromkeys(name for calls in inputs_of(model, linears(model), batches) for name in calls))
 
 
-def stages(model, batches):
-    """The layers by the element of the outermost list that they are in; outside of lists each is a stage."""
-    found = {}
-    for name in called(model, batches):
-        path = name.split(".")
-        owners = [model.get_submodule(".".join(path[:depth])) for depth in range(len(path))]
-        lists = [depth for depth, owner in enumerate(owners) if isinstance(owner, (nn.ModuleList, nn.Sequential))]
-        found.setdefault(".".join(path[: lists[0] + 1]) if lists else name, []).append(name)
-    return list(found.values())
-
-
-def siblings(model, names, batches):
-    """The layers of one stage by the tensor that they read at their first call."""
-    first = {}
-    for calls in inputs_of(model, names, batches):
-        for name, reads in calls.items():
-            first.setdefault(name, reads[0])
+def steps(model, batches):
+    """The layers by the tensors that they read at all of their calls, in the order of execution."""
+    reads = inputs_of(model, linears(model), batches)
     found = []
-    for name in names:
-        tensor, numbers = first[name]
+    for name in merged([list(calls) for calls in reads]):
         for theirs in found:
-            other, others = first[theirs[0]]
-            # Written to in between, a tensor is another one.
-            if tensor is other and torch.equal(numbers, others):
+            if all(alike(calls.get(name, []), calls.get(theirs[0], [])) for calls in reads):
                 theirs.append(name)
                 break
         else:
@@ -89,34 +74,64 @@ def siblings(model, names, batches):
     return found
 
 
+def alike(mine, theirs):
+    """Whether the calls of two layers read the same tensors; written to in between, a tensor is another one."""
+    return len(mine) == len(theirs) and all(
+        tensor is other and torch.equal(numbers, others)
+        for (tensor, numbers), (other, others) in zip(mine, theirs, strict=True)
+    )
+
+
+def merged(orders):
+    """All names, each behind what comes before it in any batch, where the batches do not contradict each other."""
+    rest, found = list(dict.fromkeys(name for order in orders for name in order)), []
+    while rest:
+        free = [
+            name
+            for name in rest
+            if not any(name in order and set(order[: order.index(name)]) & set(rest) for order in orders)
+        ]
+        # The batch that has most before it decides where they contradict each other.
+        longest = max(([name for name in order if name in rest] for order in orders), key=len)
+        found.append((free or longest)[0])
+        rest.remove(found[-1])
+    return found
+
+
 def solve(model, algorithm, batches):
     """The solution of every layer of ``model`` by name. The layers of ``model`` are replaced."""
     original, solutions = copy.deepcopy(model), {}
-    names, steps = linears(model), stages(model, batches)
-    if algorithm.paired:
-        # What came in with a layer is corrected before the layers behind it in the same stage are fitted.
-        steps = [step for stage in steps for step in siblings(original, stage, batches)]
-    for step in steps:
-        arriving, floating = (inputs_of(each, step, batches) for each in (model, original))
-        for name in step:
+    names = linears(model)
+    for step in steps(original, batches):
+        arriving, floating = (inputs_of(each, step[:1], batches) for each in (model, original))
+        first, layers = step[0], [model.get_submodule(name) for name in step]
+        state, tokens = algorithm.observer.init(layers[0].in_features), 0
+        for mine, theirs in zip(arriving, floating, strict=True):
+            for call, (_, x) in enumerate(mine.get(first, [])):
+                pair = [y.flatten(0, -2) for _, y in theirs.get(first, [])][call : call + 1]
+                state = algorithm.observer.update(state, x, *(pair if algorithm.paired else []))
+                tokens += x.numel() // layers[0].in_features
+        for name, solution in zip(
+            step, solved(algorithm, layers, algorithm.observer.finalize(state), tokens), strict=True
+        ):
             layer = model.get_submodule(name)
-            state, tokens = algorithm.observer.init(layer.in_features), 0
-            for mine, theirs in zip(arriving, floating, strict=True):
-                for call, (_, x) in enumerate(mine.get(name, [])):
-                    pair = [y.flatten(0, -2) for _, y in theirs.get(name, [])][call : call + 1]
-                    state = algorithm.observer.update(state, x, *(pair if algorithm.paired else []))
-                    tokens += x.numel() // layer.in_features
-            solutions[name] = (
-                algorithm.solve(layer.weight.detach(), algorithm.observer.finalize(state))
-                if tokens >= algorithm.fewest
-                else rounded(layer)
-            )
-            quantized = Quantized(solutions[name], layer.bias)
+            solutions[name] = solution
+            quantized = Quantized(solution, layer.bias)
             for path, module in list(model.named_modules(remove_duplicate=False)):
                 if module is layer:
                     model.set_submodule(path, quantized)
     # What no batch reached.
     return solutions | {name: rounded(original.get_submodule(name)) for name in names if name not in solutions}
+
+
+def solved(algorithm, layers, statistic, tokens):
+    """The solutions of layers that read the same; that solving them together is right is a property of the core."""
+    weights = [layer.weight.detach() for layer in layers]
+    if tokens < algorithm.fewest:
+        return [rounded(layer) for layer in layers]
+    if algorithm.together is not None:
+        return algorithm.together(weights, statistic)
+    return [algorithm.solve(weight, statistic) for weight in weights]
 
 
 def rounded(layer):

@@ -58,15 +58,15 @@ def share(rank, size):
 
 def calibrate_and_die(name, path, kill):
     """Calibrate with four batches, saving after each; killed before a batch, or while the fifth layer is solved."""
-    solve, solved = CalibrationLinear.solve, []
+    statistic, solved = CalibrationLinear.statistic, []
 
     def dying(layer):
         solved.append(layer)
         if kill == "solve" and len(solved) == 5:
             os.kill(os.getpid(), signal.SIGKILL)
-        solve(layer)
+        return statistic(layer)
 
-    CalibrationLinear.solve = dying
+    CalibrationLinear.statistic = dying
     model = calibrated(name, [], batch_num=4)
     for number, x in enumerate(BATCHES[:4]):
         if kill == f"batch {number}":
@@ -105,7 +105,7 @@ def errors(rank):
         models["mode"] = calibrated("stages", BATCHES[:1])
     for layer in models["broken"].modules():
         if isinstance(layer, CalibrationLinear) and layer.names[0] == "blocks.1.up":
-            layer.solve = failing
+            layer.statistic = failing
     alone = filled(Chain())
     qz.quantize(alone, {**CONFIGS["gptq"], "batch_num": 1})
     alone(BATCHES[rank])

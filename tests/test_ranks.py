@@ -66,7 +66,10 @@ def test_what_differs_is_refused_on_every_rank(found):
         assert "as on rank 0" in told["weights"]
         assert "rank 1: layer 'first', 32x32 in torch.float32, awq" in told["config"]
         assert "layer 'first': 0 batches seen" in told["no batch"]
-        assert "rank 1: 0 of 1 sessions in stages; accepted: as on rank 0: 1 of 1 sessions in stages" in told["mode"]
+        assert (
+            "rank 1: 0 of 1 sessions layer by layer; accepted: as on rank 0: 1 of 1 sessions layer by layer"
+            in told["mode"]
+        )
         assert "layer 'blocks.1.up': rank" in told["broken"]
         assert "RuntimeError: out of memory" in told["broken"]
         assert "model: solved on every process alone; accepted: batch_num above what any process runs" in told["alone"]

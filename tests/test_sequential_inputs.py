@@ -28,7 +28,7 @@ def test_arguments_that_cannot_be_given_twice_are_calibrated_in_one_pass():
     model, plain = made(Caching), made(Caching)
     qz.quantize(model, given())
     qz.quantize(plain, given(sequential=False))
-    told = "calibrated in one pass, not stage by stage: the model was called with an argument of type Cache"
+    told = "calibrated in one pass, not layer by layer: the model was called with an argument of type Cache"
     with pytest.warns(qz.QuantizeWarning, match=told):
         model(batches()[0], cache=Cache())
     plain(batches()[0])

@@ -22,17 +22,17 @@ def started(number, batch_num=3):
 
 
 def failing(monkeypatch, error, when):
-    """Let the solver raise ``error`` at the first call for which ``when(call, weight)``; returns the calls so far."""
-    solve, calls, failed = gptq.solve, [], []
+    """Let the solver raise ``error`` at the first call for which ``when(call, weights)``; returns the calls so far."""
+    solve, calls, failed = gptq.solve_together, [], []
 
-    def solve_or_fail(spec, options, weight, statistic):
-        calls.append(weight)
-        if not failed and when(len(calls) - 1, weight):
+    def solve_or_fail(spec, options, weights, statistic):
+        calls.append(weights)
+        if not failed and when(len(calls) - 1, weights):
             failed.append(1)
             raise error
-        return solve(spec, options, weight, statistic)
+        return solve(spec, options, weights, statistic)
 
-    monkeypatch.setattr(gptq, "solve", solve_or_fail)
+    monkeypatch.setattr(gptq, "solve_together", solve_or_fail)
     return calls
 
 
@@ -76,7 +76,7 @@ def test_an_interrupted_solve_is_continued(part, monkeypatch):
 def test_a_failing_layer_is_named_and_the_others_stay(monkeypatch):
     plain = made(Chain)
     down = plain.blocks[0].down.weight
-    failing(monkeypatch, RuntimeError("no convergence"), lambda _, weight: torch.equal(weight, down))
+    failing(monkeypatch, RuntimeError("no convergence"), lambda _, weights: torch.equal(weights[0], down))
     model = started(0, batch_num=1)
     with pytest.raises(RuntimeError, match="no convergence") as error:
         model(batches()[0])
@@ -99,7 +99,7 @@ def test_nan_is_refused_at_its_batch():
 
 def test_a_part_of_a_staged_model_is_not_finished_alone():
     model = started(1)
-    with pytest.raises(qz.QuantizeError, match="a part of a model that is calibrated stage by stage"):
+    with pytest.raises(qz.QuantizeError, match="a part of a model that is calibrated layer by layer"):
         qz.finish(model.blocks[1])
     for x in batches()[1:]:
         model(x)

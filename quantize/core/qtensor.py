@@ -41,6 +41,12 @@ class QTensor:
         """Scale and zero point alone."""
         return QParams(self.scale, self.zero_point)
 
+    def rows(self, rows: slice) -> QTensor:
+        """The output channels ``rows``, in memory of their own."""
+        scale, zero_point = (p if p is None or len(p) == 1 else p[rows].clone() for p in self.params)
+        assert scale is not None
+        return QTensor(self.codes[rows].clone(), scale, zero_point, self.scheme)
+
 
 # None would be a leaf, which torch.func.vmap refuses in a result: absent tensors are absent from the tree.
 def _flatten(q: QTensor) -> tuple[list[Any], Scheme]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from quantize.core import affine, metrics
-from quantize.core.qtensor import QParams, QTensor
+from quantize.core.qtensor import QParams, QTensor, present
 from quantize.core.scheme import Scheme
 
 # Columns between two small matmuls inside a block: short enough for the cache, long enough to amortize a call.
@@ -130,8 +130,9 @@ def better_rows(weight: Tensor, first: QTensor, second: QTensor, gram: Tensor) -
     """
     errors = torch.stack([metrics.row_error(affine.dequantize(q) - weight, gram) for q in (first, second)])
     compared = errors
-    if first.scheme.strategy == "tensor" and first.scale is not second.scale:
-        compared = errors.sum(1, keepdim=True).expand_as(errors)
+    if first.scheme.strategy == "tensor":
+        alike = [a == b for a, b in zip(present(first.params), present(second.params), strict=True)]
+        compared = torch.where(torch.stack(alike).all(), errors, errors.sum(1, keepdim=True))
     take = compared[1] < compared[0]
     params = affine.select(take[: len(first.scale), None], second.params, first.params)
     codes = torch.where(take[:, None], second.codes, first.codes)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from quantize.presets import INT8_MINMAX_WEIGHT_QUANT_CFG
-from quantize.shell import loading, session, solving
+from quantize.shell import loading, recording, session, solving
 from quantize.shell.calibration import CalibrationLinear, calibrated
 from quantize.shell.config import QuantizeWarning, parse, refusal, shown
 from quantize.shell.deployment import QuantizedLinear
@@ -46,7 +46,7 @@ def quantize(model: nn.Module, config: object = None) -> None:
     layers: dict[nn.Module, CalibrationLinear] = {
         layer.module: CalibrationLinear(layer.module, layer.names, parsed) for layer in planned.layers
     }
-    solving.restart(layers.values())
+    recording.restart(layers.values())
     swap(model, layers)
     session.attach(model, parsed, planned)
     if parsed.algorithm.data_free:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import random
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,25 +13,27 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from quantize.shell.modes import random_states, set_random_states
+
 # What can be kept, saved and given again, in lists, tuples and dicts.
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 
 
 @dataclass
 class Batch:
-    """One forward pass: its arguments, and how often it called each layer, in the order of the first calls."""
+    """One forward pass: its arguments, and what it gave to the layers."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     mask: Tensor | None
     autocast: tuple[str, bool, torch.dtype]
-    random: tuple[bytes, Any]
-    calls: dict[str, int]
+    random: dict[str, Any]
     # Of the first batch: the buffers of the model before it, and whether it wrote to them.
     buffers: dict[str, Tensor]
     stateful: bool = False
-    # Which tensor each layer read at its first call: equal numbers, one tensor.
-    inputs: dict[str, int] = field(default_factory=dict)
+    # Which tensors each layer read at its calls, in the order of the first calls; and the fingerprints of those.
+    reads: dict[str, list[int]] = field(default_factory=dict)
+    prints: list[list[float]] = field(default_factory=list)
 
     @classmethod
     def of(
@@ -44,12 +45,14 @@ class Batch:
         autocast = (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
         with torch.inference_mode(False):
             args, kwargs = copied((args, kwargs))
-            return cls(args, kwargs, mask, autocast, random_state(), {}, copied(dict(buffers)))
+            return cls(
+                args, kwargs, mask, autocast, random_states(frozenset(t.device for t in tensors)), copied(dict(buffers))
+            )
 
     def run(self, root: nn.Module, *modes: Any) -> Any:
         """The same pass once more, without gradients and under ``modes``; returns what ``root`` gives."""
         device, enabled, dtype = self.autocast
-        set_random_state(self.random)
+        set_random_states(self.random)
         args, kwargs = copied((self.args, self.kwargs))
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
@@ -118,44 +121,6 @@ def copied(value: Any) -> Any:
     return pytree.tree_map_only(Tensor, copy, value)
 
 
-def random_state() -> tuple[bytes, Any]:
-    """The state of the random numbers of torch on the CPU, and of Python."""
-    return bytes(torch.get_rng_state().numpy()), random.getstate()
-
-
-def set_random_state(state: tuple[bytes, Any]) -> None:
-    """Undo :func:`random_state`."""
-    torch.set_rng_state(torch.frombuffer(bytearray(state[0]), dtype=torch.uint8))
-    version, internal, gauss = state[1]
-    random.setstate((version, tuple(internal), gauss))
-
-
-def put(owner: nn.Module, name: str, value: Tensor) -> None:
-    """Write ``value`` into a buffer; one that was made in inference mode lets nobody, and is replaced."""
-    buffer = owner._buffers[name]
-    assert buffer is not None
-    if buffer.is_inference():
-        owner._buffers[name] = value.clone()
-    else:
-        buffer.copy_(value)
-
-
-@contextmanager
-def undisturbed(root: nn.Module) -> Iterator[None]:
-    """Random numbers and the buffers of ``root`` are afterwards as before."""
-    random = random_state()
-    buffers = [(module, name, buffer, buffer.clone()) for module in root.modules()
-               for name, buffer in module._buffers.items() if buffer is not None]  # fmt: skip
-    try:
-        yield
-    finally:
-        set_random_state(random)
-        for module, name, buffer, kept in buffers:
-            module._buffers[name] = buffer
-            if not torch.equal(buffer, kept):
-                put(module, name, kept)
-
-
 def attention_mask(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """Which tokens ``[b, t]`` are no padding, where the model is called with such an argument."""
     try:
@@ -167,10 +132,3 @@ def attention_mask(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.is_floating_point():
         return None
     return mask != 0
-
-
-@contextmanager
-def untracked(device: torch.device) -> Iterator[None]:
-    """No gradients, no inference tensors and no autocast, whatever the caller has switched on."""
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
-        yield

@@ -19,7 +19,7 @@ from quantize.shell.kernels import Layout, reference
 from quantize.shell.report import Row
 
 if TYPE_CHECKING:
-    from quantize.shell.recording import Calls, Watching
+    from quantize.shell.recording import Observing
 
 
 class CalibrationLinear(nn.Module):
@@ -44,8 +44,8 @@ class CalibrationLinear(nn.Module):
         self.statistics: Any = None
         self.solution: Solution | None = None
         self.active = False
-        self.recorder: Watching | Calls | None = None
-        # On the first layer of a session that is solved stage by stage: what the model was called with.
+        self.recorder: Observing | None = None
+        # On the first layer of a session that is solved layer by layer: what the model was called with.
         self.batches: list[Batch] | None = None
         # On the first layer of a session that folds: what the model was called with first.
         self.first: Batch | None = None
@@ -54,13 +54,11 @@ class CalibrationLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Linear gives it
         """``input`` ``[..., c]`` to ``[..., n]``: float, or fake-quantized once the model is solved."""
+        quantized = self.active if self.recorder is None else self.recorder.observe(self, input)
         s = self.solution
-        if s is None or not self.active:
+        if s is None or not quantized:
             x = input if self.folded is None else input * self.folded.to(input.dtype)
-            output = functional.linear(x, self.weight, self.bias)
-            if self.recorder is not None:
-                self.recorder.observe(self, input)
-            return output
+            return functional.linear(x, self.weight, self.bias)
         with torch.autocast(input.device.type, enabled=False):
             return linear.fake_quantized_linear(
                 input, s.weight, self.bias, inputs=s.inputs, smoothing=s.smoothing, static=s.static
@@ -214,6 +212,28 @@ class CalibrationLinear(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # An unfinished batch is no part of a copy, and weak references do not pickle.
         return {**self.__dict__, "recorder": None}
+
+
+def solve_together(layers: list[CalibrationLinear]) -> None:
+    """Solve layers that share their statistics: at once, where the algorithm saves work by that."""
+    first, together = layers[0], layers[0].config.algorithm.together
+    if together is None or first.fell_back or len({layer.weight.dtype for layer in layers}) > 1:
+        for layer in layers:
+            layer.solve()
+        return
+    for layer, solution in zip(
+        layers, together([layer.weight.detach() for layer in layers], first.statistic()), strict=True
+    ):
+        layer.solution, layer.statistics = solution, None
+
+
+def siblings(layers: list[CalibrationLinear]) -> list[list[CalibrationLinear]]:
+    """The layers by the statistics that they share, in their order."""
+    found: dict[object, list[CalibrationLinear]] = {}
+    for layer in layers:
+        leaves = pytree.tree_leaves(layer.statistics)
+        found.setdefault(id(leaves[0]) if leaves else layer, []).append(layer)
+    return list(found.values())
 
 
 def calibrated(model: nn.Module) -> list[CalibrationLinear]:

@@ -20,7 +20,10 @@ from quantize.shell.batches import Batch
 from quantize.shell.calibration import CalibrationLinear
 from quantize.shell.folds import MULTIPLIES, ONE_PLUS, ROWS, Fold, Form
 from quantize.shell.producers import Group, Outputs, find, hooked, width
-from quantize.shell.recording import Done
+
+
+class _Refuted(BaseException):
+    """Ends a run that has shown a fold to be wrong."""
 
 
 def fold(root: nn.Module, layers: list[CalibrationLinear], batch: Batch) -> list[str]:
@@ -123,7 +126,7 @@ def _found_rows(new: list[Fold], proven: list[Fold], root: nn.Module, batch: Bat
             arrived, expected = each.group.arrived(args[0] if args else kwargs["input"]), each.group.sample
             # Nothing can be read off a channel that is silent in these tokens.
             if arrived is None or not bool(expected.any(0).all()):
-                raise Done
+                raise _Refuted
             ratio = (expected.abs().sum(0) / arrived.abs().sum(0)).nan_to_num(nan=1.0).double()
             exponents = ratio.log2().round().clamp(-1, 1)
             found[each] += step * (exponents.to(torch.int64) + 1)
@@ -156,7 +159,7 @@ def _hold(folds: list[Fold], root: nn.Module, outputs: Outputs, batch: Batch) ->
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if module in of and not _divided(of[module], args[0] if args else kwargs["input"]):
-            raise Done
+            raise _Refuted
 
     def same(given: Any) -> bool:
         found = Outputs.of(given)
@@ -176,7 +179,7 @@ def _given(root: nn.Module, batch: Batch, holds: Callable[[Any], bool]) -> bool:
     """Whether what the model gives for ``batch`` ``holds``; it does not where a hook or the model itself refuses."""
     try:
         return holds(batch.run(root))
-    except (Done, Exception):
+    except (_Refuted, Exception):
         return False
 
 

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from quantize.shell.batches import Batch, keepable
 from quantize.shell.calibration import CalibrationLinear, calibrated
-from quantize.shell.watch import Tags, storages_of
+from quantize.shell.storages import Tags, storages_of
 
 # How many tokens, and how many numbers of an output where bits may change, are compared.
 _TOKENS, _NUMBERS = 16, 4096

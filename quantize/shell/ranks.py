@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from quantize.shell.calibration import CalibrationLinear
+from quantize.shell.calibration import CalibrationLinear, siblings, solve_together
 from quantize.shell.config import QuantizeError, refusal
 
 
@@ -31,15 +31,16 @@ class Ranks:
         dist.all_gather_object(values, value, group=self._group)
         return values
 
-    def together(self, work: Callable[[], None]) -> None:
-        """Do ``work``; where it fails on one rank, all fail, so that none waits for another.
+    def together(self, work: Callable[[], Any]) -> Any:
+        """What ``work`` gives; where it fails on one rank, all fail, so that none waits for another.
 
         Raises:
             QuantizeError: another rank failed; it names it.
         """
         failure: Exception | None = None
+        result = None
         try:
-            work()
+            result = work()
         except Exception as error:
             failure = error
         told = self.gather(None if failure is None else f"{type(failure).__name__}: {failure}")
@@ -48,6 +49,7 @@ class Ranks:
         for rank, message in enumerate(told):
             if message is not None:
                 raise QuantizeError(f"rank {rank}: {message}; accepted: ranks that all go on")
+        return result
 
     def agree(self, layers: list[CalibrationLinear], mode: str) -> None:
         """Refuse models or configs that differ, before any statistics are exchanged.
@@ -88,43 +90,50 @@ class Ranks:
     def solve(
         self,
         layers: list[CalibrationLinear],
-        solve: Callable[[CalibrationLinear], None],
-        progress: Callable[[list[CalibrationLinear]], Iterable[CalibrationLinear]] = iter,
+        progress: Callable[[list[list[CalibrationLinear]]], Iterable[list[CalibrationLinear]]] = iter,
     ) -> None:
-        """Solve every layer on one rank, and give all the solution.
+        """Solve every layer on one rank, those that share their statistics on the same, and give all the solutions.
 
         Raises:
             QuantizeError: a rank could not solve a layer; it names rank and layer.
         """
-        outcomes: dict[CalibrationLinear, list[Any]] = {}
-        owners = self._owners(layers)
-        for layer in progress([layer for layer in layers if owners[layer] == self._rank]):
+        units = siblings(layers)
+        owners, failures = self._owners(units), dict[int, str]()
+        mine = [unit for unit, owner in zip(units, owners, strict=True) if owner == self._rank]
+        for unit in progress(mine):
             try:
-                solve(layer)
-                solution = pytree.tree_map_only(Tensor, Tensor.cpu, layer.solution) if self.size > 1 else None
-                outcomes[layer] = [None, solution]
+                solve_together(unit)
             except Exception as error:
+                names = ", ".join(repr(layer.names[0]) for layer in unit)
                 if self.size == 1:
+                    error.add_note(f"while solving layer {names}; the others are as they were")
                     raise
                 # The others wait for an answer.
-                outcomes[layer] = [f"{type(error).__name__}: {error}", None]
-        for layer in layers if self.size > 1 else ():
-            outcome, owner = outcomes.get(layer, [None, None]), owners[layer]
-            dist.broadcast_object_list(outcome, src=dist.get_global_rank(self._group, owner), group=self._group)
-            failure, solution = outcome
-            if failure:
-                where = f"layer {layer.names[0]!r}"
-                raise QuantizeError(f"{where}: rank {owner} failed with {failure}; accepted: a solution")
-            if owner != self._rank:
-                layer.adopt(solution)
+                failures[id(unit)] = f"{type(error).__name__}: {error}"
+        if self.size > 1:
+            for unit, owner in zip(units, owners, strict=True):
+                self._share(unit, owner, failures.get(id(unit)))
 
-    def _owners(self, layers: list[CalibrationLinear]) -> dict[CalibrationLinear, int]:
-        """Which rank solves which layer: the longest first, each to the rank that has least to do."""
-        loads = [0] * self.size
-        owners = {}
-        for layer in sorted(layers, key=lambda layer: -(layer.in_features**3)):
-            owners[layer] = rank = loads.index(min(loads))
-            loads[rank] += layer.in_features**3 + layer.out_features * layer.in_features**2
+    def _share(self, unit: list[CalibrationLinear], owner: int, failure: str | None) -> None:
+        outcome: list[Any] = [None, None]
+        if owner == self._rank:
+            solutions = [layer.solution for layer in unit]
+            outcome = [failure, pytree.tree_map_only(Tensor, Tensor.cpu, solutions)]
+        dist.broadcast_object_list(outcome, src=dist.get_global_rank(self._group, owner), group=self._group)
+        failure, solutions = outcome
+        if failure:
+            where = f"layer {unit[0].names[0]!r}"
+            raise QuantizeError(f"{where}: rank {owner} failed with {failure}; accepted: a solution")
+        for layer, solution in zip(unit, solutions, strict=True) if owner != self._rank else ():
+            layer.adopt(solution)
+
+    def _owners(self, units: list[list[CalibrationLinear]]) -> list[int]:
+        """Which rank solves which unit: the longest first, each to the rank that has least to do."""
+        loads, owners = [0] * self.size, [0] * len(units)
+        for place in sorted(range(len(units)), key=lambda place: -(units[place][0].in_features ** 3)):
+            c = units[place][0].in_features
+            owners[place] = rank = loads.index(min(loads))
+            loads[rank] += c**3 + sum(layer.out_features for layer in units[place]) * c**2
         return owners
 
     def _states(self, state: Any) -> list[Any]:

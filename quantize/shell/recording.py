@@ -1,25 +1,30 @@
-"""What one forward pass is remembered for, apart from the layers until the pass has succeeded."""
+"""What one forward pass of the user tells, apart from the layers until the pass has succeeded."""
 
 from __future__ import annotations
 
+import math
 import weakref
-from collections import Counter
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from quantize.shell.batches import Batch, untracked
+from quantize.core import affine
+from quantize.shell.batches import Batch
 from quantize.shell.config import refusal
+from quantize.shell.modes import untracked
 
 if TYPE_CHECKING:
     from quantize.shell.calibration import CalibrationLinear
 
 
-class Done(BaseException):
-    """Ends a run: the layers in question have seen their last call."""
+class Observing(Protocol):
+    """What layers tell of their calls."""
+
+    def observe(self, layer: CalibrationLinear, x: Tensor) -> bool:
+        """A call of ``layer`` with the inputs ``x`` ``[..., c]``: whether it is to compute as quantized."""
 
 
 class _Known:
@@ -52,78 +57,29 @@ def _key(x: Tensor, others: tuple[Any, ...]) -> tuple[int, ...]:
     return id(x), x._version, *map(id, others)
 
 
-class Watching:
-    """Counts the calls of layers in one forward pass, which ends when all have come that ``until`` asks for.
+class Recorder:
+    """The statistics of one forward pass. Tokens where ``mask`` ``[b, t]`` is 0 do not count."""
 
-    Tokens where ``mask`` ``[b, t]`` is 0 do not count.
-    """
-
-    def __init__(self, mask: Tensor | None = None, until: Mapping[CalibrationLinear, int] | None = None) -> None:
-        self.calls: Counter[CalibrationLinear] = Counter()
-        # A run that has ended does not count what is called on the way out.
-        self.closed = False
-        self._mask, self._until = mask, until
-
-    def observe(self, layer: CalibrationLinear, x: Tensor) -> None:
-        """A call of ``layer`` with the inputs ``x`` ``[..., c]``."""
-        if self.closed:
-            return
-        with untracked(x.device):
-            self._see(layer, x)
-        self.calls[layer] += 1
-        if self._until is not None and all(self.calls[each] >= number for each, number in self._until.items()):
-            raise Done
-
-    def _see(self, layer: CalibrationLinear, x: Tensor) -> None:
-        raise NotImplementedError
-
-
-AnyWatching = TypeVar("AnyWatching", bound=Watching)
-
-
-class Inputs(Watching):
-    """The tokens of every call in one forward pass, copied: a tensor that several layers read is kept once."""
-
-    def __init__(self, mask: Tensor | None = None, until: Mapping[CalibrationLinear, int] | None = None) -> None:
-        super().__init__(mask, until)
-        self._kept: dict[tuple[CalibrationLinear, int], Tensor] = {}
-        self._known = _Known()
-
-    def of(self, layer: CalibrationLinear, call: int) -> Tensor | None:
-        """The tokens ``[t, c]`` of a call of ``layer``, the first of which is 0; None if it was not called so often."""
-        return self._kept.get((layer, call))
-
-    def _see(self, layer: CalibrationLinear, x: Tensor) -> None:
-        kept = self._known.get(x)
-        if kept is None:
-            kept = counted(x, self._mask).reshape(-1, x.shape[-1]).clone()
-            self._known.put(x, kept)
-        self._kept[layer, self.calls[layer]] = kept
-
-
-class Recorder(Watching):
-    """The statistics of one forward pass.
-
-    ``original`` are the inputs of the float model in the same batch, for algorithms that look at both.
-    """
-
-    def __init__(
-        self,
-        mask: Tensor | None = None,
-        until: Mapping[CalibrationLinear, int] | None = None,
-        original: Inputs | None = None,
-    ) -> None:
-        super().__init__(mask, until)
-        self._original = original
+    def __init__(self, mask: Tensor | None = None) -> None:
         # The pass itself, where it will be made again.
         self.batch: Batch | None = None
+        self._mask = mask
         self._pending: dict[CalibrationLinear, tuple[Any, int]] = {}
         self._known = _Known()
 
-    def _see(self, layer: CalibrationLinear, x: Tensor) -> None:
+    def observe(self, layer: CalibrationLinear, x: Tensor) -> bool:
+        """A call of ``layer`` with the inputs ``x`` ``[..., c]``, which computes in floating point."""
         state, tokens = self._pending.get(layer, (layer.statistics, layer.tokens))
-        state, new = self._update(layer, state, x)
-        self._pending[layer] = state, tokens + new
+        with untracked(x.device):
+            found = counted(x, self._mask)
+            # Layers start from one state, so those that always read the same tensor share one to the end.
+            leaves = pytree.tree_leaves(state)
+            new = self._known.get(x, *leaves)
+            if new is None:
+                new = layer.config.algorithm.observer.update(state, found)
+                self._known.put(x, new, *leaves)
+        self._pending[layer] = new, tokens + found.numel() // layer.in_features
+        return False
 
     def commit(self, batch: int) -> None:
         """Hand the statistics over to the layers.
@@ -138,56 +94,80 @@ class Recorder(Watching):
         for layer, (state, tokens) in self._pending.items():
             layer.statistics, layer.tokens = state, tokens
 
-    def _update(self, layer: CalibrationLinear, state: Any, x: Tensor) -> tuple[Any, int]:
-        """``update(state, x)``, computed once for all layers that share the state and read the same tensor.
-
-        Layers start from one initial state, so those that always read the same tensor share one state to the end;
-        the first difference parts them.
-        """
-        update, leaves = layer.config.algorithm.observer.update, pytree.tree_leaves(state)
-        original = None if self._original is None else self._original.of(layer, self.calls[layer])
-        tokens = counted(x, self._mask)
-        new = self._known.get(x, original, *leaves)
-        if new is None:
-            new = update(state, tokens) if original is None else update(state, tokens, original)
-            self._known.put(x, new, original, *leaves)
-        return new, tokens.numel() // layer.in_features
-
 
 class Calls:
-    """How often a forward pass called each layer, in the order of the first calls, and what they read: in ``batch``."""
+    """Which tensors a forward pass gave to each layer, and their fingerprints: for ``batch``, which will run again."""
 
     def __init__(self, batch: Batch) -> None:
         self.batch = batch
-        self._finite: dict[CalibrationLinear, Tensor] = {}
         self._known = _Known()
+        self._prints: list[Tensor] = []
+        self._layers: list[CalibrationLinear] = []
 
-    def observe(self, layer: CalibrationLinear, x: Tensor) -> None:
-        """Count a call of ``layer``."""
-        name = layer.names[0]
-        self.batch.calls[name] = self.batch.calls.get(name, 0) + 1
-        if name not in self.batch.inputs:
-            number = self._known.get(x)
-            self.batch.inputs[name] = len(self.batch.inputs) if number is None else number
-            self._known.put(x, self.batch.inputs[name])
-        with untracked(x.device):
-            finite = torch.isfinite(counted(x, self.batch.mask)).all()
-            self._finite[layer] = finite & self._finite[layer] if layer in self._finite else finite
+    def observe(self, layer: CalibrationLinear, x: Tensor) -> bool:
+        """A call of ``layer``, which computes in floating point."""
+        number = self._known.get(x)
+        if number is None:
+            number = len(self._prints)
+            self._prints.append(fingerprint(x, self.batch.mask))
+            self._layers.append(layer)
+            self._known.put(x, number)
+        self.batch.reads.setdefault(layer.names[0], []).append(number)
+        return False
 
-    def check(self, batch: int) -> None:
-        """Refuse a pass with NaN or inf among the inputs of a layer.
+    def close(self, batch: int) -> None:
+        """Write the fingerprints down.
 
         Raises:
-            QuantizeError: it names the layer.
+            QuantizeError: NaN or inf among the inputs of a layer; it names the layer.
         """
-        for layer, finite in self._finite.items():
-            if not bool(finite):
+        self.batch.prints = torch.stack(self._prints).tolist() if self._prints else []
+        for layer, (size, *_) in zip(self._layers, self.batch.prints, strict=True):
+            if not math.isfinite(size):
                 raise not_finite(layer, batch)
+
+
+def restart(layers: Iterable[CalibrationLinear]) -> None:
+    """Forget what was learned of the inputs.
+
+    Equal channels start from one state, so that layers which read one tensor go on sharing it: see Recorder.
+    """
+    initial: dict[tuple[int, torch.dtype, torch.device], Any] = {}
+    for layer in layers:
+        weight = layer.weight
+        key = (layer.in_features, affine.working_dtype(weight), weight.device)
+        if key not in initial:
+            with untracked(weight.device):
+                initial[key] = layer.config.algorithm.observer.init(key[0], dtype=key[1], device=key[2])
+        layer.statistics, layer.tokens = initial[key], 0
 
 
 def counted(x: Tensor, mask: Tensor | None) -> Tensor:
     """The tokens of ``x`` that are no padding, where ``mask`` ``[b, t]`` belongs to it."""
     return x if mask is None or x.ndim != 3 or x.shape[:2] != mask.shape else x[mask.to(x.device)]
+
+
+def fingerprint(x: Tensor, mask: Tensor | None) -> Tensor:
+    """What tells tokens ``[..., c]`` from others, float64 ``[6]``: their magnitude, their precision, four projections.
+
+    The magnitude, the sum of ``|x|`` over the root of their number, is not finite if any of them is not.
+    """
+    with untracked(x.device):
+        tokens = counted(x.detach(), mask).reshape(-1, x.shape[-1])
+        # A sum of large numbers leaves the range of float16.
+        tokens = tokens.float() if x.dtype == torch.float16 else tokens
+        waves = torch.arange(1, 5, dtype=torch.float64, device=x.device)
+        rows, columns = (torch.arange(1, n + 1, device=x.device)[:, None].mul(waves).cos_() for n in tokens.shape)
+        projections = ((tokens @ columns.to(tokens.dtype)).double() * rows).sum(0)
+        size = torch.linalg.vector_norm(tokens, 1, dtype=torch.float64) / max(tokens.numel(), 1) ** 0.5
+        return torch.cat([size[None], size.new_full((1,), torch.finfo(x.dtype).eps), projections])
+
+
+def near(first: list[float], second: list[float], *, digits: float) -> bool:
+    """Whether two fingerprints are of the same tokens up to roundings: this share of the digits agrees."""
+    (size, eps, *mine), (other, others_eps, *theirs) = first, second
+    apart = max(abs(a - b) for a, b in zip([size, *mine], [other, *theirs], strict=True))
+    return bool(apart <= max(eps, others_eps) ** digits * size)
 
 
 def not_finite(layer: CalibrationLinear, batch: int) -> Exception:

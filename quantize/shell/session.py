@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from typing import Any
 
+import torch
 from torch import nn
 
 from quantize.shell.batches import Batch, attention_mask, keepable
@@ -54,7 +56,7 @@ class Session:
             if recorder.batch is not None:
                 carrier(root).first = recorder.batch
         elif isinstance(recorder, Calls):
-            recorder.check(layers[0].seen + 1)
+            recorder.close(layers[0].seen + 1)
             kept = carrier(root).batches
             assert kept is not None
             recorder.batch.stateful = not kept and recorder.batch.changed(root)
@@ -62,7 +64,9 @@ class Session:
         for layer in layers:
             layer.seen += 1
         if layers[0].seen == self.config.batch_num:
-            solve(root)
+            # The compiler cannot follow a pass that stops half-way; where it was never imported, nothing is compiled.
+            compiling = "torch._dynamo" in sys.modules
+            (torch.compiler.disable(solve) if compiling else solve)(root)  # type: ignore[no-untyped-call] # torch leaves it bare
 
     def _recorder(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recorder | Calls:
         kept = carrier(root).batches
@@ -79,7 +83,7 @@ class Session:
         told = f"an argument of type {type(odd[0]).__name__}, which may not be given twice"
         if kept:
             raise refusal("model", told, "arguments like those of the batches before: tensors and plain values")
-        remark = f"calibrated in one pass, not stage by stage: the model was called with {told}"
+        remark = f"calibrated in one pass, not layer by layer: the model was called with {told}"
         self.remarks += (remark,)
         carrier(root).batches = None
         warnings.warn(remark, QuantizeWarning, stacklevel=2)

@@ -134,6 +134,8 @@ class Algorithm(NamedTuple):
     - ``scale(weights, statistic, tie=None) -> [c]``: for an algorithm that divides its inputs, the divisor for several
       weights ``[n, c]`` that read the same inputs, equal where ``tie`` ``[c]`` is, see :func:`tied`;
       ``solve(weight, statistic, smoothing)`` then takes it as given.
+    - ``together(weights, statistic) -> [Solution]``: what ``solve`` gives for each of several weights ``[n, c]`` that
+      read the same inputs, for an algorithm that saves work by that.
     - ``fewest``: with fewer tokens than this the statistic says nothing, and plain rounding is the better choice.
     """
 
@@ -143,6 +145,7 @@ class Algorithm(NamedTuple):
     fewest: int = 1
     paired: bool = False
     scale: Callable[..., Tensor] | None = None
+    together: Callable[..., list[Solution]] | None = None
 
 
 class AlgorithmModule(Protocol):

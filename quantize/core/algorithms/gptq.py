@@ -7,6 +7,7 @@ Quantization of Large Language Models With Guarantees", section 3 and theorem 6:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -64,7 +65,8 @@ def algorithm(spec: LayerSpec, options: Options = Options()) -> Algorithm:
     """GPTQ; remembers the Gram matrix of the inputs, and with corrections, what they lack of the float model's."""
     paired = options.sequential and options.asymmetric > 0
     observer = observers.paired_gram if paired else observers.gram
-    return Algorithm(observer, partial(solve, spec, options), fewest=FEWEST_FOR_GRAM, paired=paired)
+    bound, together = partial(solve, spec, options), partial(solve_together, spec, options)
+    return Algorithm(observer, bound, fewest=FEWEST_FOR_GRAM, paired=paired, together=together)
 
 
 def factor(gram: Tensor, damp: float) -> tuple[Tensor, Tensor, float]:
@@ -155,29 +157,52 @@ def solve(
     Never fails on finite arguments. Notes: ``damp``, as large as the factorization needed it; ``dead_channels``;
     ``kept_rounding``, output channels that the guard gave back; ``corrected``, by which part of itself it moved.
     """
-    wide = target = weight.to(affine.working_dtype(weight))
-    notes: dict[str, Tensor] = {}
-    if isinstance(statistic, observers.PairedState):
-        target, size = corrected(wide, statistic, options.asymmetric), wide.norm()
-        notes["corrected"] = (target - wide).norm() / torch.where(size > 0, size, 1.0)
-        statistic = statistic.gram
-    gram = statistic.total
-    rounded = affine.round_to_nearest(wide, spec.weight)
-    params = ranges.search(target, spec.weight, gram.diagonal(), steps=40 if options.search_range else 1)
-    trusted = shrinkage.shrink(gram, shrinkage.intensity(statistic, options.shrink)) if options.shrink else gram
+    return solve_together(spec, options, [weight], statistic)[0]
+
+
+def solve_together(
+    spec: LayerSpec,
+    options: Options,
+    weights: Sequence[Tensor],
+    statistic: observers.SumState | observers.PairedState,
+) -> list[Solution]:
+    """:func:`solve` for several weights ``[n_i, c]`` of one dtype that read the same inputs: one factorization.
+
+    Rows are independent, so the weights are stacked; with strategy ``tensor`` each has a scale of its own.
+    """
+    gram = statistic.gram.total if isinstance(statistic, observers.PairedState) else statistic.total
+    single = statistic.gram if isinstance(statistic, observers.PairedState) else statistic
+    trusted = shrinkage.shrink(gram, shrinkage.intensity(single, options.shrink)) if options.shrink else gram
     order = torch.arange(len(gram), device=gram.device)
     if options.act_order:
         order = torch.argsort(gram.diagonal(), descending=True, stable=True)
     upper, _, damp = factor(trusted[order][:, order], options.damp)
-    q = refine.sweep(target, target, upper, params, spec.weight, order, block_size=options.block_size)
-    for _ in range(options.sweeps):
-        q = refine.refit(target, refine.descend(target, q, gram, block_size=options.block_size), gram)
-    chosen, give_back, (mine, baseline) = refine.better_rows(target, q, rounded, gram)
-    if options.guard:
-        q, mine = chosen, torch.where(give_back, baseline, mine)
-    notes |= {
+    shared = {
         "damp": torch.as_tensor(damp, dtype=gram.dtype, device=gram.device),
         "dead_channels": (gram.diagonal() == 0).sum(),
-        "kept_rounding": (give_back & options.guard).sum(),
     }
-    return Solution(q, error=mine.sum(), baseline_error=baseline.sum(), notes=notes)
+    apart = spec.weight.strategy == "tensor"
+    solutions = []
+    for stack in [[weight] for weight in weights] if apart else [weights]:
+        wide = target = torch.cat([weight.to(affine.working_dtype(weight)) for weight in stack])
+        if isinstance(statistic, observers.PairedState):
+            target = corrected(wide, statistic, options.asymmetric)
+        rounded = affine.round_to_nearest(wide, spec.weight)
+        params = ranges.search(target, spec.weight, gram.diagonal(), steps=40 if options.search_range else 1)
+        q = refine.sweep(target, target, upper, params, spec.weight, order, block_size=options.block_size)
+        for _ in range(options.sweeps):
+            q = refine.refit(target, refine.descend(target, q, gram, block_size=options.block_size), gram)
+        chosen, give_back, (mine, baseline) = refine.better_rows(target, q, rounded, gram)
+        if options.guard:
+            q, mine = chosen, torch.where(give_back, baseline, mine)
+        first = 0
+        for weight in stack:
+            rows = slice(first, first + len(weight))
+            first = rows.stop
+            notes = {**shared, "kept_rounding": (give_back[rows] & options.guard).sum()}
+            if isinstance(statistic, observers.PairedState):
+                size = wide[rows].norm()
+                notes["corrected"] = (target[rows] - wide[rows]).norm() / torch.where(size > 0, size, 1.0)
+            errors = mine[rows].sum(), baseline[rows].sum()
+            solutions.append(Solution(q.rows(rows), error=errors[0], baseline_error=errors[1], notes=notes))
+    return solutions

@@ -1,0 +1,162 @@
+"""The state that torch, Python and NumPy keep for everybody: the one place where it is read and put back."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Modes:
+    """What a forward pass may have switched when it stops half-way, and will expect when it goes on.
+
+    Autocast as ``(enabled, dtype)`` by type of device, random states by device and library.
+    """
+
+    grad: bool
+    dtype: torch.dtype
+    autocast: dict[str, tuple[bool, torch.dtype]]
+    cache: bool
+    random: dict[str, Any]
+
+    @classmethod
+    def now(cls, devices: frozenset[torch.device]) -> Modes:
+        """Those in force; ``devices`` are those of the model."""
+        kinds = {"cpu"} | {device.type for device in devices if torch.amp.is_autocast_available(device.type)}
+        autocast = {kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds}
+        return cls(
+            torch.is_grad_enabled(),
+            torch.get_default_dtype(),
+            autocast,
+            torch.is_autocast_cache_enabled(),
+            random_states(devices),
+        )
+
+    def restore(self) -> None:
+        """Put all of it back."""
+        torch.set_grad_enabled(self.grad)
+        torch.set_default_dtype(self.dtype)
+        for kind, (enabled, dtype) in self.autocast.items():
+            torch.set_autocast_enabled(kind, enabled)
+            torch.set_autocast_dtype(kind, dtype)
+        torch.set_autocast_cache_enabled(self.cache)
+        set_random_states(self.random)
+
+
+def fixed() -> tuple[Any, ...]:
+    """What is not put back: a pass that stops where any of this is switched would leave it to others."""
+    excluded, key = torch._C._dispatch_tls_is_dispatch_key_excluded, torch._C.DispatchKey
+    cuda: Any = torch.backends.cuda
+    return (
+        torch.is_inference_mode_enabled(),
+        # A default device is a mode on the stack of functions.
+        torch._C._len_torch_function_stack(),
+        torch._C._len_torch_dispatch_stack(),
+        torch._C._functorch.peek_interpreter_stack() is None,
+        # Inside of an operator: its frames in C++ have to end in their order.
+        excluded(key.AutogradOther),
+        excluded(key.ADInplaceOrView),
+        torch.is_anomaly_enabled(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.get_float32_matmul_precision(),
+        torch.get_num_threads(),
+        (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled(), cuda.cudnn_sdp_enabled()),
+        id(warnings.filters),
+    )
+
+
+def random_states(devices: frozenset[torch.device]) -> dict[str, Any]:
+    """The states of the generators that everybody draws from, as plain values: they can be saved."""
+    found: dict[str, Any] = {
+        "torch": bytes(torch.get_rng_state().numpy()),
+        "python": random.getstate(),
+        "numpy": _plain(np.random.get_state(legacy=False)),  # noqa: NPY002 - the generator that others draw from
+    }
+    for device in devices:
+        if device.type not in ("cpu", "meta"):
+            found[str(device)] = bytes(torch.get_device_module(device).get_rng_state(device).numpy())
+    return found
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    """Undo :func:`random_states`."""
+    for name, state in states.items():
+        if name == "python":
+            version, internal, gauss = state
+            random.setstate((version, tuple(internal), gauss))
+        elif name == "numpy":
+            np.random.set_state(state)  # noqa: NPY002 - likewise
+        else:
+            tensor = torch.frombuffer(bytearray(state), dtype=torch.uint8)
+            if name == "torch":
+                torch.set_rng_state(tensor)
+            else:
+                torch.get_device_module(torch.device(name)).set_rng_state(tensor, torch.device(name))
+
+
+def _plain(state: Any) -> Any:
+    return {**state, "state": {key: value.tolist() if isinstance(value, np.ndarray) else value
+                               for key, value in state["state"].items()}}  # fmt: skip
+
+
+@contextmanager
+def untracked(device: torch.device) -> Iterator[None]:
+    """No gradients, no inference tensors and no autocast, whatever the caller has switched on."""
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
+
+
+@contextmanager
+def eager() -> Iterator[None]:
+    """Compiled parts of a model run as they were written: the compiler cannot follow a pass that stops half-way."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def put(owner: nn.Module, name: str, value: Tensor) -> None:
+    """Write ``value`` into a buffer. Inference-mode buffers cannot be written in place, so they are replaced."""
+    buffer = owner._buffers[name]
+    assert buffer is not None
+    if buffer.is_inference():
+        owner._buffers[name] = value.clone()
+    else:
+        buffer.copy_(value)
+
+
+@contextmanager
+def undisturbed(root: nn.Module) -> Iterator[None]:
+    """Random numbers and the buffers of ``root`` are afterwards as before."""
+    states = random_states(frozenset(p.device for p in root.parameters()))
+    buffers = [(module, name, buffer, buffer.clone()) for module in root.modules()
+               for name, buffer in module._buffers.items() if buffer is not None]  # fmt: skip
+    try:
+        yield
+    finally:
+        set_random_states(states)
+        for module, name, buffer, kept in buffers:
+            module._buffers[name] = buffer
+            if not torch.equal(buffer, kept):
+                put(module, name, kept)
+
+
+@contextmanager
+def same_attributes(root: nn.Module, layers: Collection[nn.Module]) -> Iterator[None]:
+    """The attributes of all modules of ``root`` are afterwards as before; of ``layers``, the parameters."""
+    modules = list(root.modules())
+    held = [module.__dict__ for module in modules if module not in layers]
+    held += [each for module in modules for each in (module._parameters, module._buffers)]
+    before = [dict(each) for each in held]
+    try:
+        yield
+    finally:
+        for each, old in zip(held, before, strict=True):
+            each.clear()
+            each.update(old)
