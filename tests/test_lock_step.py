@@ -12,6 +12,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+import torch._dynamo  # adds filters of warnings once, when a model first asks for it
 from torch import nn
 
 import quantize as qz
@@ -27,6 +28,7 @@ from tests.zoo.sequential import TOKENS, C, Chain, batches, given, made
 
 ALL_BACKENDS = [getattr(torch.nn.attention.SDPBackend, name) for name in (
     "MATH", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION")]  # fmt: skip
+THREADS = torch.get_num_threads()
 FALLBACK = "calibrated in full passes for each layer"
 
 
@@ -60,7 +62,7 @@ def restore():
     torch._C._set_fwd_grad_enabled(True)
     torch.use_deterministic_algorithms(False)
     torch.set_float32_matmul_precision("highest")
-    torch.set_num_threads(1)
+    torch.set_num_threads(THREADS)
     torch.autograd.set_detect_anomaly(False)
     torch.nn.attention._sdpa_kernel(ALL_BACKENDS)
 

@@ -64,16 +64,16 @@ class Walk:
         self._open: Group | None = None
         self.skipped = False
         self._place = 0
-        self._greenlet = greenlet(self._run)
+        self.greenlet = greenlet(self._run)
         # What a model keeps in context variables belongs to its walk.
-        self._greenlet.gr_context = contextvars.copy_context()
+        self.greenlet.gr_context = contextvars.copy_context()
         self._modes: Modes | None = None
         self._unwinding = False
 
     @property
     def ended(self) -> bool:
         """Whether the model has returned, or nobody waits for it."""
-        return self._unwinding or bool(self._greenlet.dead)
+        return self._unwinding or bool(self.greenlet.dead)
 
     def _run(self) -> None:
         with contextlib.suppress(Unwound):
@@ -81,7 +81,7 @@ class Walk:
 
     def go_on(self) -> None:
         """Run to the next layer that is not solved, or to the end."""
-        self._switch(self._greenlet.switch)
+        self._switch(self.greenlet.switch)
 
     def unwind(self) -> None:
         """End where it stands."""
@@ -89,7 +89,7 @@ class Walk:
         if self.parked is not None:
             # A model may make another error of it: that is none of anybody's.
             with contextlib.suppress(Exception):
-                self._switch(functools.partial(self._greenlet.throw, Unwound))
+                self._switch(functools.partial(self.greenlet.throw, Unwound))
 
     def _switch(self, to: Callable[[], Any]) -> None:
         if self._modes is not None:
@@ -99,10 +99,6 @@ class Walk:
         finally:
             self._modes = Modes.now(self._walks.devices)
             self._walks.modes.restore()
-
-    def is_current(self) -> bool:
-        """Whether this is what runs: not so in another thread, or in a greenlet of the model's own."""
-        return getcurrent() is self._greenlet
 
     def arrive(self, layer: CalibrationLinear, group: Group, x: Tensor) -> None:
         """A call of ``layer``; stops until it is solved, if it has to be."""
@@ -150,7 +146,7 @@ class Walk:
             return
         self.parked = group
         try:
-            self._greenlet.parent.switch()
+            self.greenlet.parent.switch()
         finally:
             self.parked = None
 
@@ -175,7 +171,8 @@ class Walks:
     def observe(self, layer: CalibrationLinear, x: Tensor) -> bool:
         """A call of ``layer`` with ``x`` ``[..., c]``: whether it is to compute as quantized."""
         walk, group = self._current, self._of[layer]
-        if walk is None or not walk.is_current():
+        # Another thread, or a greenlet of the model's own.
+        if walk is None or getcurrent() is not walk.greenlet:
             self.tell(f"layer {layer.names[0]!r} is called from another thread")
             return group.solved
         walk.arrive(layer, group, x)
@@ -248,6 +245,9 @@ class Walks:
             # One after the other, whatever happens.
             for walk in self._walks:
                 stack.callback(self._end, walk)
+        # Greenlets and walks refer to each other: the layers must not wait for the garbage collector.
+        for each in (*self._walks, self):
+            vars(each).clear()
 
     def _end(self, walk: Walk) -> None:
         self._current = walk
