@@ -440,3 +440,31 @@ def test_a_channel_that_nearly_vanished_moves_no_weight_by_more_than_itself():
     assert statistic.cross[2, 2] / statistic.gram.total[2, 2] == 127
     weight = torch.eye(6, dtype=F64)
     assert (gptq.corrected(weight, statistic, 0.5) - weight)[2].abs().max() <= 0.5
+
+
+@given(weight_schemes(), correlated_tokens(st.integers(1, 12), st.just(6)), st.integers(1, 3), seeds, st.booleans())
+def test_weights_that_read_the_same_inputs_are_solved_together(scheme, x, number, seed, corrects):
+    source = np.random.default_rng(seed)
+    weights = [torch.from_numpy(source.normal(size=(n + 1, 6))) for n in range(number)]
+    statistic = state(x)
+    if corrects:
+        missing = torch.from_numpy(source.normal(size=tuple(x.shape))) / 8
+        statistic = PairedState(statistic, missing.T @ x)
+    options, spec = gptq.Options(), LayerSpec(scheme)
+    together = assert_pure(gptq.solve_together, spec, options, weights, statistic)
+    assert len(together) == number
+    for weight, found in zip(weights, together, strict=True):
+        alone = gptq.solve(spec, options, weight, statistic)
+        # Rows are independent, and numbers drawn from a continuum are on no tie.
+        assert torch.equal(found.weight.codes, alone.weight.codes)
+        assert found.weight.codes.untyped_storage().nbytes() == found.weight.codes.nbytes
+        assert found.notes.keys() == alone.notes.keys()
+        assert torch.equal(found.notes["kept_rounding"], alone.notes["kept_rounding"])
+        # The corrected weight is moved by a solve of linear equations: only without one is it the same to the last bit.
+        if not corrects:
+            same_bits(found.weight.params, alone.weight.params)
+            delta = numpy64(dequantize(found.weight) - weight)
+            rounded = numpy64(dequantize(round_to_nearest(weight, scheme)) - weight)
+            noise = total_noise(np.maximum(np.abs(delta), np.abs(rounded)), numpy64(statistic.total))
+            assert abs(found.error.item() - alone.error.item()) <= noise
+            assert abs(found.baseline_error.item() - alone.baseline_error.item()) <= noise

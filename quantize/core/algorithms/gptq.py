@@ -32,9 +32,9 @@ class Options(DataOptions):
       :func:`~quantize.core.shrinkage.intensity`; 0 leaves them as they are. Measured on text, 4 is best.
     - ``sweeps``: rounds of coordinate descent on the codes, and of refitted scales, after the pass.
     - ``guard``: for every output channel, keep plain rounding where it is better.
-    - ``asymmetric``: with ``sequential``, how much of the error that arrives from the layers before a layer corrects,
-      see :func:`corrected`; layers are then fitted one after the other inside of a stage as well. 0 corrects none.
-      Measured on text, 0.5 is best, and with it ``sequential`` better than one pass, without it not.
+    - ``asymmetric``: with ``sequential``, the fraction of the upstream error that each layer compensates, see
+      :func:`corrected`; 0 compensates none. Measured on text, 0.5 is best, and with it ``sequential`` better than one
+      pass, without it not.
     """
 
     act_order: bool = option(True, "True or False")
