@@ -158,8 +158,13 @@ def fingerprint(x: Tensor, mask: Tensor | None) -> Tensor:
         tokens = tokens.float() if x.dtype == torch.float16 else tokens
         waves = torch.arange(1, 5, dtype=torch.float64, device=x.device)
         rows, columns = (torch.arange(1, n + 1, device=x.device)[:, None].mul(waves).cos_() for n in tokens.shape)
-        projections = ((tokens @ columns.to(tokens.dtype)).double() * rows).sum(0)
-        size = torch.linalg.vector_norm(tokens, 1, dtype=torch.float64) / max(tokens.numel(), 1) ** 0.5
+        # Transposed, the product is several times as fast.
+        projections = ((columns.T.to(tokens.dtype) @ tokens.T).double() * rows.T).sum(1)
+        magnitudes = tokens.abs()
+        # A sum may leave the range of float32 where no number does.
+        size = magnitudes.sum(1).double().nan_to_num(posinf=1e300).sum() / max(tokens.numel(), 1) ** 0.5
+        if magnitudes.numel():
+            size = torch.where(torch.isfinite(magnitudes.amax()), size, torch.nan)
         return torch.cat([size[None], size.new_full((1,), torch.finfo(x.dtype).eps), projections])
 
 
