@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -234,6 +235,19 @@ def siblings(layers: list[CalibrationLinear]) -> list[list[CalibrationLinear]]:
         leaves = pytree.tree_leaves(layer.statistics)
         found.setdefault(id(leaves[0]) if leaves else layer, []).append(layer)
     return list(found.values())
+
+
+@contextmanager
+def observed(model: nn.Module, watching: Observing) -> Iterator[None]:
+    """While this lasts, all layers of ``model`` ask ``watching``."""
+    layers = calibrated(model)
+    for layer in layers:
+        layer.recorder = watching
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.recorder = None
 
 
 def calibrated(model: nn.Module) -> list[CalibrationLinear]:

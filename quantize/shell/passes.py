@@ -11,7 +11,7 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from quantize.shell.batches import Batch
-from quantize.shell.calibration import CalibrationLinear, calibrated
+from quantize.shell.calibration import CalibrationLinear, observed
 from quantize.shell.groups import Group
 from quantize.shell.modes import put
 from quantize.shell.recording import Observing, fingerprint
@@ -66,14 +66,8 @@ def prints(root: nn.Module, batches: list[Batch]) -> list[dict[tuple[Calibration
 
 
 def _run(root: nn.Module, batch: Batch, watching: AnyObserving) -> AnyObserving:
-    layers = calibrated(root)
-    for layer in layers:
-        layer.recorder = watching
-    try:
+    with observed(root, watching):
         batch.run(root)
-    finally:
-        for layer in layers:
-            layer.recorder = None
     return watching
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from quantize.shell.batches import Batch, keepable
-from quantize.shell.calibration import CalibrationLinear, calibrated
+from quantize.shell.calibration import CalibrationLinear, calibrated, siblings
 from quantize.shell.storages import Tags, storages_of
 
 # How many tokens, and how many numbers of an output where bits may change, are compared.
@@ -131,10 +131,8 @@ def find(root: nn.Module, layers: list[CalibrationLinear], batch: Batch) -> tupl
         trace.reason = "the model's outputs are no tensors in floating point"
     elif missed:
         trace.reason = f"the first batch did not reach {missed[0]}"
-    together: dict[int, list[CalibrationLinear]] = {}
-    for layer in filter(set(layers).__contains__, trace.inputs):
-        together.setdefault(id(pytree.tree_leaves(layer.statistics)[0]), []).append(layer)
-    return [trace.group(members) for members in together.values()], Outputs.of(None if opaque else output)
+    together = siblings(list(filter(set(layers).__contains__, trace.inputs)))
+    return [trace.group(members) for members in together], Outputs.of(None if opaque else output)
 
 
 class _Made:

@@ -28,3 +28,8 @@ def progress(items: Iterable[T], what: str, *, unit: str, total: int | None = No
         return items
     bar: Iterable[T] = tqdm(items, desc=what, unit=unit, total=total, leave=False, delay=delay)
     return bar
+
+
+def layers_progress(items: Iterable[T]) -> Iterable[T]:
+    """:func:`progress` over what is solved; quick work shows nothing."""
+    return progress(items, "quantize", unit="layer", delay=1)

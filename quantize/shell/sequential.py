@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from quantize.shell import passes
 from quantize.shell.batches import Batch
-from quantize.shell.calibration import CalibrationLinear, calibrated
+from quantize.shell.calibration import CalibrationLinear, calibrated, observed
 from quantize.shell.groups import Group, groups
 from quantize.shell.modes import eager, same_attributes, undisturbed
-from quantize.shell.progress import progress
+from quantize.shell.progress import layers_progress
 from quantize.shell.ranks import Ranks
 from quantize.shell.recording import counted, not_finite, restart
 from quantize.shell.walks import Walks
@@ -44,7 +44,7 @@ def solve(root: nn.Module, batches: list[Batch], ranks: Ranks, told: Callable[[s
         for layer, solution in before.items():
             layer.solution = solution
         told(trouble)
-        for group in _progress(ordered):
+        for group in layers_progress(ordered):
             _solve_group(group, ranks, partial(_full_passes, root, group, batches, paired=paired))
 
 
@@ -64,7 +64,7 @@ def _in_lock_step(
     if trouble is not None:
         return trouble
     with _watching(root, Walks(root, ordered, batches, ways=(True, False) if paired else (False,))) as walks:
-        for _ in _progress([group for group in ordered if not group.solved]):
+        for _ in layers_progress([group for group in ordered if not group.solved]):
             ranks.together(walks.advance)
             trouble, place = _first(ranks, walks.trouble), _first(ranks, walks.first)
             if trouble is not None or place is None:
@@ -83,17 +83,11 @@ def _first(ranks: Ranks, value: Any) -> Any:
 @contextmanager
 def _watching(root: nn.Module, walks: Walks) -> Iterator[Walks]:
     """While the walks run, all layers ask them; afterwards all have ended."""
-    layers = calibrated(root)
-    for layer in layers:
-        layer.recorder = walks
-    try:
-        yield walks
-    finally:
+    with observed(root, walks):
         try:
-            walks.close()
+            yield walks
         finally:
-            for layer in layers:
-                layer.recorder = None
+            walks.close()
 
 
 def _side_by_side(walks: Walks, group: Group) -> dict[CalibrationLinear, list[Read]]:
@@ -146,8 +140,3 @@ def _statistics(layer: CalibrationLinear, read: list[Read]) -> tuple[Any, int]:
         if not all(bool(torch.isfinite(leaf).all()) for leaf in pytree.tree_leaves(state) if leaf.is_floating_point()):
             raise not_finite(layer, number + 1)
     return state, tokens
-
-
-def _progress(items: list[Any]) -> Any:
-    # Quick work shows nothing.
-    return progress(items, "quantize", unit="layer", delay=1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +13,7 @@ from quantize.shell.calibration import CalibrationLinear, calibrated
 from quantize.shell.config import QuantizeWarning, refusal
 from quantize.shell.modes import undisturbed, untracked
 from quantize.shell.plan import check_weight
-from quantize.shell.progress import progress
+from quantize.shell.progress import layers_progress
 from quantize.shell.ranks import Ranks
 
 # Where a model keeps its session.
@@ -55,7 +54,7 @@ def solve(model: nn.Module, ranks: Ranks | None = None) -> None:
         ranks.merge(rest)
         for root in roots:
             _fold(root)
-        ranks.solve(rest, _progress)
+        ranks.solve(rest, layers_progress)
     for layer in layers:
         layer.active, layer.batches, layer.first = True, None, None
     idle = [layer for layer in layers if layer.fell_back]
@@ -120,11 +119,6 @@ def _solve_sequentially(root: nn.Module, ranks: Ranks) -> None:
         sequential.solve(root, carrier(root).batches or [], ranks, told)
     finally:
         session.replaying = False
-
-
-def _progress(items: list[Any]) -> Any:
-    # Quick work shows nothing.
-    return progress(items, "quantize", unit="layer", delay=1)
 
 
 def checksum(model: nn.Module) -> list[int]:

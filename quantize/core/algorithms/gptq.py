@@ -170,8 +170,8 @@ def solve_together(
 
     Rows are independent, so the weights are stacked; with strategy ``tensor`` each has a scale of its own.
     """
-    gram = statistic.gram.total if isinstance(statistic, observers.PairedState) else statistic.total
     single = statistic.gram if isinstance(statistic, observers.PairedState) else statistic
+    gram = single.total
     trusted = shrinkage.shrink(gram, shrinkage.intensity(single, options.shrink)) if options.shrink else gram
     order = torch.arange(len(gram), device=gram.device)
     if options.act_order:

@@ -104,7 +104,7 @@ def _columns(words: Tensor, block: int) -> Tensor:
 def known_block() -> int:
     """:func:`_block` where :func:`obstacle` found none."""
     # A compiler takes what stands here as a constant; it could not follow the probe.
-    return _found[0] or 1 if _found else _block() or 1
+    return _block() or 1
 
 
 def _block() -> int | None:
