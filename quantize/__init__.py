@@ -11,11 +11,11 @@ torch.int8
 
 from quantize import core, presets
 from quantize.shell.api import convert, finish, quantize, report
-from quantize.shell.checkpoint import load_calibration, save_calibration
 from quantize.shell.config import QuantizeError, QuantizeWarning
-from quantize.shell.deployment import QuantizedLinear
-from quantize.shell.export import export
-from quantize.shell.storage import load, save
+from quantize.shell.deploy.layer import QuantizedLinear
+from quantize.shell.disk.calibrations import load_calibration, save_calibration
+from quantize.shell.disk.converted import load, save
+from quantize.shell.disk.export import export
 
 __all__ = [
     "QuantizeError",

@@ -1,8 +1,8 @@
-"""``python -m quantize``: see :mod:`quantize.shell.commandline`."""
+"""``python -m quantize``: see :mod:`quantize.shell.cli.commandline`."""
 
 import sys
 
-from quantize.shell.commandline import main
+from quantize.shell.cli.commandline import main
 
 if __name__ == "__main__":
     sys.exit(main())

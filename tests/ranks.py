@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 
 import quantize as qz
-from quantize.shell import calibration
-from quantize.shell.calibration import CalibrationLinear
-from quantize.shell.ranks import Ranks
+from quantize.shell.calibrate import layer as calibration
+from quantize.shell.calibrate.layer import CalibrationLinear
+from quantize.shell.calibrate.ranks import Ranks
 from tests.models import config, filled, randn
 from tests.zoo.sequential import LongChain as Chain
 

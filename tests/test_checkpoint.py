@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import quantize as qz
-from quantize.shell.calibration import CalibrationLinear
+from quantize.shell.calibrate.layer import CalibrationLinear
 from tests import ranks
 from tests.models import config, mlp
 from tests.ranks import BATCHES, calibrated, solutions

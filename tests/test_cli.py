@@ -13,8 +13,9 @@ import torch
 
 from quantize import QuantizeError
 from quantize.__main__ import main
-from quantize.shell import commandline, demo, storage
-from quantize.shell.language import Language
+from quantize.shell.cli import commandline, demo
+from quantize.shell.cli.language import Language
+from quantize.shell.disk import converted as storage
 from quantize.shell.progress import progress
 
 INT4 = {"type": "int4", "symmetric": True, "strategy": "group", "group_size": 32}

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import quantize as qz
-from quantize.shell.kernels import cpu
+from quantize.shell.deploy.kernels import cpu
 from tests.models import TENSOR, TOKEN, WEIGHTS, assert_same_snapshot, config, filled, randn, snapshot
 
 INT4 = {"type": "int4", "symmetric": False, "strategy": "group", "group_size": 64}

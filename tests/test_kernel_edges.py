@@ -9,7 +9,7 @@ from torch import nn
 
 import quantize as qz
 from quantize.core import QTensor, Scheme, Solution, dequantize, linear, round_to_nearest
-from quantize.shell.kernels import cpu, nibbles
+from quantize.shell.deploy.kernels import cpu, nibbles
 from tests import bounds
 from tests.models import TENSOR, TOKEN, config, filled, randn, rounding_bound
 from tests.test_kernels import FLOATS, INT4, TOKENWISE, layer, solved

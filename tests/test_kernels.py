@@ -11,8 +11,8 @@ from torch import nn
 
 import quantize as qz
 from quantize.core import QParams, Scheme, Solution, linear, round_to_nearest
-from quantize.shell.kernels import KERNELS, cpu, nibbles
-from quantize.shell.report import Row
+from quantize.shell.deploy.kernels import KERNELS, cpu, nibbles
+from quantize.shell.report.rows import Row
 from tests import bounds
 from tests.models import TENSOR, TOKEN, WEIGHTS, config, filled, mlp, randn, rounding_bound
 

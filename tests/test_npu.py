@@ -10,7 +10,7 @@ from torch import nn
 
 import quantize as qz
 from quantize.core import LayerSpec, QParams, Scheme, Solution, dequantize, linear, packing, round_to_nearest
-from quantize.shell.kernels import Layout, cpu, npu, reference
+from quantize.shell.deploy.kernels import Layout, cpu, npu, reference
 from tests import ascend
 from tests.models import TENSOR, TOKEN, WEIGHTS, config, filled, randn
 

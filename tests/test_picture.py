@@ -9,12 +9,16 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 import quantize as qz
-from quantize.shell import outliers, picture
-from quantize.shell.plan import Skipped
-from quantize.shell.report import Report, Row
+from quantize.shell.report import outliers, picture
+from quantize.shell.report.rows import Row, Skipped
+from quantize.shell.report.text import Report
 from tests.models import config, mlp, randn
 
 SKIPPED = (Skipped("lm_head", "skip_layers: 'lm_head'", asked=True), Skipped("wte", "Embedding is not an nn.Linear"))
+
+
+def draw(given):
+    return picture.draw(given.rows, given.skipped)
 
 
 def row(i, ratio=0.5, **rest):
@@ -33,7 +37,7 @@ def report(n, skipped=SKIPPED, worst=()):
 
 def drawn(given):
     """The figure with everything in its place, not yet painted; and what knows how large words are."""
-    figure = picture.draw(given)
+    figure = draw(given)
     canvas = FigureCanvasAgg(figure)
     figure.draw_without_rendering()
     return figure, canvas.get_renderer()
@@ -79,14 +83,14 @@ def test_no_two_names_overlap_and_none_is_cut_off(n):
     for a, b in itertools.combinations(boxes, 2):
         assert not a.overlaps(b)
     # However many: no higher than the highest picture that names every layer.
-    assert figure.get_figheight() <= picture.draw(report(54, worst={0})).get_figheight()
+    assert figure.get_figheight() <= draw(report(54, worst={0})).get_figheight()
     for i in worst:
         (text,) = [text for text in names if text.get_text() == f"model.layers.{i}.down_proj"]
         assert text.get_color() == "#D55E00"
 
 
 def test_errors_are_those_of_an_output_value_and_stand_beside_their_ratio():
-    figure = picture.draw(report(6))
+    figure = draw(report(6))
     errors, ratios = map(points, figure.axes)
     for i, each in enumerate(report(6).rows):
         assert errors["before: plain rounding"][i] == each.baseline_error / (100 * 8)
@@ -94,13 +98,13 @@ def test_errors_are_those_of_an_output_value_and_stand_beside_their_ratio():
         assert ratios["after: as quantized"][i] == each.error / each.baseline_error
     assert figure.axes[0].get_xscale() == "linear"
     assert figure.axes[0].get_xlim()[0] == 0
-    figure = picture.draw(report(40))
+    figure = draw(report(40))
     assert figure.axes[0].get_xscale() == "log"
 
 
 def test_layers_without_errors_have_an_axis_of_their_own():
     rows = (row(0), plain(1, 30.0), plain(2, math.inf), plain(3, None), row(4, error=0.0, baseline_error=0.0))
-    figure = picture.draw(Report(rows, SKIPPED, ()))
+    figure = draw(Report(rows, SKIPPED, ()))
     errors, _, sqnr = map(points, figure.axes)
     assert set(errors["before: plain rounding"]) == {0}
     assert sqnr["after: as quantized"] == {1: 30.0}
@@ -108,19 +112,19 @@ def test_layers_without_errors_have_an_axis_of_their_own():
     said = words(figure)
     assert said.count("exact") == 2
     assert said.count("not solved yet") == 1
-    figure = picture.draw(Report(tuple(plain(i, 30.0) for i in range(5)), (), ()))
+    figure = draw(Report(tuple(plain(i, 30.0) for i in range(5)), (), ()))
     assert ["dB" in ax.get_xlabel() for ax in figure.axes] == [True]
 
 
 def test_skipped_layers_are_there_with_their_reasons_or_counted():
-    figure = picture.draw(report(6))
+    figure = draw(report(6))
     assert {"lm_head", "wte", "floating point: skip_layers: 'lm_head'"} <= set(words(figure))
-    figure = picture.draw(report(210))
+    figure = draw(report(210))
     assert "left in floating point (2): lm_head, wte" in figure.get_supxlabel()
 
 
 def test_a_zero_after_a_large_error_is_drawn_as_a_ratio():
-    figure = picture.draw(Report((row(0, error=0.0), row(1), row(2)), (), ()))
+    figure = draw(Report((row(0, error=0.0), row(1), row(2)), (), ()))
     assert points(figure.axes[1])["after: as quantized"][0] == 0
     assert math.isnan(points(figure.axes[0])["after: as quantized"][0])
 

@@ -20,7 +20,7 @@ from quantize.core import (
     product,
     round_to_nearest,
 )
-from quantize.shell import demo
+from quantize.shell.cli import demo
 from tests.models import (
     TENSOR,
     TOKEN,

@@ -9,14 +9,15 @@ from typing import Any
 from torch import nn
 
 from quantize.presets import INT8_MINMAX_WEIGHT_QUANT_CFG
-from quantize.shell import loading, recording, session, solving
-from quantize.shell.calibration import CalibrationLinear, calibrated
+from quantize.shell.calibrate import observing as recording
+from quantize.shell.calibrate import session, solving
+from quantize.shell.calibrate.layer import CalibrationLinear, calibrated
+from quantize.shell.calibrate.ranks import Ranks
 from quantize.shell.config import QuantizeWarning, parse, refusal, shown
-from quantize.shell.deployment import QuantizedLinear
-from quantize.shell.kernels import KERNELS
+from quantize.shell.deploy import loading
+from quantize.shell.deploy.layer import QuantizedLinear
 from quantize.shell.plan import Plan, plan, swap
-from quantize.shell.ranks import Ranks
-from quantize.shell.report import Report
+from quantize.shell.report.text import Report
 
 
 def quantize(model: nn.Module, config: object = None) -> None:
@@ -113,20 +114,14 @@ def convert(model: nn.Module, *, kernel: str | None = None, from_state: Mapping[
             does not fit; it names the layer and what is missing. The model is left as it was.
     """
     _check_model(model)
-    if kernel is not None and kernel not in KERNELS:
-        raise refusal("kernel", shown(kernel), f"None or one of {', '.join(map(repr, KERNELS))}")
-    if from_state is None:
-        layers: dict[nn.Module, QuantizedLinear] = _deployed(model, kernel)
-    else:
-        layers = loading.layers(model, from_state, kernel)
-    for layer in layers.values():
-        if kernel is not None and layer.kernel != kernel:
-            raise refusal(f"layer {layer.row.name!r}", f"kernel {kernel!r}", f"another kernel ({layer.reason})")
-    if from_state is None:
-        swap(model, layers)
-        session.detach(model)
-    else:
-        loading.load(model, from_state, layers)
+    loading.check_kernel(kernel)
+    if from_state is not None:
+        loading.convert(model, from_state, kernel)
+        return
+    layers = _deployed(model, kernel)
+    loading.check_served(layers.values(), kernel)
+    swap(model, layers)
+    session.detach(model)
 
 
 def _deployed(model: nn.Module, kernel: str | None) -> dict[nn.Module, QuantizedLinear]:

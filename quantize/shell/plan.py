@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from quantize.shell.config import Config, QuantizeError, refusal
+from quantize.shell.report.rows import Skipped
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Children whose weight their owner reads without calling them.
@@ -24,15 +25,6 @@ class LayerPlan:
 
     names: tuple[str, ...]
     module: nn.Linear
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """A module that holds a weight matrix and stays as it is; ``asked`` where ``skip_layers`` says so."""
-
-    name: str
-    reason: str
-    asked: bool = False
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import warnings
 import torch
 
 import quantize as qz
-from quantize.shell import demo
+from quantize.shell.cli import demo
 from tests.benchmarks import smollm2
 from tests.models import TENSOR, TOKEN
 from tests.models import config as make

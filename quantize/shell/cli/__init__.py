@@ -1,0 +1,1 @@
+"""``python -m quantize``: the command line, and the models of transformers that it quantizes and measures."""

@@ -1,0 +1,76 @@
+"""The kernel that runs everywhere and defines the result; what it keeps is also what a ``state_dict`` holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from quantize.core import QParams, QTensor, Scheme, Solution, linear, packing
+from quantize.shell.deploy.kernels.contract import Layout
+
+DEVICES = None
+
+
+def obstacle(_solved: Solution, _bias: Tensor | None, _dtype: torch.dtype) -> None:
+    """There is none."""
+
+
+def prepare(solved: Solution, _bias: Tensor | None = None, _dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Codes and zero points of at most 4 bits two to a byte, and the other parameters as they are."""
+    weight, static = solved.weight, solved.static or QParams(None, None)  # type: ignore[arg-type]
+    kept = {
+        "codes": _pack(weight.codes, weight.scheme),
+        "scale": weight.scale,
+        "zero_point": None if weight.zero_point is None else _pack(weight.zero_point, weight.scheme),
+        "smoothing": solved.smoothing,
+        "input_scale": static.scale,
+        "input_zero_point": static.zero_point,
+    }
+    return {name: tensor.contiguous() for name, tensor in kept.items() if tensor is not None}
+
+
+def restore(held: Mapping[str, Tensor], layout: Layout) -> Solution:
+    """Undo :func:`prepare`."""
+    return solution(_unpack(held["codes"], layout.spec.weight, layout.c), held, layout)
+
+
+def solution(codes: Tensor, held: Mapping[str, Tensor], layout: Layout) -> Solution:
+    """The value of the int8 ``codes`` ``[n, c]`` and of all else that :func:`prepare` keeps."""
+    weight = QTensor(codes, held["scale"], zero_point(held, layout), layout.spec.weight)
+    static = QParams(held["input_scale"], held.get("input_zero_point")) if "input_scale" in held else None
+    return Solution(weight, layout.spec.inputs, held.get("smoothing"), static)
+
+
+def zero_point(held: Mapping[str, Tensor], layout: Layout) -> Tensor | None:
+    """The zero points that :func:`prepare` keeps, in the shape of the scales."""
+    kept = held.get("zero_point")
+    return None if kept is None else _unpack(kept, layout.spec.weight, held["scale"].shape[1])
+
+
+def forward(x: Tensor, held: Mapping[str, Tensor], layout: Layout, bias: Tensor | None) -> Tensor:
+    """See :func:`compute`."""
+    return compute(x, restore(held, layout), bias)
+
+
+def compute(
+    x: Tensor, s: Solution, bias: Tensor | None, *, matmul: Callable[[Tensor, Tensor], Tensor] = linear.int_matmul
+) -> Tensor:
+    """:func:`quantize.core.linear.quantized_linear` of a solved layer."""
+    return linear.quantized_linear(
+        x, s.weight, bias, inputs=s.inputs, smoothing=s.smoothing, static=s.static, matmul=matmul
+    )
+
+
+def narrow(scheme: Scheme) -> bool:
+    """Whether codes of ``scheme`` are kept two to a byte."""
+    return scheme.bits <= 4
+
+
+def _pack(codes: Tensor, scheme: Scheme) -> Tensor:
+    return packing.pack_int4(codes) if narrow(scheme) else codes
+
+
+def _unpack(codes: Tensor, scheme: Scheme, length: int) -> Tensor:
+    return packing.unpack_int4(codes, length) if narrow(scheme) else codes

@@ -1,0 +1,193 @@
+"""The deployed layer: codes and parameters in the form that its kernel computes with, no float weight left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
+
+from quantize.core import LayerSpec, Solution
+from quantize.shell.config import refusal
+from quantize.shell.deploy import state as saved
+from quantize.shell.deploy.kernels import KERNELS, Layout, choose, reference
+from quantize.shell.report.rows import Row
+
+
+def adopt(new: nn.Module, old: nn.Module) -> None:
+    """Give ``new`` what users attach to a module: its hooks, the very same dicts, and the training flag."""
+    new.__dict__.update({key: value for key, value in old.__dict__.items() if "_hook" in key})
+    new.training = old.training
+
+
+class QuantizedLinear(nn.Module):
+    """A linear layer on integer codes: ``[..., c]`` to ``[..., n]`` in the dtype of its input.
+
+    The buffers are those of its :attr:`kernel`. A ``state_dict``, a copy and a pickle hold the form of the reference
+    kernel, whatever the kernel: ``codes`` (int8 ``[n, c]``, or two int4 in a byte, uint8 ``[n, ceil(c / 2)]``),
+    ``scale``, and where the solution has them ``zero_point``, ``smoothing``, ``input_scale``, ``input_zero_point``.
+    The parameter ``bias`` is the original's.
+
+    Args:
+        solved: the layer.
+        bias: ``[n]`` or None.
+        row: what the report says of it.
+        dtype: that of the float layer, and of the inputs to come.
+        kernel: the name of the kernel to use wherever it can serve; None chooses the fastest.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self, solved: Solution, bias: nn.Parameter | None, row: Row, dtype: torch.dtype, kernel: str | None = None
+    ) -> None:
+        super().__init__()
+        self.row, self.wanted = row, kernel
+        # The names of the buffers that are the kernel's; others are a user's.
+        self._kept: tuple[str, ...] = ()
+        self.register_parameter("bias", bias)
+        self._hold(solved, dtype)
+
+    def _hold(self, solved: Solution, dtype: torch.dtype) -> None:
+        self.kernel, self.reason = choose(solved, self.bias, dtype, self.wanted)
+        n, c = solved.weight.codes.shape
+        self.layout = Layout(LayerSpec(solved.weight.scheme, solved.inputs), n, c, dtype)
+        with torch.no_grad():
+            held = KERNELS[self.kernel].prepare(solved, self.bias, dtype)
+        self._release()
+        self._put(held)
+
+    def _put(self, held: dict[str, Tensor]) -> None:
+        for name, tensor in held.items():
+            self.register_buffer(name, tensor, persistent=False)
+        self._kept = tuple(held)
+
+    @property
+    def in_features(self) -> int:
+        """``c``."""
+        return self.layout.c
+
+    @property
+    def out_features(self) -> int:
+        """``n``."""
+        return self.layout.n
+
+    @property
+    def solution(self) -> Solution:
+        """The tensors of this layer as the core's value."""
+        return KERNELS[self.kernel].restore(self._held(), self.layout)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight ``[n, c]`` that the codes stand for, made on every access: for owners that read it directly."""
+        return self.solution.effective_weight().to(self.layout.dtype)
+
+    def _held(self) -> dict[str, Tensor]:
+        return {name: tensor for name in self._kept if (tensor := self._buffers[name]) is not None}
+
+    def _release(self) -> None:
+        for name in self._kept:
+            del self._buffers[name]
+            self._non_persistent_buffers_set.discard(name)
+        self._kept = ()
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Linear gives it
+        """Compute with the kernel; see :func:`quantize.core.linear.quantized_linear`."""
+        kind = input.device.type
+        if not input.is_floating_point():
+            raise refusal(f"layer {self.row.name!r}", f"inputs of {input.dtype}", "inputs in floating point")
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            # It would round the matmul of the codes, which is exact as it stands.
+            with torch.autocast(kind, enabled=False):
+                return self._forward(input)
+        return self._forward(input)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        if (x.requires_grad and torch.is_grad_enabled()) or _has_tangent(x):
+            # The operators of the other kernels have no derivative.
+            return reference.compute(x, self.solution, self.bias)
+        return KERNELS[self.kernel].forward(x, self._held(), self.layout, self.bias)
+
+    def record(self) -> Row:
+        """The row of this layer in the report."""
+        return replace(self.row, kernel=self.kernel, kernel_reason=self.reason)
+
+    def extra_repr(self) -> str:
+        """Shape, format and kernel, as ``print(model)`` shows them."""
+        spec = self.layout.spec
+        shape = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{shape}, {spec.weight}, inputs {spec.inputs or 'float'}, kernel {self.kernel}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
+        # A cast of the model moves the bias; scales keep the precision in which they were computed.
+        def moved(tensor: Tensor) -> Tensor:
+            new = fn(tensor)
+            return new if new.dtype == tensor.dtype else tensor.to(new.device)
+
+        held, dtype = self._held(), self.layout.dtype
+        here = held["scale"].device
+        probe = fn(torch.empty(0, dtype=dtype, device=here))
+        stays = (probe.dtype, probe.device) == (dtype, here)
+        solved = None if stays else pytree.tree_map_only(Tensor, moved, self.solution)
+        self._release()
+        try:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call] # torch leaves it bare
+        finally:
+            self._put(held)
+        if solved is None:
+            self._buffers.update({name: moved(tensor) for name, tensor in held.items()})
+        else:
+            self._hold(solved, probe.dtype)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What a kernel holds may be of use on this processor only.
+        others = {name: buffer for name, buffer in self._buffers.items() if name not in self._kept}
+        hidden = self._non_persistent_buffers_set - set(self._kept)
+        held = reference.prepare(self.solution)
+        return {**self.__dict__, "_buffers": others, "_non_persistent_buffers_set": hidden, "_kept": (), "_held": held}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        held = state.pop("_held")
+        super().__setstate__(state)  # type: ignore[no-untyped-call] # torch leaves it bare
+        self._hold(reference.restore(held, self.layout), self.layout.dtype)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """The format and the row of the report, in plain containers."""
+        return saved.describe(self.layout, self.row)
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Take over the row of the report; the rest is checked with the tensors."""
+        self.row = saved.row(state)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.update({prefix + name: tensor for name, tensor in reference.prepare(self.solution).items()})
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
+    ) -> None:
+        own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+        others = {key: value for key, value in state_dict.items() if key.removeprefix(prefix) not in saved.TENSORS}
+        solved = None
+        # Nothing of the layer but its bias: as ever, what is missing is listed.
+        if own.keys() & {*saved.TENSORS, saved.EXTRA}:
+            solved = saved.solution(prefix.removesuffix("."), own, self.layout)
+        super()._load_from_state_dict(others, prefix, local_metadata, *rest)
+        if solved is not None:
+            # As with parameters: copied, or with assign=True taken as they are.
+            if not local_metadata.get("assign_to_params_buffers", False):
+                device = self._held()["scale"].device
+                solved = pytree.tree_map_only(Tensor, lambda t: t.to(device, copy=True), solved)
+            self._hold(solved, self.layout.dtype)
+
+
+def _has_tangent(x: Tensor) -> bool:
+    # Forward-mode derivatives do not show in requires_grad.
+    if torch.compiler.is_compiling():
+        return False
+    return unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call] # torch leaves it bare
