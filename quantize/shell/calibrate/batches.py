@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -14,9 +13,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from quantize.shell.modes import random_states, set_random_states
-
-# What can be kept, saved and given again, in lists, tuples and dicts.
-_PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
+from quantize.shell.values import copied
 
 
 @dataclass
@@ -79,46 +76,6 @@ class Batch:
         self.args, self.kwargs = pytree.tree_map_only(
             Tensor, lambda tensor: tensor.to(after) if tensor.dtype == before else tensor, (self.args, self.kwargs)
         )
-
-
-def keepable(value: Any) -> bool:
-    """Whether ``value`` is tensors and plain values in lists, tuples and dicts: it can be given a second time."""
-    if type(value) in (list, tuple):
-        return all(map(keepable, value))
-    if type(value) is dict:
-        return all(type(key) in _PLAIN and keepable(item) for key, item in value.items())
-    dense = isinstance(value, Tensor) and value.layout == torch.strided and type(value) in (Tensor, nn.Parameter)
-    return dense or type(value) in _PLAIN
-
-
-def copied(value: Any) -> Any:
-    """The same with tensors of their own: what was one tensor stays one, and views share memory as they did.
-
-    Small views of something large, such as two rows of a data set, are copied apart.
-    """
-    tensors = {id(leaf): leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)}
-    covered: Counter[int] = Counter()
-    views: Counter[int] = Counter()
-    for tensor in tensors.values():
-        covered[tensor.untyped_storage()._cdata] += tensor.nbytes
-        views[tensor.untyped_storage()._cdata] += 1
-    storages: dict[int, Any] = {}
-    made: dict[int, Tensor] = {}
-
-    def copy(tensor: Tensor) -> Tensor:
-        if id(tensor) not in made:
-            storage = tensor.untyped_storage()
-            key = storage._cdata
-            if views[key] == 1 or covered[key] < storage.nbytes() // 2:
-                made[id(tensor)] = tensor.detach().clone()
-            else:
-                if key not in storages:
-                    storages[key] = storage.clone()  # type: ignore[no-untyped-call]
-                new = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-                made[id(tensor)] = new.set_(storages[key], tensor.storage_offset(), tensor.size(), tensor.stride())
-        return made[id(tensor)]
-
-    return pytree.tree_map_only(Tensor, copy, value)
 
 
 def attention_mask(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

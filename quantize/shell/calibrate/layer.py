@@ -17,13 +17,14 @@ from quantize.shell.calibrate.batches import Batch
 from quantize.shell.config import Config, refusal
 from quantize.shell.deploy import layer as deployment
 from quantize.shell.deploy.kernels import Layout, reference
+from quantize.shell.fold.producers import Foldable
 from quantize.shell.report.rows import Row
 
 if TYPE_CHECKING:
     from quantize.shell.calibrate.observing import Observing
 
 
-class CalibrationLinear(nn.Module):
+class CalibrationLinear(Foldable):
     """A linear layer under calibration: the original's parameters, and what was learned of its inputs.
 
     Computes in floating point until :attr:`active`, then as the quantized layer will. All of the state is on the
@@ -31,11 +32,9 @@ class CalibrationLinear(nn.Module):
     ``state_dict`` with the model.
     """
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
-
     def __init__(self, original: nn.Linear, names: tuple[str, ...], config: Config) -> None:
-        super().__init__()
+        # Not that of nn.Linear, which would make new parameters.
+        nn.Module.__init__(self)
         self.names, self.config = names, config
         self.out_features, self.in_features = original.weight.shape
         # The very same objects: ties to other modules, gradients and optimizers stay.

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantize.shell.calibrate.batches import Batch, attention_mask, keepable
+from quantize.shell.calibrate.batches import Batch, attention_mask
 from quantize.shell.calibrate.observing import Calls, Recorder
 from quantize.shell.calibrate.solving import KEY, carrier, solve, unsolved
 from quantize.shell.config import Config, QuantizeWarning, refusal
 from quantize.shell.plan import Plan
+from quantize.shell.values import keepable
 
 
 class Session:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from functools import partial
+from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from quantize.shell.calibrate import sequential
-from quantize.shell.calibrate.layer import CalibrationLinear, calibrated
+from quantize.shell.calibrate.layer import CalibrationLinear, calibrated, siblings
 from quantize.shell.calibrate.ranks import Ranks
 from quantize.shell.config import QuantizeWarning, refusal
 from quantize.shell.fold import folding
+from quantize.shell.fold.producers import Foldable
 from quantize.shell.modes import undisturbed, untracked
 from quantize.shell.plan import check_weight
 from quantize.shell.progress import layers_progress
@@ -84,12 +87,18 @@ def _fold(root: nn.Module) -> None:
         with undisturbed(root):
             told = ["all scales at run time: the model was called with what may not be given twice"]
             if first is not None:
-                told = folding.fold(root, open_, first)
+                told = folding.fold(root, siblings(open_), partial(first.run, root), _common_scale)
     finally:
         session.replaying = False
     session.remarks += tuple(told)
     if told:
         warnings.warn(f"not folded, see report(model): {'; '.join(told)}", QuantizeWarning, stacklevel=2)
+
+
+def _common_scale(layers: Sequence[Foldable], rows: Tensor | None) -> Tensor:
+    first = cast("CalibrationLinear", layers[0])
+    assert first.config.algorithm.scale is not None
+    return first.config.algorithm.scale([layer.weight.detach() for layer in layers], first.statistic(), rows)
 
 
 def _check(layers: list[CalibrationLinear], roots: list[nn.Module]) -> None:

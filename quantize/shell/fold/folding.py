@@ -9,40 +9,39 @@ powers of two: products with them are exact, so that nothing in the model may ch
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from quantize.core import affine
-from quantize.shell.calibrate.batches import Batch
-from quantize.shell.calibrate.layer import CalibrationLinear
 from quantize.shell.fold.folds import MULTIPLIES, ONE_PLUS, ROWS, Fold, Form
-from quantize.shell.fold.producers import Group, Outputs, find, hooked, width
+from quantize.shell.fold.producers import Foldable, Group, Outputs, Run, find, hooked, width
+
+# The divisor ``[c]`` for layers that read one tensor, equal where the given channels of its producer are.
+Scale = Callable[[Sequence[Foldable], Tensor | None], Tensor]
 
 
 class _Refuted(BaseException):
     """Ends a run that has shown a fold to be wrong."""
 
 
-def fold(root: nn.Module, layers: list[CalibrationLinear], batch: Batch) -> list[str]:
-    """Fold the scales of ``layers`` wherever that is proven on ``batch``; returns what stays at run time, and why.
+def fold(root: nn.Module, units: Sequence[Sequence[Foldable]], run: Run, scale: Scale) -> list[str]:
+    """Fold the scales of all layers wherever that is proven in a ``run``; returns what stays at run time, and why.
 
-    What is folded is on the layers afterwards, in :attr:`CalibrationLinear.folded`, and in the producers' parameters.
-    The float model computes what it computed before.
+    What is folded is on the layers afterwards, in :attr:`Foldable.folded`, and in the producers' parameters. The float
+    model computes what it computed before.
     """
-    groups, outputs = find(root, layers, batch)
+    layers = [layer for unit in units for layer in unit]
+    groups, outputs = find(root, units, run)
     reasons = {id(group): group.reason for group in groups if not group.producers}
-    folds = _proven(root, groups, outputs, batch, reasons)
+    folds = _proven(root, groups, outputs, run, reasons)
     # From the end: what the rows of a layer are divided by is known before its own columns get a scale.
     try:
         for each in reversed(folds):
-            algorithm = each.group.layers[0].config.algorithm
-            assert algorithm.scale is not None
-            weights = [layer.weight.detach() for layer in each.group.layers]
-            each.apply(algorithm.scale(weights, each.group.layers[0].statistic(), each.rows))
-        kept = not folds or _given(root, batch, lambda found: _alike(outputs, Outputs.of(found), len(layers)))
+            each.apply(scale(each.group.layers, each.rows))
+        kept = not folds or _given(run, lambda found: _alike(outputs, Outputs.of(found), len(layers)))
     except BaseException:
         _undo(folds)
         raise
@@ -56,9 +55,7 @@ def fold(root: nn.Module, layers: list[CalibrationLinear], batch: Batch) -> list
     ]
 
 
-def _proven(
-    root: nn.Module, groups: list[Group], outputs: Outputs, batch: Batch, reasons: dict[int, str]
-) -> list[Fold]:
+def _proven(root: nn.Module, groups: list[Group], outputs: Outputs, run: Run, reasons: dict[int, str]) -> list[Fold]:
     """The proposals that hold, none of them applied."""
     names = {module: re.sub(r"\d+", "#", name) for name, module in root.named_modules()}
     proposals: dict[tuple[str, str, str], list[Fold]] = {}
@@ -78,9 +75,9 @@ def _proven(
             continue
         # What is not exact would hide whether others are: it is tried alone.
         basis = [each for each in proven if each.form.exact and new[0].form.exact]
-        if new[0].copies and not _found_rows(new, basis, root, batch):
+        if new[0].copies and not _found_rows(new, basis, root, run):
             continue
-        if _hold([*basis, *new], root, outputs, batch):
+        if _hold([*basis, *new], root, outputs, run):
             proven += new
     done = {id(each.group) for each in proven}
     reasons |= {id(group): "no module before makes each channel of the inputs, and nothing else, larger"
@@ -89,7 +86,7 @@ def _proven(
 
 
 def _forms(producer: nn.Module) -> tuple[Form, ...]:
-    return (ROWS,) if isinstance(producer, (nn.Linear, CalibrationLinear)) else (MULTIPLIES, ONE_PLUS)
+    return (ROWS,) if isinstance(producer, nn.Linear) else (MULTIPLIES, ONE_PLUS)
 
 
 def _powers(fold: Fold, exponents: Tensor) -> Tensor:
@@ -108,7 +105,7 @@ def _probe(fold: Fold) -> Tensor:
     return _powers(fold, (rows % 2 * 2 - 1) * far)
 
 
-def _found_rows(new: list[Fold], proven: list[Fold], root: nn.Module, batch: Batch) -> bool:
+def _found_rows(new: list[Fold], proven: list[Fold], root: nn.Module, run: Run) -> bool:
     """Find out which channel of its producer each input is a copy of: heads that share their values have such.
 
     In the runs, one a digit, every channel of a producer is multiplied by two to the power of a ternary digit of its
@@ -140,7 +137,7 @@ def _found_rows(new: list[Fold], proven: list[Fold], root: nn.Module, batch: Bat
             for each in new:
                 each.divide(_powers(each, torch.arange(width(each.producer)) // step % 3 - 1))
             with hooked(root, before, lambda *_: None):
-                read = _given(root, batch, lambda _: True)
+                read = _given(run, lambda _: True)
         finally:
             _undo([*new, *proven])
         if not read:
@@ -153,7 +150,7 @@ def _found_rows(new: list[Fold], proven: list[Fold], root: nn.Module, batch: Bat
     return True
 
 
-def _hold(folds: list[Fold], root: nn.Module, outputs: Outputs, batch: Batch) -> bool:
+def _hold(folds: list[Fold], root: nn.Module, outputs: Outputs, run: Run) -> bool:
     """Whether with all of ``folds`` every layer gets its inputs divided, and the model gives what it gave."""
     of: dict[nn.Module, Fold] = {layer: each for each in folds for layer in each.group.layers}
 
@@ -170,15 +167,15 @@ def _hold(folds: list[Fold], root: nn.Module, outputs: Outputs, batch: Batch) ->
         for each in folds:
             each.apply(_probe(each))
         with hooked(root, before, lambda *_: None):
-            return _given(root, batch, same)
+            return _given(run, same)
     finally:
         _undo(folds)
 
 
-def _given(root: nn.Module, batch: Batch, holds: Callable[[Any], bool]) -> bool:
-    """Whether what the model gives for ``batch`` ``holds``; it does not where a hook or the model itself refuses."""
+def _given(run: Run, holds: Callable[[Any], bool]) -> bool:
+    """Whether what the model gives in a ``run`` ``holds``; it does not where a hook or the model itself refuses."""
     try:
-        return holds(batch.run(root))
+        return holds(run())
     except (_Refuted, Exception):
         return False
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,14 +14,20 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from quantize.shell.calibrate.batches import Batch, keepable
-from quantize.shell.calibrate.layer import CalibrationLinear, calibrated, siblings
 from quantize.shell.fold.storages import Tags, storages_of
+from quantize.shell.values import keepable
 
 # How many tokens, and how many numbers of an output where bits may change, are compared.
 _TOKENS, _NUMBERS = 16, 4096
 # How many linear layers before a layer may make its inputs, through something that keeps the channels apart.
 _NEAR, _TRIED = 8, 3
+
+
+class Foldable(nn.Linear):
+    """A linear layer whose inputs arrive divided by ``folded`` ``[c]``, where that is not None; ``names`` in errors."""
+
+    names: tuple[str, ...]
+    folded: Tensor | None
 
 
 @dataclass(eq=False)
@@ -31,7 +37,7 @@ class Group:
     ``places`` ``[s]`` are those of the tokens. Without any module, ``reason`` says why.
     """
 
-    layers: list[CalibrationLinear]
+    layers: list[Foldable]
     sample: Tensor
     places: Tensor
     producers: list[nn.Module] = field(default_factory=list)
@@ -42,6 +48,10 @@ class Group:
         tokens = x.detach().reshape(-1, x.shape[-1])
         within = len(tokens) > int(self.places.max()) and tokens.shape[1] == self.sample.shape[1]
         return tokens[self.places] if within else None
+
+
+# Runs the model once more on the batch that folds are proven on, under modes, and returns what it gives.
+Run = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -112,27 +122,25 @@ def hooked(root: nn.Module, before: Any, after: Any) -> Iterator[None]:
             handle.remove()
 
 
-def find(root: nn.Module, layers: list[CalibrationLinear], batch: Batch) -> tuple[list[Group], Outputs]:
-    """The groups of ``layers`` in the order of execution, and what ``root`` gives for ``batch``.
-
-    Layers are one group if they share their statistics: then they read the same tensor in every batch.
-    """
+def find(root: nn.Module, units: Sequence[Sequence[Foldable]], run: Run) -> tuple[list[Group], Outputs]:
+    """A group for each of ``units``, layers that always read one tensor, in the order of execution; and the outputs."""
     trace = _Trace(root)
     with hooked(root, trace.before, trace.after):
-        output = batch.run(root, trace)
+        output = run(trace)
     leaves = visible(output)
     trace.gave(leaves)
     opaque = [leaf for leaf in leaves if not keepable(leaf)]
     # What runs in other batches alone may read anything.
-    missed = [layer.names[0] for layer in calibrated(root) if layer not in trace.inputs]
+    missed = [layer.names[0] for layer in root.modules() if isinstance(layer, Foldable) and layer not in trace.inputs]
     if opaque:
         trace.reason = f"a {type(opaque[0]).__name__} in the model's outputs cannot be compared"
     elif not any(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in leaves):
         trace.reason = "the model's outputs are no tensors in floating point"
     elif missed:
         trace.reason = f"the first batch did not reach {missed[0]}"
-    together = siblings(list(filter(set(layers).__contains__, trace.inputs)))
-    return [trace.group(members) for members in together], Outputs.of(None if opaque else output)
+    reached = [sorted((layer for layer in unit if layer in trace.inputs), key=[*trace.inputs].index) for unit in units]
+    reached = sorted(filter(None, reached), key=lambda unit: [*trace.inputs].index(unit[0]))
+    return [trace.group(members) for members in reached], Outputs.of(None if opaque else output)
 
 
 class _Made:
@@ -140,7 +148,7 @@ class _Made:
 
     def __init__(self) -> None:
         self.module: nn.Module | None = None
-        self.layers: dict[CalibrationLinear, None] = {}
+        self.layers: dict[Foldable, None] = {}
         self.others: dict[str, None] = {}
 
 
@@ -156,12 +164,12 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch leaves
         self._linears: list[nn.Module] = []
         self._calls: Counter[nn.Module] = Counter()
         # What each layer read at its first call, in the order of those.
-        self.inputs: dict[CalibrationLinear, tuple[_Made | None, tuple[Tensor, Tensor], int]] = {}
+        self.inputs: dict[Foldable, tuple[_Made | None, tuple[Tensor, Tensor], int]] = {}
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._calls[module] += 1
         self._inside.append(module)
-        if isinstance(module, CalibrationLinear) and module not in self.inputs:
+        if isinstance(module, Foldable) and module not in self.inputs:
             x = args[0] if args else kwargs["input"]
             tokens = x.detach().reshape(-1, x.shape[-1])
             norms = tokens.float().abs().sum(1)
@@ -171,7 +179,7 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch leaves
 
     def after(self, module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
         self._inside.pop()
-        if type(module) in (nn.Linear, CalibrationLinear):
+        if type(module) is nn.Linear or isinstance(module, Foldable):
             self._linears.append(module)
         made = self._made.get(output.untyped_storage()) if isinstance(output, Tensor) else None
         # What a module calls comes first: the innermost stays. What it read of it itself does not count.
@@ -187,7 +195,7 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch leaves
         here = self._inside[-1] if self._inside else None
         read = storages_of((args, kwargs)) or []
         for made in filter(None, map(self._made.get, () if func.is_view else read)):
-            if isinstance(here, CalibrationLinear):
+            if isinstance(here, Foldable):
                 made.layers[here] = None
             else:
                 made.others[type(here).__name__ if here is not None else "the model"] = None
@@ -198,7 +206,7 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch leaves
                 self._made.set(storage, _Made())
         return result
 
-    def group(self, layers: list[CalibrationLinear]) -> Group:
+    def group(self, layers: list[Foldable]) -> Group:
         made, (tokens, places), before = self.inputs[layers[0]]
         found = Group(layers, tokens, places)
         again = [layer.names[0] for layer in layers if self._calls[layer] > 1]
@@ -238,5 +246,5 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch leaves
 def width(module: nn.Module) -> int:
     """For how many output channels ``module`` has a weight each; 0 if for none."""
     weight = module._parameters.get("weight")
-    linear = isinstance(module, (nn.Linear, CalibrationLinear))
+    linear = isinstance(module, nn.Linear)
     return len(weight) if weight is not None and (linear or weight.ndim == 1) else 0
