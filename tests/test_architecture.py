@@ -1,6 +1,7 @@
 """The seams of the package: who may import whom, and that a new algorithm is a file and a line."""
 
 import ast
+import graphlib
 import json
 import pathlib
 from dataclasses import dataclass
@@ -55,8 +56,49 @@ def test_nothing_rebinds_the_function_to_a_module():
         assert getattr(qz.core, name) is ALGORITHMS[name]
 
 
+# Each may import from those before it. The docstring of the shell draws the same picture.
+ROOMS = ["config", "progress", "modes", "values", "report", "plan", "deploy", "fold", "calibrate", "disk", "api", "cli"]
+
+
+def room(name):
+    """The place in ROOMS of a module ``quantize.shell.<room>...``."""
+    return ROOMS.index(name.split(".")[2])
+
+
+@pytest.mark.parametrize("file", sorted(PACKAGE.rglob("shell/*/**/*.py")), ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_rooms_import_from_rooms_above(file):
+    mine = ROOMS.index(file.relative_to(PACKAGE / "shell").parts[0].removesuffix(".py"))
+    names = [name for name in imports(file) if name.startswith("quantize.")]
+    below = [name for name in names if name.startswith("quantize.shell.") and room(name) > mine]
+    assert not below
+    assert not [name for name in names if name.split(".")[1] not in ("core", "shell", "presets")]
+
+
+def test_the_shell_has_these_rooms_and_says_so():
+    folder = PACKAGE / "shell"
+    found = {path.stem for path in folder.iterdir() if path.name not in ("__init__.py", "__pycache__")}
+    assert found == set(ROOMS)
+    drawn = ast.get_docstring(ast.parse((folder / "__init__.py").read_text()))
+    words = [word.removesuffix("/") for line in drawn.splitlines() for word in line.split()]
+    assert [word for word in words if word in ROOMS] == ROOMS
+    for path in folder.rglob("__init__.py"):
+        assert ast.get_docstring(ast.parse(path.read_text())), path
+
+
+def test_no_file_imports_itself_by_a_circle():
+    files = {".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts): file for file in PACKAGE.rglob("*.py")}
+    files = {name.removesuffix(".__init__"): file for name, file in files.items()}
+    # Imports for types only count, since ``imports`` looks into every block.
+    graph = {name: {found for found in files if any(each in (found, f"{found}.{each.rpartition('.')[2]}")
+                                                   for each in imports(file))} - {name}
+             for name, file in files.items()}  # fmt: skip
+    # Importing from a package runs what stands in its __init__; modules of it import each other by full names.
+    graph = {name: {each for each in found if not name.startswith(f"{each}.")} for name, found in graph.items()}
+    graphlib.TopologicalSorter(graph).prepare()
+
+
 def test_files_have_one_subject():
-    assert not [file.name for file in PACKAGE.rglob("*.py") if len(file.read_text().splitlines()) > 260]
+    assert not [file.name for file in PACKAGE.rglob("*.py") if len(file.read_text().splitlines()) > 250]
 
 
 class Toy:

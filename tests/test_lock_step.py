@@ -17,8 +17,8 @@ from torch import nn
 
 import quantize as qz
 from quantize.core import gptq
-from quantize.shell.calibrate.groups import merged
 from quantize.shell.calibrate.layer import calibrated as layers_of
+from quantize.shell.calibrate.units import merged
 from quantize.shell.calibrate.walks import Walk
 from tests import oracle
 from tests.models import filled, randn, solutions
@@ -265,7 +265,7 @@ def test_the_first_error_is_raised_and_all_walks_have_ended(kind, error):
         chain.append(chain[-1].__cause__)
     assert type(chain[-1]) is error
     assert walking() == before
-    assert all(layer.recorder is None for layer in layers_of(model))
+    assert all(layer.session.watching is None for layer in layers_of(model))
     model.left = None
     qz.finish(model)
     assert differing(solutions(model), expected(Chain)) == []
@@ -400,7 +400,7 @@ def test_where_the_warning_is_an_error_nothing_of_lock_step_is_kept(routes):
 def test_nothing_watches_the_layers_after_full_passes():
     model, fell_back = calibrated(contexts.Threads)
     assert fell_back
-    assert all(layer.recorder is None for layer in layers_of(model))
+    assert all(layer.session.watching is None for layer in layers_of(model))
 
 
 def test_nothing_watches_the_layers_after_full_passes_that_fail():
@@ -423,7 +423,7 @@ def test_nothing_watches_the_layers_after_full_passes_that_fail():
         model.left = 12
         with pytest.raises(KeyboardInterrupt):
             model(batches()[2])
-        assert all(layer.recorder is None for layer in layers_of(model))
+        assert all(layer.session.watching is None for layer in layers_of(model))
         model.left = None
         qz.finish(model)
     assert differing(solutions(model), expected(contexts.Threads)) == []

@@ -9,10 +9,11 @@ from typing import Any
 from torch import nn
 
 from quantize.presets import INT8_MINMAX_WEIGHT_QUANT_CFG
-from quantize.shell.calibrate import observing as recording
-from quantize.shell.calibrate import session, solving
+from quantize.shell.calibrate import counting, solving
 from quantize.shell.calibrate.layer import CalibrationLinear, calibrated
+from quantize.shell.calibrate.observing import restart
 from quantize.shell.calibrate.ranks import Ranks
+from quantize.shell.calibrate.session import KEY, Session
 from quantize.shell.config import QuantizeWarning, parse, refusal, shown
 from quantize.shell.deploy import loading
 from quantize.shell.deploy.layer import QuantizedLinear
@@ -44,18 +45,19 @@ def quantize(model: nn.Module, config: object = None) -> None:
             raise refusal("model", f"layer {name!r} is quantized already", "a model in floating point")
     planned = plan(model, parsed)
     _warn(planned)
+    session = Session(parsed, planned)
     layers: dict[nn.Module, CalibrationLinear] = {
-        layer.module: CalibrationLinear(layer.module, layer.names, parsed) for layer in planned.layers
+        layer.module: CalibrationLinear(layer.module, layer.names, session) for layer in planned.layers
     }
-    recording.restart(layers.values())
+    restart(layers.values())
     swap(model, layers)
-    session.attach(model, parsed, planned)
+    counting.attach(model, session)
     if parsed.algorithm.data_free:
         try:
             solving.solve(model)
         except BaseException:
-            session.detach(model)
-            del model.__dict__[solving.KEY]
+            counting.detach(model)
+            del model.__dict__[KEY]
             swap(model, {new: old for old, new in layers.items()})
             raise
 
@@ -79,22 +81,7 @@ def finish(model: nn.Module, *, process_group: Any = None) -> None:
     _check_model(model)
     if not calibrated(model) and process_group is None:
         raise refusal("model", "not under calibration", "a model after quantize(model, config)")
-    ranks, layers = Ranks(process_group), solving.unsolved(model)
-    everyone = ranks.gather([(layer.names[0], layer.seen) for layer in layers])
-    solved = ranks.gather(solving.checksum(model) if not layers and process_group is not None else None)
-    if not any(everyone):
-        # After a common finish all are alike; after each has reached its batch_num alone they are not.
-        if any(each != solved[0] for each in solved):
-            raise refusal("model", "solved on every process alone", "batch_num above what any process runs")
-        return
-    for rank, theirs in enumerate(everyone):
-        if not theirs:
-            raise refusal(f"rank {rank}", "solved already, alone", "batch_num above what any process runs")
-    seen = [dict(theirs) for theirs in everyone]
-    for name, _ in everyone[0]:
-        if all(theirs.get(name, 1) == 0 for theirs in seen):
-            raise refusal(f"layer {name!r}", "0 batches seen", "a model after at least one forward pass")
-    solving.solve(model, ranks)
+    solving.finish(model, Ranks(process_group))
 
 
 def convert(model: nn.Module, *, kernel: str | None = None, from_state: Mapping[str, Any] | None = None) -> None:
@@ -121,7 +108,7 @@ def convert(model: nn.Module, *, kernel: str | None = None, from_state: Mapping[
     layers = _deployed(model, kernel)
     loading.check_served(layers.values(), kernel)
     swap(model, layers)
-    session.detach(model)
+    counting.detach(model)
 
 
 def _deployed(model: nn.Module, kernel: str | None) -> dict[nn.Module, QuantizedLinear]:
@@ -129,11 +116,11 @@ def _deployed(model: nn.Module, kernel: str | None) -> dict[nn.Module, Quantized
     if not layers:
         raise refusal("model", "not calibrated", "a model after quantize(model, config) and its forward passes")
     for layer in layers:
-        missing = layer.config.batch_num - layer.seen
+        seen, wanted = layer.session.seen, layer.session.config.batch_num
         where = f"layer {layer.names[0]!r}"
-        if not layer.active and missing > 0:
-            seen = f"{layer.seen} of {layer.config.batch_num} batches seen"
-            raise refusal(where, seen, f"{missing} more forward passes of the whole model, or finish(model)")
+        if not layer.active and seen < wanted:
+            told = f"{seen} of {wanted} batches seen"
+            raise refusal(where, told, f"{wanted - seen} more forward passes of the whole model, or finish(model)")
         if not layer.active:
             raise refusal(where, "solving was interrupted", "a model after finish(model)")
     if model in layers:
@@ -151,7 +138,7 @@ def report(model: nn.Module) -> Report:
     rows = [module.record() for module in model.modules() if isinstance(module, (CalibrationLinear, QuantizedLinear))]
     if not rows:
         raise refusal("model", "not quantized", "a model after quantize(model, config)")
-    found = [module.__dict__[solving.KEY] for module in model.modules() if solving.KEY in module.__dict__]
+    found = [module.__dict__[KEY] for module in model.modules() if KEY in module.__dict__]
     return Report(
         tuple(rows),
         tuple(skipped for each in found for skipped in each.skipped),

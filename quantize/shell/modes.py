@@ -114,13 +114,6 @@ def untracked(device: torch.device) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def eager() -> Iterator[None]:
-    """Compiled parts of a model run as they were written: the compiler cannot follow a pass that stops half-way."""
-    with torch.compiler.set_stance("force_eager"):
-        yield
-
-
 def put(owner: nn.Module, name: str, value: Tensor) -> None:
     """Write ``value`` into a buffer. Inference-mode buffers cannot be written in place, so they are replaced."""
     buffer = owner._buffers[name]

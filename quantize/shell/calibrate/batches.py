@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,70 +11,77 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from quantize.shell.modes import random_states, set_random_states
+from quantize.shell.modes import put, random_states, set_random_states
 from quantize.shell.values import copied
 
 
 @dataclass
 class Batch:
-    """One forward pass: its arguments, and what it gave to the layers."""
+    """One forward pass: its arguments, what was switched on, and what it gave to the layers.
+
+    - ``dtype``, ``device``: of the model at that time; arguments of these follow the model where it goes.
+    - ``buffers``: of the first batch, the buffers of the model before it; ``stateful``: whether it wrote to them.
+    - ``reads``: by layer, in the order of the first calls, the number of the tensor that it read at each call.
+    - ``prints``: the fingerprints of these tensors.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     mask: Tensor | None
+    dtype: torch.dtype
+    device: torch.device
     autocast: tuple[str, bool, torch.dtype]
     random: dict[str, Any]
-    # Of the first batch: the buffers of the model before it, and whether it wrote to them.
-    buffers: dict[str, Tensor]
+    buffers: dict[str, Tensor] | None
     stateful: bool = False
-    # Which tensors each layer read at its calls, in the order of the first calls; and the fingerprints of those.
     reads: dict[str, list[int]] = field(default_factory=dict)
     prints: list[list[float]] = field(default_factory=list)
 
     @classmethod
-    def of(
-        cls, args: tuple[Any, ...], kwargs: dict[str, Any], mask: Tensor | None, buffers: Mapping[str, Tensor]
-    ) -> Batch:
-        """The pass that begins now."""
+    def of(cls, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, first: bool) -> Batch:
+        """The pass of ``root`` that begins now."""
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        device = tensors[0].device.type if tensors else "cpu"
-        autocast = (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+        kind = tensors[0].device.type if tensors else "cpu"
+        autocast = (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+        random, weight = random_states(frozenset(t.device for t in tensors)), next(root.parameters())
         with torch.inference_mode(False):
+            mask = attention_mask(root, args, kwargs)
+            buffers = copied(dict(root.named_buffers())) if first else None
             args, kwargs = copied((args, kwargs))
-            return cls(
-                args, kwargs, mask, autocast, random_states(frozenset(t.device for t in tensors)), copied(dict(buffers))
-            )
+            return cls(args, kwargs, mask, weight.dtype, weight.device, autocast, random, buffers)
 
     def run(self, root: nn.Module, *modes: Any) -> Any:
         """The same pass once more, without gradients and under ``modes``; returns what ``root`` gives."""
-        device, enabled, dtype = self.autocast
+        kind, enabled, dtype = self.autocast
+        now = next(root.parameters())
+
+        def here(tensor: Tensor) -> Tensor:
+            device = now.device if tensor.device == self.device else tensor.device
+            return tensor.to(device, now.dtype if tensor.dtype == self.dtype else tensor.dtype)
+
         set_random_states(self.random)
-        args, kwargs = copied((self.args, self.kwargs))
+        args, kwargs = pytree.tree_map_only(Tensor, here, copied((self.args, self.kwargs)))
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
-            stack.enter_context(torch.autocast(device, enabled=enabled, dtype=dtype))
+            stack.enter_context(torch.autocast(kind, enabled=enabled, dtype=dtype))
             for mode in modes:
                 stack.enter_context(mode)
             return root(*args, **kwargs)
 
-    def changed(self, root: nn.Module) -> bool:
-        """Whether the buffers of ``root`` are others than before this first batch."""
-        now = dict(root.named_buffers())
-        return now.keys() != self.buffers.keys() or any(
-            not torch.equal(now[name], buffer) for name, buffer in self.buffers.items()
+    def close(self, root: nn.Module) -> None:
+        """The pass has ended: find out whether it wrote to the buffers of ``root``."""
+        before, now = self.buffers, dict(root.named_buffers())
+        self.stateful = before is not None and (
+            now.keys() != before.keys() or any(not torch.equal(now[name], old) for name, old in before.items())
         )
 
-    def move(self, device: torch.device) -> None:
-        """Bring the arguments to a device, where the model has gone."""
-        self.args, self.kwargs, self.mask, self.buffers = pytree.tree_map_only(
-            Tensor, lambda tensor: tensor.to(device), (self.args, self.kwargs, self.mask, self.buffers)
-        )
-
-    def cast(self, before: torch.dtype, after: torch.dtype) -> None:
-        """Give arguments of dtype ``before`` another one, as the model got it."""
-        self.args, self.kwargs = pytree.tree_map_only(
-            Tensor, lambda tensor: tensor.to(after) if tensor.dtype == before else tensor, (self.args, self.kwargs)
-        )
+    def rewind(self, root: nn.Module) -> None:
+        """Put the buffers of ``root`` back as they were before this first batch."""
+        buffers = dict(root.named_buffers())
+        for name, value in (self.buffers or {}).items():
+            if name in buffers and not buffers[name].equal(value.to(buffers[name].device)):
+                owner, _, last = name.rpartition(".")
+                put(root.get_submodule(owner), last, value)
 
 
 def attention_mask(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
@@ -13,49 +12,38 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from quantize.core import LayerSpec, Scheme, Solution, affine, linear, metrics, minmax
-from quantize.shell.calibrate.batches import Batch
-from quantize.shell.config import Config, refusal
+from quantize.shell.calibrate.session import Session
+from quantize.shell.config import refusal
 from quantize.shell.deploy import layer as deployment
 from quantize.shell.deploy.kernels import Layout, reference
 from quantize.shell.fold.producers import Foldable
 from quantize.shell.report.rows import Row
 
-if TYPE_CHECKING:
-    from quantize.shell.calibrate.observing import Observing
-
 
 class CalibrationLinear(Foldable):
     """A linear layer under calibration: the original's parameters, and what was learned of its inputs.
 
-    Computes in floating point until :attr:`active`, then as the quantized layer will. All of the state is on the
-    layer (``seen`` batches, ``tokens``, ``statistics``, ``solution``), so that it copies, pickles, moves and enters a
-    ``state_dict`` with the model.
+    Computes in floating point until :attr:`active`, then as the quantized layer will. What is known of this layer alone
+    is here (``tokens``, ``statistics``, ``solution``), so that it copies, pickles, moves and enters a ``state_dict``
+    with the model; the rest is the :attr:`session`'s.
     """
 
-    def __init__(self, original: nn.Linear, names: tuple[str, ...], config: Config) -> None:
+    def __init__(self, original: nn.Linear, names: tuple[str, ...], session: Session) -> None:
         # Not that of nn.Linear, which would make new parameters.
         nn.Module.__init__(self)
-        self.names, self.config = names, config
+        self.names, self.session = names, session
         self.out_features, self.in_features = original.weight.shape
         # The very same objects: ties to other modules, gradients and optimizers stay.
         self._parameters.update(original._parameters)
         deployment.adopt(self, original)
-        self.seen, self.tokens = 0, 0
-        self.statistics: Any = None
+        self.tokens, self.statistics, self.active = 0, None, False
         self.solution: Solution | None = None
-        self.active = False
-        self.recorder: Observing | None = None
-        # On the first layer of a session that is solved layer by layer: what the model was called with.
-        self.batches: list[Batch] | None = None
-        # On the first layer of a session that folds: what the model was called with first.
-        self.first: Batch | None = None
-        # What makes the inputs divides them by this already, [c].
-        self.folded: Tensor | None = None
+        self.folded = None
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Linear gives it
         """``input`` ``[..., c]`` to ``[..., n]``: float, or fake-quantized once the model is solved."""
-        quantized = self.active if self.recorder is None else self.recorder.observe(self, input)
-        s = self.solution
+        watching, s = self.session.watching, self.solution
+        quantized = self.active if watching is None or self.active else watching.observe(self, input)
         if s is None or not quantized:
             x = input if self.folded is None else input * self.folded.to(input.dtype)
             return functional.linear(x, self.weight, self.bias)
@@ -69,9 +57,9 @@ class CalibrationLinear(Foldable):
 
         The fallback knows no range of the inputs: static inputs become dynamic, one scale a token.
         """
-        algorithm, weight = self.config.algorithm, self.weight.detach()
+        algorithm, weight = self.session.algorithm, self.weight.detach()
         if self.fell_back:
-            spec = self.config.spec
+            spec = self.session.config.spec
             self.solution = minmax.algorithm(replace(spec, inputs=_dynamic(spec.inputs))).solve(weight, None)
         elif self.folded is None:
             self.solution = algorithm.solve(weight, None if algorithm.data_free else self.statistic())
@@ -83,10 +71,8 @@ class CalibrationLinear(Foldable):
     def statistic(self) -> Any:
         """What the algorithm learns from the inputs, in the dtype that it computes in."""
         # The model may have been cast since: one dtype for weight and statistic.
-        dtype, observer = affine.working_dtype(self.weight), self.config.algorithm.observer
-        return pytree.tree_map_only(
-            Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, observer.finalize(self.statistics)
-        )
+        dtype, found = affine.working_dtype(self.weight), self.session.observer.finalize(self.statistics)
+        return pytree.tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, found)
 
     def adopt(self, solution: Solution) -> None:
         """Take over a solution that was found elsewhere."""
@@ -95,8 +81,7 @@ class CalibrationLinear(Foldable):
 
     def deployed(self, kernel: str | None = None) -> deployment.QuantizedLinear:
         """The layer to put in the place of this one, once it is solved."""
-        if self.solution is None:
-            raise refusal(f"layer {self.names[0]!r}", "not solved", "a layer with a solution")
+        assert self.solution is not None
         row = replace(self.record(), stage="converted")
         layer = deployment.QuantizedLinear(self.solution, self.bias, row, self.weight.dtype, kernel)
         deployment.adopt(layer, self)
@@ -105,13 +90,13 @@ class CalibrationLinear(Foldable):
     @property
     def fell_back(self) -> bool:
         """Whether too few tokens reached a layer whose algorithm needs them."""
-        algorithm = self.config.algorithm
+        algorithm = self.session.algorithm
         return self.tokens < algorithm.fewest and not algorithm.data_free
 
     def record(self) -> Row:
         """The row of this layer in the report."""
-        spec, s = self.config.spec, self.solution
-        inputs = spec.inputs if s is None else s.inputs
+        config, s = self.session.config, self.solution
+        inputs = config.spec.inputs if s is None else s.inputs
         known: dict[str, Any] = {}
         if s is not None:
             reached = s.effective_weight()
@@ -125,11 +110,9 @@ class CalibrationLinear(Foldable):
         return Row(
             self.names,
             (self.out_features, self.in_features),
-            weights=str(spec.weight),
+            weights=str(config.spec.weight),
             inputs=None if inputs is None else str(inputs),
-            algorithm=f"minmax ({self.tokens or 'no'} tokens)"
-            if s is not None and self.fell_back
-            else self.config.name,
+            algorithm=f"minmax ({self.tokens or 'no'} tokens)" if s is not None and self.fell_back else config.name,
             stage="quantized" if self.active else "calibrating",
             tokens=self.tokens,
             **known,
@@ -137,8 +120,9 @@ class CalibrationLinear(Foldable):
 
     def extra_repr(self) -> str:
         """Shape, format and progress, as ``print(model)`` shows them."""
-        done = "quantized" if self.active else f"{self.seen} of {self.config.batch_num} batches"
-        return f"in_features={self.in_features}, out_features={self.out_features}, {self.config.spec.weight}, {done}"
+        config = self.session.config
+        done = "quantized" if self.active else f"{self.session.seen} of {config.batch_num} batches"
+        return f"in_features={self.in_features}, out_features={self.out_features}, {config.spec.weight}, {done}"
 
     def get_extra_state(self) -> dict[str, Any]:
         """Plain containers of tensors and numbers, so that ``torch.load`` reads them with ``weights_only``."""
@@ -153,10 +137,8 @@ class CalibrationLinear(Foldable):
                 "notes": dict(s.notes),
             }
         leaves = pytree.tree_leaves(self.statistics)
-        return {"format": self.format(), "seen": self.seen, "tokens": self.tokens, "active": self.active,
-                "statistics": leaves, "solution": solved, "folded": self.folded,
-                "first": None if self.first is None else vars(self.first),
-                "batches": None if self.batches is None else [vars(batch) for batch in self.batches]}  # fmt: skip
+        return {"format": self.format(), "tokens": self.tokens, "active": self.active, "statistics": leaves,
+                "solution": solved, "folded": self.folded}  # fmt: skip
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Continue where the saved layer was.
@@ -166,18 +148,16 @@ class CalibrationLinear(Foldable):
         """
         if state["format"] != self.format():
             raise refusal(f"layer {self.names[0]!r}", state["format"], f"a state of {self.format()}")
-        self.seen, self.tokens, self.active = state["seen"], state["tokens"], state["active"]
-        self.statistics, self.solution, self.folded = None, None, state.get("folded")
-        self.first = Batch(**state["first"]) if state.get("first") else None
-        self.batches = None if state["batches"] is None else [Batch(**batch) for batch in state["batches"]]
+        self.tokens, self.active = state["tokens"], state["active"]
+        self.statistics, self.solution, self.folded = None, None, state["folded"]
         if state["solution"] is None:
-            structure = pytree.tree_structure(self.config.algorithm.observer.init(0))
+            structure = pytree.tree_structure(self.session.observer.init(0))
             self.statistics = pytree.tree_unflatten(state["statistics"], structure)
         else:
-            saved, inputs = state["solution"], self.config.spec.inputs
+            saved, inputs = state["solution"], self.session.config.spec.inputs
             if saved["dynamic"]:
                 inputs = _dynamic(inputs)
-            spec = LayerSpec(self.config.spec.weight, inputs)
+            spec = LayerSpec(self.session.config.spec.weight, inputs)
             layout = Layout(spec, self.out_features, self.in_features, self.weight.dtype)
             solved = reference.restore(saved["tensors"], layout)
             self.solution = replace(solved, **{k: saved[k] for k in ("error", "baseline_error", "notes")})
@@ -185,20 +165,16 @@ class CalibrationLinear(Foldable):
 
     def format(self) -> str:
         """Algorithm, schemes and options: what a saved state must agree in."""
-        config = self.config
-        return f"{config.name}, weights {config.spec.weight}, inputs {config.spec.inputs or 'float'}, {config.options}"
+        config = self.session.config
+        return (
+            f"{config.name}, weights {config.spec.weight}, inputs {config.spec.inputs or 'float'}, "
+            f"{config.options}, {config.schedule}"
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CalibrationLinear:
-        before = self.weight.dtype
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call] # torch leaves it bare
         self._follow_weight()
-        if self.weight.dtype != before:
-            for batch in self._kept():
-                batch.cast(before, self.weight.dtype)
         return self
-
-    def _kept(self) -> list[Batch]:
-        return [*(self.batches or ()), *([self.first] if self.first else ())]
 
     def _follow_weight(self) -> None:
         # Statistics and solution follow the device of the weight, never its dtype.
@@ -206,24 +182,17 @@ class CalibrationLinear(Foldable):
         self.statistics, self.solution, self.folded = pytree.tree_map_only(
             Tensor, lambda tensor: tensor.to(device), (self.statistics, self.solution, self.folded)
         )
-        for batch in self._kept():
-            batch.move(device)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # An unfinished batch is no part of a copy, and weak references do not pickle.
-        return {**self.__dict__, "recorder": None}
 
 
 def solve_together(layers: list[CalibrationLinear]) -> None:
     """Solve layers that share their statistics: at once, where the algorithm saves work by that."""
-    first, together = layers[0], layers[0].config.algorithm.together
+    first, together = layers[0], layers[0].session.algorithm.together
     if together is None or first.fell_back or len({layer.weight.dtype for layer in layers}) > 1:
         for layer in layers:
             layer.solve()
         return
-    for layer, solution in zip(
-        layers, together([layer.weight.detach() for layer in layers], first.statistic()), strict=True
-    ):
+    solutions = together([layer.weight.detach() for layer in layers], first.statistic())
+    for layer, solution in zip(layers, solutions, strict=True):
         layer.solution, layer.statistics = solution, None
 
 
@@ -234,19 +203,6 @@ def siblings(layers: list[CalibrationLinear]) -> list[list[CalibrationLinear]]:
         leaves = pytree.tree_leaves(layer.statistics)
         found.setdefault(id(leaves[0]) if leaves else layer, []).append(layer)
     return list(found.values())
-
-
-@contextmanager
-def observed(model: nn.Module, watching: Observing) -> Iterator[None]:
-    """While this lasts, all layers of ``model`` ask ``watching``."""
-    layers = calibrated(model)
-    for layer in layers:
-        layer.recorder = watching
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.recorder = None
 
 
 def calibrated(model: nn.Module) -> list[CalibrationLinear]:

@@ -1,30 +1,21 @@
-"""What one forward pass of the user tells, apart from the layers until the pass has succeeded."""
+"""What one forward pass of the user tells, kept apart from the layers until the pass has succeeded."""
 
 from __future__ import annotations
 
 import math
-import weakref
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from quantize.core import affine
 from quantize.shell.calibrate.batches import Batch
+from quantize.shell.calibrate.layer import CalibrationLinear
 from quantize.shell.config import refusal
 from quantize.shell.modes import untracked
-
-if TYPE_CHECKING:
-    from quantize.shell.calibrate.layer import CalibrationLinear
-
-
-class Observing(Protocol):
-    """What layers tell of their calls."""
-
-    def observe(self, layer: CalibrationLinear, x: Tensor) -> bool:
-        """A call of ``layer`` with the inputs ``x`` ``[..., c]``: whether it is to compute as quantized."""
 
 
 class _Known:
@@ -34,38 +25,29 @@ class _Known:
     """
 
     def __init__(self) -> None:
-        self._entries: dict[tuple[int, ...], tuple[weakref.ref[Tensor], Any, Any]] = {}
+        self._values = WeakTensorKeyDictionary()
 
-    def get(self, x: Tensor, *others: Any) -> Any:
-        """What was given with the same tensor, and the very same ``others``; or None."""
+    def get(self, x: Tensor, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+        """What ``make`` gave when it was first asked for with ``x`` and the very same objects in ``key``."""
         if x.is_inference():
-            return None
-        reference, _, value = self._entries.get(_key(x, others), (None, None, None))
-        # An id may come back with another tensor: the weak reference tells.
-        return value if reference is not None and reference() is x else None
-
-    def put(self, x: Tensor, value: Any, *others: Any) -> None:
-        """Give a value."""
-        if not x.is_inference():
-            # What nobody can ask for again must not keep its values alive.
-            self._entries = {key: entry for key, entry in self._entries.items() if entry[0]() is not None}
-            # The others are kept, so that no new object takes their ids.
-            self._entries[_key(x, others)] = weakref.ref(x), others, value
+            return make()
+        values = self._values.setdefault(x, {})  # type: ignore[no-untyped-call] # torch leaves it bare
+        place = x._version, *map(id, key)
+        if place not in values:
+            # The key is kept, so that no new object takes its ids.
+            values[place] = key, make()
+        return values[place][1]
 
 
-def _key(x: Tensor, others: tuple[Any, ...]) -> tuple[int, ...]:
-    return id(x), x._version, *map(id, others)
+class Statistics:
+    """The statistics of one pass, for layers that are solved together at the end.
 
+    ``mask`` ``[b, t]``: which tokens count. ``batch``: the pass itself, where it will be made again.
+    """
 
-class Recorder:
-    """The statistics of one forward pass. Tokens where ``mask`` ``[b, t]`` is 0 do not count."""
-
-    def __init__(self, mask: Tensor | None = None) -> None:
-        # The pass itself, where it will be made again.
-        self.batch: Batch | None = None
-        self._mask = mask
+    def __init__(self, mask: Tensor | None, batch: Batch | None) -> None:
+        self.batch, self._mask, self._known = batch, mask, _Known()
         self._pending: dict[CalibrationLinear, tuple[Any, int]] = {}
-        self._known = _Known()
 
     def observe(self, layer: CalibrationLinear, x: Tensor) -> bool:
         """A call of ``layer`` with the inputs ``x`` ``[..., c]``, which computes in floating point."""
@@ -73,64 +55,57 @@ class Recorder:
         with untracked(x.device):
             found = counted(x, self._mask)
             # Layers start from one state, so those that always read the same tensor share one to the end.
-            leaves = pytree.tree_leaves(state)
-            new = self._known.get(x, *leaves)
-            if new is None:
-                new = layer.config.algorithm.observer.update(state, found)
-                self._known.put(x, new, *leaves)
-        self._pending[layer] = new, tokens + found.numel() // layer.in_features
+            update = layer.session.observer.update
+            state = self._known.get(x, tuple(pytree.tree_leaves(state)), lambda: update(state, found))
+        self._pending[layer] = state, tokens + found.numel() // layer.in_features
         return False
 
-    def commit(self, batch: int) -> None:
+    def close(self, number: int) -> None:
         """Hand the statistics over to the layers.
 
         Raises:
-            QuantizeError: NaN or inf among the inputs of a layer; nothing is handed over.
+            QuantizeError: NaN or inf among the inputs of a layer in batch ``number``; nothing is handed over.
         """
         for layer, (state, tokens) in self._pending.items():
-            leaves = [leaf for leaf in pytree.tree_leaves(state) if leaf.is_floating_point()]
-            if tokens and not all(bool(torch.isfinite(leaf).all()) for leaf in leaves):
-                raise not_finite(layer, batch)
+            if tokens:
+                check_finite(layer, state, number)
         for layer, (state, tokens) in self._pending.items():
             layer.statistics, layer.tokens = state, tokens
 
 
-class Calls:
-    """Which tensors a forward pass gave to each layer, and their fingerprints: for ``batch``, which will run again."""
+class Reads:
+    """Which tensors a pass gave to each layer, and their fingerprints: for ``batch``, which will run again."""
 
     def __init__(self, batch: Batch) -> None:
-        self.batch = batch
-        self._known = _Known()
-        self._prints: list[Tensor] = []
-        self._layers: list[CalibrationLinear] = []
+        self.batch, self._known = batch, _Known()
+        self._read: list[tuple[CalibrationLinear, Tensor]] = []
 
     def observe(self, layer: CalibrationLinear, x: Tensor) -> bool:
-        """A call of ``layer``, which computes in floating point."""
-        number = self._known.get(x)
-        if number is None:
-            number = len(self._prints)
-            self._prints.append(fingerprint(x, self.batch.mask))
-            self._layers.append(layer)
-            self._known.put(x, number)
-        self.batch.reads.setdefault(layer.names[0], []).append(number)
+        """A call of ``layer`` with the inputs ``x`` ``[..., c]``, which computes in floating point."""
+
+        def number() -> int:
+            self._read.append((layer, fingerprint(x, self.batch.mask)))
+            return len(self._read) - 1
+
+        self.batch.reads.setdefault(layer.names[0], []).append(self._known.get(x, (), number))
         return False
 
-    def close(self, batch: int) -> None:
+    def close(self, number: int) -> None:
         """Write the fingerprints down.
 
         Raises:
-            QuantizeError: NaN or inf among the inputs of a layer; it names the layer.
+            QuantizeError: NaN or inf among the inputs of a layer in batch ``number``; it names the layer.
         """
-        self.batch.prints = torch.stack(self._prints).tolist() if self._prints else []
-        for layer, (size, *_) in zip(self._layers, self.batch.prints, strict=True):
+        self.batch.prints = torch.stack([found for _, found in self._read]).tolist() if self._read else []
+        for (layer, _), (size, *_) in zip(self._read, self.batch.prints, strict=True):
             if not math.isfinite(size):
-                raise not_finite(layer, batch)
+                raise _not_finite(layer, number)
 
 
 def restart(layers: Iterable[CalibrationLinear]) -> None:
     """Forget what was learned of the inputs.
 
-    Equal channels start from one state, so that layers which read one tensor go on sharing it: see Recorder.
+    Layers with as many channels start from one state, so that those which read one tensor go on sharing it.
     """
     initial: dict[tuple[int, torch.dtype, torch.device], Any] = {}
     for layer in layers:
@@ -138,7 +113,7 @@ def restart(layers: Iterable[CalibrationLinear]) -> None:
         key = (layer.in_features, affine.working_dtype(weight), weight.device)
         if key not in initial:
             with untracked(weight.device):
-                initial[key] = layer.config.algorithm.observer.init(key[0], dtype=key[1], device=key[2])
+                initial[key] = layer.session.observer.init(key[0], dtype=key[1], device=key[2])
         layer.statistics, layer.tokens = initial[key], 0
 
 
@@ -150,7 +125,7 @@ def counted(x: Tensor, mask: Tensor | None) -> Tensor:
 def fingerprint(x: Tensor, mask: Tensor | None) -> Tensor:
     """What tells tokens ``[..., c]`` from others, float64 ``[6]``: their magnitude, their precision, four projections.
 
-    The magnitude, the sum of ``|x|`` over the root of their number, is not finite if any of them is not.
+    The magnitude is the sum of ``|x|`` over the root of their number; it is not finite if any of them is not.
     """
     with untracked(x.device):
         tokens = counted(x.detach(), mask).reshape(-1, x.shape[-1])
@@ -168,14 +143,20 @@ def fingerprint(x: Tensor, mask: Tensor | None) -> Tensor:
         return torch.cat([size[None], size.new_full((1,), torch.finfo(x.dtype).eps), projections])
 
 
-def near(first: list[float], second: list[float], *, digits: float) -> bool:
-    """Whether two fingerprints are of the same tokens up to roundings: this share of the digits agrees."""
+def near(first: list[float], second: list[float]) -> bool:
+    """Whether two fingerprints are of the same tokens up to roundings: three quarters of the digits agree."""
     (size, eps, *mine), (other, others_eps, *theirs) = first, second
     apart = max(abs(a - b) for a, b in zip([size, *mine], [other, *theirs], strict=True))
-    return bool(apart <= max(eps, others_eps) ** digits * size)
+    return bool(apart <= max(eps, others_eps) ** 0.75 * size)
 
 
-def not_finite(layer: CalibrationLinear, batch: int) -> Exception:
-    """The error for NaN or inf in a batch."""
+def check_finite(layer: CalibrationLinear, state: Any, number: int) -> None:
+    """Refuse the statistics ``state`` of ``layer`` that saw NaN or inf in batch ``number``."""
+    leaves = [leaf for leaf in pytree.tree_leaves(state) if leaf.is_floating_point()]
+    if not all(bool(torch.isfinite(leaf).all()) for leaf in leaves):
+        raise _not_finite(layer, number)
+
+
+def _not_finite(layer: CalibrationLinear, number: int) -> Exception:
     where = f"layer {layer.names[0]!r}"
-    return refusal(where, f"NaN or inf in batch {batch}", "finite inputs; the batch is not counted")
+    return refusal(where, f"NaN or inf in batch {number}", "finite inputs; the batch is not counted")

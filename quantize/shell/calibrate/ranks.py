@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -57,19 +58,11 @@ class Ranks:
         Raises:
             QuantizeError: on every rank; it names the first difference.
         """
-        if self.size == 1:
-            return
-        everyone = self.gather([mode, *(_fingerprint(layer) for layer in layers)])
+        everyone = self.gather([mode, *map(_fingerprint, layers)]) if self.size > 1 else []
         for rank, theirs in enumerate(everyone):
-            mine = everyone[0]
-            if theirs != mine:
-                at = next(
-                    (i for i, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b),
-                    min(len(mine), len(theirs)),
-                )
-                found = theirs[at] if at < len(theirs) else "no more layers"
-                accepted = mine[at] if at < len(mine) else "no more layers"
-                raise refusal(f"rank {rank}", str(found), f"as on rank 0: {accepted}")
+            for first, found in itertools.zip_longest(everyone[0], theirs, fillvalue="no more layers"):
+                if found != first:
+                    raise refusal(f"rank {rank}", found, f"as on rank 0: {first}")
 
     def merge(self, layers: list[CalibrationLinear]) -> None:
         """Give every rank the statistics and token counts of all, the same to the last bit."""
@@ -84,7 +77,7 @@ class Ranks:
             key = tuple(theirs[i][0] for theirs in everyone)
             if key not in merged:
                 states = self._states(layer.statistics)
-                merged[key] = functools.reduce(layer.config.algorithm.observer.merge, states)
+                merged[key] = functools.reduce(layer.session.observer.merge, states)
             layer.statistics, layer.tokens = merged[key], sum(theirs[i][1] for theirs in everyone)
 
     def solve(

@@ -2,115 +2,96 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from quantize.shell.calibrate import passes
-from quantize.shell.calibrate.batches import Batch
-from quantize.shell.calibrate.groups import Group, groups
-from quantize.shell.calibrate.layer import CalibrationLinear, calibrated, observed
-from quantize.shell.calibrate.observing import counted, not_finite, restart
+from quantize.shell.calibrate.layer import CalibrationLinear
+from quantize.shell.calibrate.observing import check_finite, counted, restart
 from quantize.shell.calibrate.ranks import Ranks
+from quantize.shell.calibrate.session import Session
+from quantize.shell.calibrate.units import Unit, units
 from quantize.shell.calibrate.walks import Walks
-from quantize.shell.modes import eager, same_attributes, undisturbed
+from quantize.shell.modes import same_attributes, undisturbed
 from quantize.shell.progress import layers_progress
 
+T = TypeVar("T")
 # By batch: which tokens count, and what the calls of a layer read in the model that is being quantized and in the
 # float model, [..., c] each.
 Read = tuple[Tensor | None, list[Tensor], list[Tensor]]
 
 
-def solve(root: nn.Module, batches: list[Batch], ranks: Ranks, told: Callable[[str], None]) -> None:
-    """Solve group after group of layers that read one tensor; those that have a solution keep it.
-
-    ``told`` gets the reason where lock step is impossible.
-    """
-    layers = calibrated(root)
-    paired, before = layers[0].config.algorithm.paired, {layer: layer.solution for layer in layers}
-    ordered = groups(layers, [reads for theirs in ranks.gather([batch.reads for batch in batches]) for reads in theirs])
+def solve(root: nn.Module, session: Session, layers: list[CalibrationLinear], ranks: Ranks) -> None:
+    """Solve unit after unit of ``layers``, those of ``session``; what has a solution keeps it."""
+    before, batches = {layer: layer.solution for layer in layers}, session.batches
+    reads = ranks.gather([batch.reads for batch in batches])
+    ordered = units(layers, [each for theirs in reads for each in theirs])
     stateful = any(ranks.gather(any(batch.stateful for batch in batches)))
-    with undisturbed(root), same_attributes(root, layers), eager():
-        trouble = "the model writes to its buffers" if stateful else None
-        if trouble is None:
-            trouble = _in_lock_step(root, ordered, batches, ranks, paired=paired)
+    # Compiled parts run as they were written: the compiler cannot follow a pass that stops half-way.
+    eager = torch.compiler.set_stance("force_eager")
+    with undisturbed(root), same_attributes(root, layers), eager:
+        trouble = "the model writes to its buffers" if stateful else _in_lock_step(root, session, ordered, ranks)
         if trouble is None:
             return
         for layer, solution in before.items():
             layer.solution = solution
-        told(trouble)
-        for group in layers_progress(ordered):
-            _solve_group(group, ranks, partial(_full_passes, root, group, batches, paired=paired))
+        session.remark(f"calibrated in full passes for each layer, which is slow, and not in lock step: {trouble}")
+        for unit in layers_progress(ordered):
+            _solve_unit(unit, ranks, partial(_full_passes, root, session, unit))
 
 
-def _in_lock_step(
-    root: nn.Module, ordered: list[Group], batches: list[Batch], ranks: Ranks, *, paired: bool
-) -> str | None:
-    """Solve the groups in lock step; or say why that cannot be."""
-    trouble: str | None = None
-    for group in ordered:
-        group.solved = all(layer.solution is not None for layer in group.layers)
-    # Where no float walks are compared with the passes of the user, two batches tell whether they disturb each other.
-    two = batches[:2] if len(batches) > 1 and not paired else []
-    alone = ranks.together(partial(passes.prints, root, two))
-    with _watching(root, Walks(root, ordered, two, ways=(True,))) as walks:
-        ranks.together(partial(walks.rehearse, alone))
-        trouble = _first(ranks, walks.trouble)
-    if trouble is not None:
-        return trouble
-    with _watching(root, Walks(root, ordered, batches, ways=(True, False) if paired else (False,))) as walks:
-        for _ in layers_progress([group for group in ordered if not group.solved]):
+def _in_lock_step(root: nn.Module, session: Session, ordered: list[Unit], ranks: Ranks) -> str | None:
+    """Solve the units in lock step; or say why that cannot be."""
+    for unit in ordered:
+        unit.solved = all(layer.solution is not None for layer in unit.layers)
+    batches = session.batches
+    # Where the algorithm has no use for float walks, two of them tell whether batches disturb each other.
+    floats = len(batches) if session.algorithm.paired else 2 * (len(batches) > 1)
+    session.watching = walks = Walks(root, ordered, batches, floats=floats)
+    try:
+        for _ in layers_progress([unit for unit in ordered if not unit.solved]):
             ranks.together(walks.advance)
             trouble, place = _first(ranks, walks.trouble), _first(ranks, walks.first)
             if trouble is not None or place is None:
-                break
-            group = ordered[place]
-            _solve_group(group, ranks, partial(_side_by_side, walks, group))
-            walks.solved(group)
-    return trouble
+                return trouble
+            _solve_unit(ordered[place], ranks, partial(_side_by_side, walks, ordered[place]))
+            walks.solved(ordered[place])
+    finally:
+        walks.close()
+        session.watching = None
+    return None
 
 
-def _first(ranks: Ranks, value: Any) -> Any:
+def _first(ranks: Ranks, value: T | None) -> T | None:
     """The least of what the ranks found, None where none found anything."""
-    return min((each for each in ranks.gather(value) if each is not None), default=None)
+    found: list[Any] = [each for each in ranks.gather(value) if each is not None]
+    return min(found, default=None)
 
 
-@contextmanager
-def _watching(root: nn.Module, walks: Walks) -> Iterator[Walks]:
-    """While the walks run, all layers ask them; afterwards all have ended."""
-    with observed(root, walks):
-        try:
-            yield walks
-        finally:
-            walks.close()
+def _side_by_side(walks: Walks, unit: Unit) -> dict[CalibrationLinear, list[Read]]:
+    return dict.fromkeys(unit.layers, walks.read(unit))
 
 
-def _side_by_side(walks: Walks, group: Group) -> dict[CalibrationLinear, list[Read]]:
-    return dict.fromkeys(group.layers, walks.read(group))
-
-
-def _full_passes(
-    root: nn.Module, group: Group, batches: list[Batch], *, paired: bool
-) -> dict[CalibrationLinear, list[Read]]:
-    originals = passes.read(root, group, batches, floating=True) if paired else [{} for _ in batches]
-    arriving = passes.read(root, group, batches, floating=False)
+def _full_passes(root: nn.Module, session: Session, unit: Unit) -> dict[CalibrationLinear, list[Read]]:
+    paired = session.algorithm.paired is not None
+    originals = passes.read(root, session, unit, floating=True) if paired else [{} for _ in session.batches]
+    arriving = passes.read(root, session, unit, floating=False)
     return {
         layer: [
             (batch.mask, mine[layer], theirs.get(layer, []))
-            for batch, mine, theirs in zip(batches, arriving, originals, strict=True)
+            for batch, mine, theirs in zip(session.batches, arriving, originals, strict=True)
         ]
-        for layer in group.layers
+        for layer in unit.layers
     }
 
 
-def _solve_group(group: Group, ranks: Ranks, read: Callable[[], dict[CalibrationLinear, list[Read]]]) -> None:
-    """Solve the layers of ``group`` on what ``read`` gives: by layer and batch; equal lists are gone through once."""
-    rest = [layer for layer in group.layers if layer.solution is None]
+def _solve_unit(unit: Unit, ranks: Ranks, read: Callable[[], dict[CalibrationLinear, list[Read]]]) -> None:
+    """Solve the layers of ``unit`` on what ``read`` gives: by layer and batch; equal lists are gone through once."""
+    rest = [layer for layer in unit.layers if layer.solution is None]
 
     def observe() -> None:
         known: dict[int, tuple[Any, int]] = {}
@@ -130,13 +111,13 @@ def _solve_group(group: Group, ranks: Ranks, read: Callable[[], dict[Calibration
 def _statistics(layer: CalibrationLinear, read: list[Read]) -> tuple[Any, int]:
     """What the algorithm's observer makes of the inputs of ``layer``, and how many tokens they were."""
     restart([layer])
-    state, tokens, update = layer.statistics, 0, layer.config.algorithm.observer.update
+    state, tokens, update = layer.statistics, 0, layer.session.observer.update
+    paired = layer.session.algorithm.paired is not None
     for number, (mask, mine, theirs) in enumerate(read):
         for call, x in enumerate(mine):
             arrived = counted(x, mask)
-            original = counted(theirs[call], mask) if call < len(theirs) else None
-            state = update(state, arrived, *([] if original is None else [original.reshape(-1, layer.in_features)]))
+            original = [counted(y, mask).reshape(-1, layer.in_features) for y in theirs[call : call + 1] if paired]
+            state = update(state, arrived, *original)
             tokens += arrived.numel() // layer.in_features
-        if not all(bool(torch.isfinite(leaf).all()) for leaf in pytree.tree_leaves(state) if leaf.is_floating_point()):
-            raise not_finite(layer, number + 1)
+        check_finite(layer, state, number + 1)
     return state, tokens

@@ -1,112 +1,78 @@
-"""The session of a model under calibration: it watches forward passes, counts them, and solves after the last."""
+"""What belongs to one call of ``quantize``: shared by the model, where it is kept, and by all of its layers."""
 
 from __future__ import annotations
 
-import sys
 import warnings
-from typing import Any
+from typing import Any, Protocol
 
-import torch
-from torch import nn
+from torch import Tensor
 
-from quantize.shell.calibrate.batches import Batch, attention_mask
-from quantize.shell.calibrate.observing import Calls, Recorder
-from quantize.shell.calibrate.solving import KEY, carrier, solve, unsolved
-from quantize.shell.config import Config, QuantizeWarning, refusal
+from quantize.core import Observer
+from quantize.core.algorithms import Algorithm
+from quantize.shell.calibrate.batches import Batch
+from quantize.shell.config import Config, QuantizeWarning
 from quantize.shell.plan import Plan
-from quantize.shell.values import keepable
+
+# The attribute of a model that holds its session, and the key of the session in a state_dict.
+KEY = "_quantization"
+
+
+class Watching(Protocol):
+    """Who is told of every call of a layer."""
+
+    def observe(self, layer: Any, x: Tensor) -> bool:
+        """A call of ``layer`` with the inputs ``x`` ``[..., c]``. Returns whether it is to compute as quantized."""
 
 
 class Session:
-    """What belongs to one call of ``quantize``: the config, what was left out, and the hooks on the model.
+    """The config, what was left out, and how far calibration is. It holds no module, so it copies with the model.
 
-    Kept on the model under :data:`KEY`; it holds no module, so that copies of the model have sessions of their
-    own.
+    - ``seen``: forward passes that were counted.
+    - ``batches``: what will run again was called with: all batches with ``sequential``, the first with ``fold``.
+    - ``remarks``: what was not done as asked.
+    - ``watching``: who observes the layers now. ``solving``: the passes that run now are not the user's.
     """
 
     def __init__(self, config: Config, plan: Plan) -> None:
         self.config, self.skipped, self.unmatched = config, plan.skipped, plan.unmatched
+        self.sequential = config.schedule.sequential
+        self.seen, self.batches = 0, list[Batch]()
         self.remarks: tuple[str, ...] = ()
-        self.replaying = False
+        self.watching: Watching | None = None
+        self.solving = False
 
-    def begin(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before a forward pass: start a new recorder; what an unfinished pass left is forgotten."""
-        if self.replaying:
-            return
-        layers = unsolved(root)
-        recorder = None
-        if layers and layers[0].seen < self.config.batch_num:
-            recorder = self._recorder(root, args, kwargs)
-        for layer in layers:
-            layer.recorder = recorder
+    @property
+    def algorithm(self) -> Algorithm:
+        """The algorithm of the config."""
+        return self.config.algorithm
 
-    def end(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any) -> None:
-        """After a forward pass that succeeded: commit the statistics, count the batch, solve after the last.
+    @property
+    def observer(self) -> Observer:
+        """What is learned of the inputs of every layer."""
+        paired = self.algorithm.paired
+        return self.algorithm.observer if paired is None or not self.sequential else paired
 
-        Raises:
-            QuantizeError: NaN or inf among the inputs of a layer; the batch counts for nothing.
-        """
-        layers = [] if self.replaying else unsolved(root)
-        recorder = layers[0].recorder if layers else None
-        for layer in layers:
-            layer.recorder = None
-        if recorder is None:
-            return
-        if isinstance(recorder, Recorder):
-            recorder.commit(layers[0].seen + 1)
-            if recorder.batch is not None:
-                carrier(root).first = recorder.batch
-        elif isinstance(recorder, Calls):
-            recorder.close(layers[0].seen + 1)
-            kept = carrier(root).batches
-            assert kept is not None
-            recorder.batch.stateful = not kept and recorder.batch.changed(root)
-            kept.append(recorder.batch)
-        for layer in layers:
-            layer.seen += 1
-        if layers[0].seen == self.config.batch_num:
-            # The compiler cannot follow a pass that stops half-way; where it was never imported, nothing is compiled.
-            compiling = "torch._dynamo" in sys.modules
-            (torch.compiler.disable(solve) if compiling else solve)(root)  # type: ignore[no-untyped-call] # torch leaves it bare
+    @property
+    def wanted(self) -> int:
+        """How many batches are kept."""
+        return self.config.batch_num if self.sequential else int(self.config.schedule.fold)
 
-    def _recorder(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recorder | Calls:
-        kept = carrier(root).batches
-        odd = [each for each in (*args, *kwargs.values()) if not keepable(each)]
-        if kept is None or not odd:
-            mask = attention_mask(root, args, kwargs)
-            first = dict(root.named_buffers()) if kept == [] else {}
-            if kept is not None:
-                return Calls(Batch.of(args, kwargs, mask, first))
-            recorder = Recorder(mask)
-            if getattr(self.config.options, "fold", False) and carrier(root).first is None and not odd:
-                recorder.batch = Batch.of(args, kwargs, mask, {})
-            return recorder
-        told = f"an argument of type {type(odd[0]).__name__}, which may not be given twice"
-        if kept:
-            raise refusal("model", told, "arguments like those of the batches before: tensors and plain values")
-        remark = f"calibrated in one pass, not layer by layer: the model was called with {told}"
-        self.remarks += (remark,)
-        carrier(root).batches = None
-        warnings.warn(remark, QuantizeWarning, stacklevel=2)
-        return Recorder(attention_mask(root, args, kwargs))
+    def remark(self, *told: str, prefix: str = "") -> None:
+        """Put what was not done as asked into the report and into one warning."""
+        self.remarks = tuple(dict.fromkeys((*self.remarks, *told)))
+        if told:
+            warnings.warn(prefix + "; ".join(told), QuantizeWarning, stacklevel=3)
 
+    def state(self) -> dict[str, Any]:
+        """Plain containers of tensors and numbers, so that ``torch.load`` reads them with ``weights_only``."""
+        batches = [vars(batch) for batch in self.batches]
+        return {"seen": self.seen, "sequential": self.sequential, "remarks": list(self.remarks), "batches": batches}
 
-def attach(model: nn.Module, config: Config, plan: Plan) -> None:
-    """Put the session and its hooks on ``model``."""
-    session = Session(config, plan)
-    model.__dict__[KEY] = session
-    if getattr(config.options, "sequential", False):
-        carrier(model).batches = []
-    # First of all: what is kept is what the caller gave, not what other hooks make of it.
-    model.register_forward_pre_hook(session.begin, with_kwargs=True, prepend=True)
-    model.register_forward_hook(session.end, with_kwargs=True)
+    def restore(self, state: dict[str, Any]) -> None:
+        """Undo :meth:`state`."""
+        self.seen, self.sequential, self.remarks = state["seen"], state["sequential"], tuple(state["remarks"])
+        self.batches = [Batch(**batch) for batch in state["batches"]]
 
-
-def detach(model: nn.Module) -> None:
-    """Remove the hooks of all sessions in ``model``; what they know stays for the report."""
-    for module in model.modules():
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), Session)]:
-                del hooks[key]
-                module._forward_pre_hooks_with_kwargs.pop(key, None)
-                module._forward_hooks_with_kwargs.pop(key, None)
+    def __getstate__(self) -> dict[str, Any]:
+        # An unfinished pass is no part of a copy.
+        return {**self.__dict__, "watching": None, "solving": False}

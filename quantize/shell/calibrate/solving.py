@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import cast
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from quantize.shell.calibrate import sequential
 from quantize.shell.calibrate.layer import CalibrationLinear, calibrated, siblings
 from quantize.shell.calibrate.ranks import Ranks
+from quantize.shell.calibrate.session import KEY, Session
 from quantize.shell.config import QuantizeWarning, refusal
 from quantize.shell.fold import folding
 from quantize.shell.fold.producers import Foldable
@@ -20,18 +21,30 @@ from quantize.shell.modes import undisturbed, untracked
 from quantize.shell.plan import check_weight
 from quantize.shell.progress import layers_progress
 
-# Where a model keeps its session.
-KEY = "_quantization"
-
 
 def unsolved(model: nn.Module) -> list[CalibrationLinear]:
     """The layers that still compute in floating point."""
     return [layer for layer in calibrated(model) if not layer.active]
 
 
-def carrier(root: nn.Module) -> CalibrationLinear:
-    """The layer that holds what belongs to all layers of a session: so it enters a ``state_dict``."""
-    return calibrated(root)[0]
+def finish(model: nn.Module, ranks: Ranks) -> None:
+    """Solve with what was seen so far, or stay as it is where all is solved; see :func:`quantize.finish`."""
+    layers = unsolved(model)
+    everyone = ranks.gather([(layer.names[0], layer.session.seen) for layer in layers])
+    solved = ranks.gather(_checksum(model) if not layers and ranks.size > 1 else None)
+    if not any(everyone):
+        # Ranks that finished together hold equal codes; ranks that finished alone do not.
+        if any(each != solved[0] for each in solved):
+            raise refusal("model", "solved on every process alone", "batch_num above what any process runs")
+        return
+    for rank, theirs in enumerate(everyone):
+        if not theirs:
+            raise refusal(f"rank {rank}", "solved already, alone", "batch_num above what any process runs")
+    seen = [dict(theirs) for theirs in everyone]
+    for name, _ in everyone[0]:
+        if all(theirs.get(name, 1) == 0 for theirs in seen):
+            raise refusal(f"layer {name!r}", "0 batches seen", "a model after at least one forward pass")
+    solve(model, ranks)
 
 
 def solve(model: nn.Module, ranks: Ranks | None = None) -> None:
@@ -43,94 +56,72 @@ def solve(model: nn.Module, ranks: Ranks | None = None) -> None:
         QuantizeError: a weight became NaN or inf since ``quantize``; models or configs that differ between ranks.
     """
     layers, ranks = unsolved(model), ranks or Ranks()
-    # A part that was converted before has a session, and nothing to solve.
-    roots = [module for module in model.modules() if KEY in module.__dict__ and unsolved(module)]
-    ordered = [root for root in roots if carrier(root).batches is not None]
-    if ranks.size > 1 and any(map(_folds, roots)):
+    roots = {module.__dict__[KEY]: module for module in model.modules() if KEY in module.__dict__}
+    sessions = list(dict.fromkeys(layer.session for layer in layers))
+    if ranks.size > 1 and any(session.config.schedule.fold for session in sessions):
         raise refusal("algorithm.fold", "True with a process group", "False, or one process")
     ranks.together(partial(_check, layers, roots))
-    with untracked(layers[0].weight.device):
-        mode = f"{len(ordered)} of {len(roots)} sessions layer by layer"
-        ranks.agree([layer for layer in layers if layer.solution is None], mode)
-        for root in ordered:
-            _solve_sequentially(root, ranks)
-        rest = [layer for layer in layers if layer.solution is None]
-        ranks.merge(rest)
-        for root in roots:
-            _fold(root)
-        ranks.solve(rest, layers_progress)
+    ordered = [session for session in sessions if session.sequential]
+    try:
+        for session in sessions:
+            session.solving = True
+        with untracked(layers[0].weight.device):
+            mode = f"{len(ordered)} of {len(sessions)} sessions layer by layer"
+            ranks.agree([layer for layer in layers if layer.solution is None], mode)
+            for session in ordered:
+                sequential.solve(roots[session], session, _of(session, layers), ranks)
+            rest = [layer for layer in layers if layer.solution is None]
+            ranks.merge(rest)
+            for session in sessions:
+                if session.config.schedule.fold and session in roots:
+                    _fold(roots[session], session, _of(session, layers))
+            ranks.solve(rest, layers_progress)
+    finally:
+        for session in sessions:
+            session.solving, session.watching = False, None
     for layer in layers:
-        layer.active, layer.batches, layer.first = True, None, None
+        layer.active = True
+    for session in roots:
+        session.batches = []
     idle = [layer for layer in layers if layer.fell_back]
     if idle:
         few = max(layer.tokens for layer in idle)
-        reached = f"fewer than {layers[0].config.algorithm.fewest} tokens reached" if few else "no token reached"
+        reached = f"fewer than {layers[0].session.algorithm.fewest} tokens reached" if few else "no token reached"
         names = ", ".join(f"{layer.names[0]} ({layer.tokens})" if few else layer.names[0] for layer in idle)
         message = f"{reached} {len(idle)} of {len(layers)} layers, which fall back to minmax: {names}"
         warnings.warn(message, QuantizeWarning, stacklevel=2)
 
 
-def _folds(root: nn.Module) -> bool:
-    return bool(getattr(carrier(root).config.options, "fold", False))
+def _of(session: Session, layers: list[CalibrationLinear]) -> list[CalibrationLinear]:
+    return [layer for layer in layers if layer.session is session]
 
 
-def _fold(root: nn.Module) -> None:
-    """Fold the scales of a session that asks for it, once."""
-    session, layers = root.__dict__[KEY], calibrated(root)
-    # After an interrupted solve what is folded stays so.
-    if not _folds(root) or any(layer.folded is not None for layer in layers):
+def _fold(root: nn.Module, session: Session, layers: list[CalibrationLinear]) -> None:
+    """Fold the scales of a session, once: after an interrupted solve what is folded stays so."""
+    if any(layer.folded is not None for layer in layers):
         return
-    first = carrier(root).first
-    open_ = [layer for layer in layers if layer.solution is None and not layer.fell_back]
-    session.replaying = True
-    try:
+    rest = [layer for layer in layers if layer.solution is None and not layer.fell_back]
+    told = ["all scales at run time: the model was called with what may not be given twice"]
+    if session.batches:
         with undisturbed(root):
-            told = ["all scales at run time: the model was called with what may not be given twice"]
-            if first is not None:
-                told = folding.fold(root, siblings(open_), partial(first.run, root), _common_scale)
-    finally:
-        session.replaying = False
-    session.remarks += tuple(told)
-    if told:
-        warnings.warn(f"not folded, see report(model): {'; '.join(told)}", QuantizeWarning, stacklevel=2)
+            told = folding.fold(root, siblings(rest), partial(session.batches[0].run, root), _common_scale)
+    session.remark(*told, prefix="not folded, see report(model): ")
 
 
 def _common_scale(layers: Sequence[Foldable], rows: Tensor | None) -> Tensor:
     first = cast("CalibrationLinear", layers[0])
-    assert first.config.algorithm.scale is not None
-    return first.config.algorithm.scale([layer.weight.detach() for layer in layers], first.statistic(), rows)
+    assert first.session.algorithm.scale is not None
+    return first.session.algorithm.scale([layer.weight.detach() for layer in layers], first.statistic(), rows)
 
 
-def _check(layers: list[CalibrationLinear], roots: list[nn.Module]) -> None:
-    known = {layer for root in roots for layer in calibrated(root)}
+def _check(layers: list[CalibrationLinear], roots: Mapping[Session, nn.Module]) -> None:
     for layer in layers:
         check_weight(layer.names[0], layer.weight)
-        # What was kept is with the root of the session.
-        if (
-            layer not in known
-            and layer.seen
-            and not layer.tokens
-            and getattr(layer.config.options, "sequential", False)
-        ):
+        # The batches run from the root of the session.
+        if layer.session.sequential and layer.session not in roots:
             raise refusal("model", "a part of a model that is calibrated layer by layer", "the model given to quantize")
 
 
-def _solve_sequentially(root: nn.Module, ranks: Ranks) -> None:
-    session = root.__dict__[KEY]
-
-    def told(trouble: str) -> None:
-        remark = f"calibrated in full passes for each layer, which is slow, and not in lock step: {trouble}"
-        # Once, also where a solve is continued.
-        session.remarks = tuple(dict.fromkeys((*session.remarks, remark)))
-        warnings.warn(remark, QuantizeWarning, stacklevel=2)
-
-    session.replaying = True
-    try:
-        sequential.solve(root, carrier(root).batches or [], ranks, told)
-    finally:
-        session.replaying = False
-
-
-def checksum(model: nn.Module) -> list[int]:
+def _checksum(model: nn.Module) -> list[int]:
     """A number for the solution of every layer, equal where the codes are."""
     return [int(layer.solution.weight.codes.sum(dtype=torch.int64)) for layer in calibrated(model) if layer.solution]

@@ -1,14 +1,14 @@
-"""Calibration in lock step: all batches go through the model side by side, one group of layers after the other.
+"""Calibration in lock step: all batches go through the model side by side, one unit of layers after the other.
 
 A *walk* is one run of the model's forward on one batch, in a greenlet that stops at layers which are not solved. When
-all walks have stopped, the first group that any of them waits for is solved with what they brought, and they go on
+all walks have stopped, the first unit that any of them waits for is solved with what they brought, and they go on
 through the quantized layers. So every batch runs once, and nothing is remembered or replayed. For algorithms that look
 at the float model as well, each batch has a second walk through the float weights. Where a layer is called several
 times, it is observed at all calls in floating point; once it is solved, the walks that came through it begin again.
 
 Walks share the model's attributes. So each float walk has to see what the user's own pass saw, by fingerprint and up to
-roundings (in bfloat16, 3 % of another batch are noticed); without float walks, two batches rehearse. Where something
-else is seen, or a walk cannot stop, :attr:`Walks.trouble` says why, and :mod:`.passes` are needed.
+roundings (in bfloat16, 3 % of another batch are noticed); two are run for that where the algorithm has no use for them. Where
+something else is seen, or a walk cannot stop, :attr:`Walks.trouble` says why, and :mod:`.passes` are needed.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from quantize.shell.calibrate.batches import Batch
-from quantize.shell.calibrate.groups import Group
 from quantize.shell.calibrate.layer import CalibrationLinear
 from quantize.shell.calibrate.observing import fingerprint, near
+from quantize.shell.calibrate.units import Unit
 from quantize.shell.modes import Modes, fixed
 
 
@@ -36,10 +36,10 @@ class Unwound(BaseException):
 
 
 class _Read:
-    """One call of a group: the tokens ``[..., c]`` that it read, and which tensor they were."""
+    """One call of a unit: the tokens ``[..., c]`` that it read, and which tensor they were."""
 
-    def __init__(self, x: Tensor, tokens: Tensor | None) -> None:
-        self.tokens = tokens
+    def __init__(self, x: Tensor, tokens: Tensor) -> None:
+        self.tokens: Tensor | None = tokens
         self._reference, self._version = weakref.ref(x), None if x.is_inference() else x._version
 
     def same(self, x: Tensor) -> bool:
@@ -52,16 +52,16 @@ class Walk:
     def __init__(self, walks: Walks, number: int, *, floating: bool) -> None:
         self.number, self.floating, self._walks, self._batch = number, floating, walks, walks.batches[number]
         # Groups that need nothing of it any more.
-        self.served = {group for group in walks.groups if group.solved}
+        self.served = {unit for unit in walks.units if unit.solved}
         self.begin()
 
     def begin(self) -> None:
         """Be at the root, and know nothing."""
-        self.reads: dict[Group, list[_Read]] = {}
-        self.parked: Group | None = None
+        self.reads: dict[Unit, list[_Read]] = {}
+        self.parked: Unit | None = None
         self._calls: Counter[CalibrationLinear] = Counter()
-        # The group that is being observed and will be called again; whether another one was passed meanwhile.
-        self._open: Group | None = None
+        # The unit that is being observed and will be called again; whether another one was passed meanwhile.
+        self._open: Unit | None = None
         self.skipped = False
         self._place = 0
         self.greenlet = greenlet(self._run)
@@ -100,51 +100,48 @@ class Walk:
             self._modes = Modes.now(self._walks.devices)
             self._walks.modes.restore()
 
-    def arrive(self, layer: CalibrationLinear, group: Group, x: Tensor) -> None:
+    def arrive(self, layer: CalibrationLinear, unit: Unit, x: Tensor) -> None:
         """A call of ``layer``; stops until it is solved, if it has to be."""
         if self._unwinding:
             raise Unwound
         call = self._calls[layer]
         self._calls[layer] += 1
-        if group in self.served and group not in self.reads:
+        if unit in self.served and unit not in self.reads:
             return
-        if self._open not in (None, group):
+        if self._open not in (None, unit):
             # That one comes first, and is called again: then this walk begins anew.
             self.skipped = True
             return
-        reads, place = self.reads.setdefault(group, []), self._walks.order[group]
+        reads, place = self.reads.setdefault(unit, []), self._walks.order[unit]
         if call < len(reads):
             if not reads[call].same(x):
                 self._walks.tell(f"layer {layer.names[0]!r} read another tensor than the layers that it shares with")
             return
-        if group.solved or place < self._place:
+        if unit.solved or place < self._place:
             self._walks.tell(f"layer {layer.names[0]!r} is called where it was not called in floating point")
             return
         self._place = place
         expected = len(self._batch.reads.get(layer.names[0], ()))
         last = call + 1 >= expected
-        self._open = None if last else group
-        # What runs on may write to it; what only rehearses is not solved on.
-        tokens = None if self._walks.alone is not None else x if last else x.detach().clone()
-        reads.append(_Read(x, tokens))
+        self._open = None if last else unit
+        # What runs on may write to it.
+        reads.append(_Read(x, x if last else x.detach().clone()))
         if self.floating and not self._as_before(layer, call, x):
             self._walks.tell(f"layer {layer.names[0]!r} reads something else where batches run side by side")
         elif last:
-            self._park(layer, group)
+            self._park(layer, unit)
 
     def _as_before(self, layer: CalibrationLinear, call: int, x: Tensor) -> bool:
-        print_ = fingerprint(x, self._batch.mask).tolist()
-        alone, numbers = self._walks.alone, self._batch.reads.get(layer.names[0], [])
-        if alone is not None:
-            before = alone[self.number].get((layer, call))
-            return before is not None and near(before, print_, digits=1)
-        return call >= len(numbers) or near(self._batch.prints[numbers[call]], print_, digits=0.75)
+        numbers = self._batch.reads.get(layer.names[0], [])
+        if call >= len(numbers):
+            return True
+        return near(self._batch.prints[numbers[call]], fingerprint(x, self._batch.mask).tolist())
 
-    def _park(self, layer: CalibrationLinear, group: Group) -> None:
+    def _park(self, layer: CalibrationLinear, unit: Unit) -> None:
         if fixed() != self._walks.fixed:
             self._walks.tell(f"layer {layer.names[0]!r} is called inside of a mode of torch that cannot be put back")
             return
-        self.parked = group
+        self.parked = unit
         try:
             self.greenlet.parent.switch()
         finally:
@@ -154,29 +151,29 @@ class Walk:
 class Walks:
     """The walks of all batches, and what the layers ask while one runs."""
 
-    def __init__(self, root: nn.Module, groups: list[Group], batches: list[Batch], *, ways: tuple[bool, ...]) -> None:
-        self.root, self.groups, self.batches = root, groups, batches
+    def __init__(self, root: nn.Module, units: list[Unit], batches: list[Batch], *, floats: int) -> None:
+        self.root, self.units, self.batches = root, units, batches
         self.devices = frozenset(p.device for p in root.parameters())
         self.modes, self.fixed = Modes.now(self.devices), fixed()
         self.trouble: str | None = None
-        # The place of the first group that a quantized walk has read and that is not solved.
+        # The place of the first unit that a quantized walk has read and that is not solved.
         self.first: int | None = None
-        self.order = {group: place for place, group in enumerate(groups)}
-        # Of a rehearsal: what each batch gives to each call of a layer when it runs alone.
-        self.alone: list[dict[tuple[CalibrationLinear, int], list[float]]] | None = None
-        self._of = {layer: group for group in groups for layer in group.layers}
-        self._walks = [Walk(self, number, floating=way) for way in ways for number in range(len(batches))]
+        self.order = {unit: place for place, unit in enumerate(units)}
+        self._of = {layer: unit for unit in units for layer in unit.layers}
+        # The float walk of a batch comes first: it hands its inputs over.
+        ways = [(number, True) for number in range(floats)] + [(number, False) for number in range(len(batches))]
+        self._walks = [Walk(self, number, floating=way) for number, way in ways]
         self._current: Walk | None = None
 
     def observe(self, layer: CalibrationLinear, x: Tensor) -> bool:
         """A call of ``layer`` with ``x`` ``[..., c]``: whether it is to compute as quantized."""
-        walk, group = self._current, self._of[layer]
+        walk, unit = self._current, self._of[layer]
         # Another thread, or a greenlet of the model's own.
         if walk is None or getcurrent() is not walk.greenlet:
             self.tell(f"layer {layer.names[0]!r} is called from another thread")
-            return group.solved
-        walk.arrive(layer, group, x)
-        return group.solved and not walk.floating
+            return unit.solved
+        walk.arrive(layer, unit, x)
+        return unit.solved and not walk.floating
 
     def tell(self, trouble: str) -> None:
         """What makes lock step impossible; the first is kept."""
@@ -188,7 +185,7 @@ class Walks:
             if walk.parked is None or walk.parked.solved:
                 self._go_on(walk)
         while True:
-            read = (group for walk in self._walks if not walk.floating for group in walk.reads if not group.solved)
+            read = (unit for walk in self._walks if not walk.floating for unit in walk.reads if not unit.solved)
             self.first = min(map(self.order.__getitem__, read), default=None)
             # Where the quantized model takes another way, the float one does not wait for it.
             behind = [walk for walk in self._walks if walk.floating and walk.parked is not None
@@ -210,31 +207,24 @@ class Walks:
         finally:
             self._current = None
 
-    def rehearse(self, alone: list[dict[tuple[CalibrationLinear, int], list[float]]]) -> None:
-        """Let every float walk go on, in turns, to its end: each has to read what it read ``alone``."""
-        self.alone = alone
-        while not self.trouble and not all(walk.ended for walk in self._walks):
-            for walk in self._walks:
-                self._go_on(walk)
-
-    def read(self, group: Group) -> list[tuple[Tensor | None, list[Tensor], list[Tensor]]]:
-        """By batch: which tokens count, and what the calls of ``group`` read, quantized and in floating point."""
+    def read(self, unit: Unit) -> list[tuple[Tensor | None, list[Tensor], list[Tensor]]]:
+        """By batch: which tokens count, and what the calls of ``unit`` read, quantized and in floating point."""
         found: dict[bool, list[list[Tensor]]] = {way: [[] for _ in self.batches] for way in (False, True)}
         for walk in self._walks:
-            reads = walk.reads.get(group, ())
+            reads = walk.reads.get(unit, ())
             found[walk.floating][walk.number] += [read.tokens for read in reads if read.tokens is not None]
         masks = [batch.mask for batch in self.batches]
         return list(zip(masks, found[False], found[True], strict=True))
 
-    def solved(self, group: Group) -> None:
-        """``group`` is solved: its inputs are dropped, and walks that came through it in floating point begin again."""
-        group.solved = True
+    def solved(self, unit: Unit) -> None:
+        """``unit`` is solved: its inputs are dropped, and walks that came through it in floating point begin again."""
+        unit.solved = True
         for walk in self._walks:
-            if group in walk.reads:
-                walk.served.add(group)
-            for read in walk.reads.get(group, ()):
+            if unit in walk.reads:
+                walk.served.add(unit)
+            for read in walk.reads.get(unit, ()):
                 read.tokens = None
-            passed = len(walk.reads.get(group, ())) > (walk.parked is group)
+            passed = len(walk.reads.get(unit, ())) > (walk.parked is unit)
             if walk.skipped or (passed and not walk.floating):
                 self._end(walk)
                 walk.begin()

@@ -12,15 +12,15 @@ Reads = Mapping[str, list[int]]
 
 
 @dataclass(eq=False)
-class Group:
+class Unit:
     """Layers that read the same tensors at all of their calls, in every pass of the user. They share statistics."""
 
     layers: list[CalibrationLinear]
     solved: bool = False
 
 
-def groups(layers: list[CalibrationLinear], passes: Iterable[Reads]) -> list[Group]:
-    """All ``layers`` in groups, in the order of execution.
+def units(layers: list[CalibrationLinear], passes: Iterable[Reads]) -> list[Unit]:
+    """All ``layers`` in units, in the order of execution.
 
     A layer that was never called, such as an idle expert, stands alone, behind the one before it in the model: there
     it would be called if quantization changed the route.
@@ -44,7 +44,7 @@ def groups(layers: list[CalibrationLinear], passes: Iterable[Reads]) -> list[Gro
         if key not in order:
             order.insert(0 if before is None else order.index(before) + 1, key)
         before = key
-    return [Group(members[key]) for key in order]
+    return [Unit(members[key]) for key in order]
 
 
 def merged(sequences: list[list[object]]) -> list[object]:
