@@ -43,7 +43,7 @@ WITH_INPUTS = [
 # both widths, and both with and without zero points. Fewer candidates than by default are the same code.
 VARIANTS = {name: {name: module.Options()} for name, module in ALGORITHMS.items()}
 VARIANTS["gptq"] |= {"gptq as in the paper": gptq.PAPER, "gptq with sweeps": gptq.Options(sweeps=2)}
-VARIANTS["gptq"] |= {"gptq that corrects": gptq.Options(sequential=True, asymmetric=1.0)}
+VARIANTS["gptq"] |= {"gptq that corrects": gptq.Options(asymmetric=1.0), "gptq, one pass": gptq.Options(asymmetric=0.0)}
 VARIANTS["awq"] = {"awq": awq.Options(grids_num=4), "awq without clip": awq.Options(clip=False, grids_num=4)}
 VARIANTS["smoothquant"] |= {"smoothquant with a search": smoothquant.Options(grids_num=4)}
 CASES = {
@@ -74,10 +74,11 @@ tokens = correlated_tokens(st.integers(1, 12), st.just(C))
 
 
 def statistic(algorithm, *batches):
-    state = algorithm.observer.init(C, dtype=batches[0].dtype)
+    observer = algorithm.paired or algorithm.observer
+    state = observer.init(C, dtype=batches[0].dtype)
     for x in batches:
-        state = algorithm.observer.update(state, x)
-    return algorithm.observer.finalize(state)
+        state = observer.update(state, x)
+    return observer.finalize(state)
 
 
 def error(reached, weight, x):
@@ -172,7 +173,7 @@ def test_weights_scale_by_powers_of_two(case, weight, x, exponent):
 def test_merged_batches_are_batches(case, weight, x, y):
     # Whole numbers: the statistics are exact, so the solutions are the same to the last bit.
     algorithm = case.algorithm
-    weight, observer = weight.float(), algorithm.observer
+    weight, observer = weight.float(), algorithm.paired or algorithm.observer
     a, b = (observer.update(observer.init(C), batch) for batch in (x, y))
     merged = algorithm.solve(weight, observer.finalize(observer.merge(a, b)))
     same_bits(merged, algorithm.solve(weight, statistic(algorithm, y, x)))
@@ -183,8 +184,7 @@ def test_merged_batches_are_batches(case, weight, x, y):
 @given(weights)
 def test_no_token_at_all_still_solves(case, weight):
     algorithm = case.algorithm
-    stats = algorithm.observer.finalize(algorithm.observer.init(C, dtype=weight.dtype))
-    solution = algorithm.solve(weight, stats)
+    solution = algorithm.solve(weight, statistic(algorithm, weight[:0]))
     same_bits(solution.weight.codes, round_to_nearest(weight, case.spec.weight).codes)
     assert solution.smoothing is None or (solution.smoothing == 1).all()
 

@@ -410,7 +410,7 @@ def test_errors_are_those_against_the_corrected_weight(drawn, guard):
 def test_nothing_missing_corrects_nothing():
     x = torch.randn(20, 6, dtype=F64, generator=torch.Generator().manual_seed(1))
     weight = torch.randn(3, 6, dtype=F64, generator=torch.Generator().manual_seed(2))
-    spec, options = LayerSpec(Scheme(4)), gptq.Options(sequential=True)
+    spec, options = LayerSpec(Scheme(4)), gptq.Options()
     plain = gptq.solve(spec, options, weight, state(x))
     paired = gptq.solve(spec, options, weight, PairedState(state(x), torch.zeros(6, 6, dtype=F64)))
     assert torch.equal(plain.weight.codes, paired.weight.codes)
@@ -422,7 +422,7 @@ def test_what_is_missing_is_made_up_for_by_the_codes():
     x = torch.eye(4, dtype=F64) * 10
     statistic = PairedState(state(x), 0.25 * x.T @ x)
     weight = torch.full((1, 4), 0.8, dtype=F64)
-    solution = gptq.solve(LayerSpec(Scheme(8)), gptq.Options(sequential=True), weight, statistic)
+    solution = gptq.solve(LayerSpec(Scheme(8)), gptq.Options(), weight, statistic)
     # One entry a channel: about a dozen roundings, of the correction and of one code and scale.
     assert dequantize(solution.weight)[0].tolist() == pytest.approx([0.85] * 4, rel=16 * U64, abs=0)
     # The change is a seventeenth of the moved weight, so that the rounding of the latter counts 17 times.

@@ -100,20 +100,18 @@ def merged(orders):
 
 def solve(model, algorithm, batches):
     """The solution of every layer of ``model`` by name. The layers of ``model`` are replaced."""
-    original, solutions = copy.deepcopy(model), {}
+    original, solutions, observer = copy.deepcopy(model), {}, algorithm.paired or algorithm.observer
     names = linears(model)
     for step in steps(original, batches):
         arriving, floating = (inputs_of(each, step[:1], batches) for each in (model, original))
         first, layers = step[0], [model.get_submodule(name) for name in step]
-        state, tokens = algorithm.observer.init(layers[0].in_features), 0
+        state, tokens = observer.init(layers[0].in_features), 0
         for mine, theirs in zip(arriving, floating, strict=True):
             for call, (_, x) in enumerate(mine.get(first, [])):
                 pair = [y.flatten(0, -2) for _, y in theirs.get(first, [])][call : call + 1]
-                state = algorithm.observer.update(state, x, *(pair if algorithm.paired else []))
+                state = observer.update(state, x, *(pair if algorithm.paired else []))
                 tokens += x.numel() // layers[0].in_features
-        for name, solution in zip(
-            step, solved(algorithm, layers, algorithm.observer.finalize(state), tokens), strict=True
-        ):
+        for name, solution in zip(step, solved(algorithm, layers, observer.finalize(state), tokens), strict=True):
             layer = model.get_submodule(name)
             solutions[name] = solution
             quantized = Quantized(solution, layer.bias)

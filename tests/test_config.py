@@ -6,8 +6,9 @@ import pytest
 from torch import nn
 
 import quantize as qz
+from quantize import core
 from quantize.core import ALGORITHMS, LayerSpec, Scheme
-from quantize.shell.config import parse
+from quantize.shell.config import Schedule, parse
 from tests.models import TENSOR, TOKEN, WEIGHTS, assert_same_snapshot, config, mlp, snapshot
 
 GROUP = {**WEIGHTS, "strategy": "group", "group_size": 32}
@@ -33,6 +34,27 @@ def test_what_a_config_becomes():
 @pytest.mark.parametrize("skip", [None, (), [], set()])
 def test_nothing_to_skip(skip):
     assert parse(config(skip_layers=skip)).skip_layers == ()
+
+
+def test_a_schedule_is_given_with_the_options():
+    assert parse(config("minmax")).schedule == parse(config("awq")).schedule == Schedule()
+    assert parse(config({"awq": {"fold": True, "clip": False}})).schedule == Schedule(fold=True)
+    assert parse(config({"awq": {"sequential": True}})).schedule == Schedule(sequential=True)
+    assert parse(config({"awq": {"sequential": True}})).options == ALGORITHMS["awq"].Options()
+    # Whoever makes use of the float model's inputs is fitted beside it.
+    assert parse(config("gptq")).schedule == Schedule(sequential=True)
+    assert parse(config({"gptq": {"asymmetric": 0.0}})).schedule == Schedule()
+    assert parse(config({"gptq": {"asymmetric": 0.0, "sequential": True}})).schedule == Schedule(sequential=True)
+
+
+@pytest.mark.parametrize(("given", "observer"), [
+    ({}, core.paired_gram),
+    ({"sequential": False}, core.gram),
+    ({"asymmetric": 0.0}, core.gram),
+    ({"asymmetric": 0.0, "sequential": True}, core.gram),
+])  # fmt: skip
+def test_the_schedule_decides_what_is_observed(given, observer):
+    assert parse(config({"gptq": given})).observer is observer
 
 
 def test_a_bare_string_is_one_pattern():
@@ -112,6 +134,10 @@ REFUSED = [
     (config([["minmax"]]), "algorithm: [['minmax']]; accepted: one of"),
     (config({}), "algorithm: {}; accepted: one of"),
     (config({"minmax": {"alpha": 1}}), "algorithm.minmax: unknown key 'alpha'; accepted: none"),
+    (config({"minmax": {"sequential": True}}), "algorithm.minmax: unknown key 'sequential'; accepted: none"),
+    (config({"gptq": {"fold": True}}), "algorithm.gptq: unknown key 'fold'; accepted: 'act_order', "),
+    (config({"gptq": {"sequential": 1}}), "algorithm.gptq.sequential: 1; accepted: True or False"),
+    (config({"awq": {"fold": 1}}), "algorithm.awq.fold: 1; accepted: True or False; True without sequential"),
     (config({"minmax": 3}), "algorithm.minmax: 3; accepted: a dict with no keys"),
     (config(skip_layers=""), f"skip_layers: ''; {SKIP}"),
     (config(skip_layers=["head", ""]), f"skip_layers: ['head', '']; {SKIP}"),

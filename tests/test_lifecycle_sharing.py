@@ -79,7 +79,7 @@ def test_siblings_share_one_observation():
     for name, total in (("q", gram), ("k", gram), ("v", gram + 3 * batches[1].T @ batches[1])):
         weight = model.get_parameter(f"{name}.weight").detach()
         statistic = SumState(total, torch.tensor(60))
-        expected = gptq.solve(LayerSpec(Scheme()), gptq.Options(sequential=False), weight, statistic)
+        expected = gptq.solve(LayerSpec(Scheme()), gptq.Options(), weight, statistic)
         assert torch.equal(solutions(model)[name].weight.codes, expected.weight.codes)
         assert torch.equal(solutions(model)[name].error, expected.error)
 

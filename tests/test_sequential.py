@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import quantize as qz
-from quantize.core import awq, gptq
+from quantize.core import LayerSpec, Scheme, awq, gptq, smoothquant
 from tests import oracle
-from tests.models import solutions
+from tests.models import TENSOR, TOKEN, config, solutions
 from tests.zoo import effects, sequential
 from tests.zoo.sequential import Chain, batches, given, made
 
@@ -67,6 +67,20 @@ def test_awq_runs_in_stages_too():
     assert not differing(staged, wanted)
     assert all(torch.equal(staged[name].smoothing, solution.smoothing) for name, solution in wanted.items())
     assert differing(one_pass, wanted) == wanted.keys() - {"first"}
+
+
+@pytest.mark.parametrize("inputs", [TENSOR, TOKEN])
+def test_smoothquant_runs_in_stages_too(inputs):
+    spec = LayerSpec(Scheme(8), Scheme(8, True, inputs["strategy"]))
+    wanted = oracle.solve(made(Chain), smoothquant.algorithm(spec, smoothquant.Options(grids_num=4)), batches())
+    model = made(Chain)
+    qz.quantize(model, config({"smoothquant": {"grids_num": 4, "sequential": True}}, inputs=inputs, batch_num=3))
+    with torch.no_grad():
+        for x in batches():
+            model(x)
+    staged = solutions(model)
+    assert not differing(staged, wanted)
+    assert all(torch.equal(staged[name].smoothing, solution.smoothing) for name, solution in wanted.items())
 
 
 def test_a_stage_that_no_batch_reaches_falls_back():

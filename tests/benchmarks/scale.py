@@ -31,7 +31,7 @@ OURS = {
     "forward": None,
     "gptq, one pass": {"sequential": False},
     "gptq": {},
-    "gptq, not asymmetric": {"asymmetric": 0.0},
+    "gptq, not asymmetric": {"asymmetric": 0.0, "sequential": True},
     "awq": {},
     "awq, sequential": {"sequential": True},
 }

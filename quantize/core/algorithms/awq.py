@@ -15,42 +15,25 @@ import torch
 from torch import Tensor
 
 from quantize.core import affine, metrics, observers, ranges, refine, shrinkage
-from quantize.core.algorithms.base import (
-    FEWEST_FOR_GRAM,
-    FOLD,
-    Algorithm,
-    DataOptions,
-    LayerSpec,
-    Solution,
-    option,
-    tied,
-)
+from quantize.core.algorithms.base import FEWEST_FOR_GRAM, Algorithm, BaseOptions, LayerSpec, Solution, option, tied
 from quantize.core.scheme import Scheme
 
 QUANTIZES_INPUTS = frozenset({False})
 
 
 @dataclass(frozen=True)
-class Options(DataOptions):
+class Options(BaseOptions):
     """The paper's search, and what improves on it in the same deployed format.
 
     - ``grids_num``: how many exponents ``i / grids_num`` from 0 are tried.
     - ``clip``: afterwards clip the ranges of the scaled weight by a search, where that helps an output channel.
     - ``shrink``: the strength with which correlations are shrunk as far as chance explains them, see
       :func:`~quantize.core.shrinkage.intensity`; with 0, the errors on the tokens that were seen decide alone.
-    - ``fold``: layers that read the same inputs get one scale, and what produces the inputs is divided by it, where
-      that changes nothing else in the model. The algorithm itself does not look at it.
     """
 
     grids_num: int = option(20, "an int, at least 1", lambda value: value >= 1)
     clip: bool = option(True, "True or False")
     shrink: float = option(4.0, "a number from 0 to 1e6", lambda value: 0 <= value <= 1e6)
-    fold: bool = option(False, FOLD)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.fold and self.sequential:
-            raise ValueError(f"fold: True with sequential; accepted: {FOLD}")
 
 
 def algorithm(spec: LayerSpec, options: Options = Options()) -> Algorithm:

@@ -38,21 +38,6 @@ class BaseOptions:
 
 
 @dataclass(frozen=True)
-class DataOptions(BaseOptions):
-    """Options of an algorithm that fits a layer to its inputs.
-
-    - ``sequential``: fit every part of a model to what the quantized parts before it give, not to the inputs of the
-      float model. The algorithm itself does not look at it.
-    """
-
-    sequential: bool = option(False, "True or False")
-
-
-FOLD = "True or False; True without sequential"
-"""What ``fold`` accepts: move the divisor of the inputs into what produces them, so that nothing is left to do."""
-
-
-@dataclass(frozen=True)
 class LayerSpec:
     """The format that a linear layer shall take: ``inputs`` None leaves the inputs in floating point."""
 
@@ -129,8 +114,9 @@ class Algorithm(NamedTuple):
     - ``observer``: what to remember of the inputs ``[..., c]``.
     - ``solve(weight, statistic) -> Solution``: ``weight`` is ``[n, c]``, any float dtype and finite.
     - ``data_free``: ``solve`` does not look at the statistic.
-    - ``paired``: the observer's ``update(state, x, original=None)`` also takes the inputs ``[t, c]`` of the float model
-      at the same call; layers are then fitted in the order of execution, each to what the ones before it give.
+    - ``paired``: the observer to use instead where layers are fitted in the order of execution, each to what the
+      quantized ones before it give. Its ``update(state, x, original=None)`` also takes the inputs ``[t, c]`` of the
+      float model at the same call. None: the algorithm has no use for them.
     - ``scale(weights, statistic, tie=None) -> [c]``: for an algorithm that divides its inputs, the divisor for several
       weights ``[n, c]`` that read the same inputs, equal where ``tie`` ``[c]`` is, see :func:`tied`;
       ``solve(weight, statistic, smoothing)`` then takes it as given.
@@ -143,7 +129,7 @@ class Algorithm(NamedTuple):
     solve: Callable[..., Solution]
     data_free: bool = False
     fewest: int = 1
-    paired: bool = False
+    paired: Observer | None = None
     scale: Callable[..., Tensor] | None = None
     together: Callable[..., list[Solution]] | None = None
 

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from quantize.core import affine, observers, ranges, refine, shrinkage
-from quantize.core.algorithms.base import FEWEST_FOR_GRAM, Algorithm, DataOptions, LayerSpec, Solution, option
+from quantize.core.algorithms.base import FEWEST_FOR_GRAM, Algorithm, BaseOptions, LayerSpec, Solution, option
 
 QUANTIZES_INPUTS = frozenset({False})
 
 
 @dataclass(frozen=True)
-class Options(DataOptions):
+class Options(BaseOptions):
     """The paper's algorithm, and switches for what improves on it in the same deployed format.
 
     - ``act_order``: quantize channels with large inputs first.
@@ -32,9 +32,9 @@ class Options(DataOptions):
       :func:`~quantize.core.shrinkage.intensity`; 0 leaves them as they are. Measured on text, 4 is best.
     - ``sweeps``: rounds of coordinate descent on the codes, and of refitted scales, after the pass.
     - ``guard``: for every output channel, keep plain rounding where it is better.
-    - ``asymmetric``: with ``sequential``, the fraction of the upstream error that each layer compensates, see
-      :func:`corrected`; 0 compensates none. Measured on text, 0.5 is best, and with it ``sequential`` better than one
-      pass, without it not.
+    - ``asymmetric``: the fraction of the upstream error that each layer compensates, with a paired statistic: see
+      :func:`corrected`; 0 compensates none. Measured on text, 0.5 is best, and with it fitting layers in the order of
+      execution is better than one pass, without it not.
     """
 
     act_order: bool = option(True, "True or False")
@@ -44,16 +44,13 @@ class Options(DataOptions):
     shrink: float = option(4.0, "a number from 0 to 1e6", lambda value: 0 <= value <= 1e6)
     sweeps: int = option(0, "an int, at least 0", lambda value: value >= 0)
     guard: bool = option(True, "True or False")
-    sequential: bool = option(True, "True or False")
     asymmetric: float = option(0.5, "a number from 0 to 1", lambda value: 0 <= value <= 1)
 
 
 # Ascend.
 _WITHOUT_CHOLESKY = frozenset({"npu"})
 
-PAPER = Options(
-    act_order=False, search_range=False, shrink=0.0, sweeps=0, guard=False, sequential=False, asymmetric=0.0
-)
+PAPER = Options(act_order=False, search_range=False, shrink=0.0, sweeps=0, guard=False, asymmetric=0.0)
 """The paper's algorithm 1, to the last code, with the scales of groups fixed before the pass.
 
 Channels that were zero in all tokens are rounded; the authors' code sets them to zero, which the outputs on these
@@ -62,11 +59,10 @@ tokens cannot tell apart.
 
 
 def algorithm(spec: LayerSpec, options: Options = Options()) -> Algorithm:
-    """GPTQ; remembers the Gram matrix of the inputs, and with corrections, what they lack of the float model's."""
-    paired = options.sequential and options.asymmetric > 0
-    observer = observers.paired_gram if paired else observers.gram
+    """GPTQ; remembers the Gram matrix of the inputs, and to correct, what they lack of the float model's."""
+    paired = observers.paired_gram if options.asymmetric > 0 else None
     bound, together = partial(solve, spec, options), partial(solve_together, spec, options)
-    return Algorithm(observer, bound, fewest=FEWEST_FOR_GRAM, paired=paired, together=together)
+    return Algorithm(observers.gram, bound, fewest=FEWEST_FOR_GRAM, paired=paired, together=together)
 
 
 def factor(gram: Tensor, damp: float) -> tuple[Tensor, Tensor, float]:

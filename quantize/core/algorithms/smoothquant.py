@@ -30,13 +30,10 @@ class Options(BaseOptions):
     - ``smooth_strength``: how much of the inputs' range moves into the weight; alpha in the paper.
     - ``grids_num``: 0 takes ``smooth_strength``; else every layer takes the best of the strengths ``i / grids_num``
       from 0 to 1, and of no smoothing at all.
-    - ``fold``: layers that read the same inputs get one scale, and what produces the inputs is divided by it, where
-      that changes nothing else in the model. The algorithm itself does not look at it.
     """
 
     smooth_strength: float = option(0.5, "a number strictly between 0 and 1", lambda value: 0 < value < 1)
     grids_num: int = option(0, "an int, at least 0", lambda value: value >= 0)
-    fold: bool = option(False, "True or False")
 
 
 def algorithm(spec: LayerSpec, options: Options = Options()) -> Algorithm:

@@ -83,7 +83,7 @@ class CalibrationLinear(Foldable):
     def statistic(self) -> Any:
         """What the algorithm learns from the inputs, in the dtype that it computes in."""
         # The model may have been cast since: one dtype for weight and statistic.
-        dtype, observer = affine.working_dtype(self.weight), self.config.algorithm.observer
+        dtype, observer = affine.working_dtype(self.weight), self.config.observer
         return pytree.tree_map_only(
             Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, observer.finalize(self.statistics)
         )
@@ -171,7 +171,7 @@ class CalibrationLinear(Foldable):
         self.first = Batch(**state["first"]) if state.get("first") else None
         self.batches = None if state["batches"] is None else [Batch(**batch) for batch in state["batches"]]
         if state["solution"] is None:
-            structure = pytree.tree_structure(self.config.algorithm.observer.init(0))
+            structure = pytree.tree_structure(self.config.observer.init(0))
             self.statistics = pytree.tree_unflatten(state["statistics"], structure)
         else:
             saved, inputs = state["solution"], self.config.spec.inputs
@@ -186,7 +186,8 @@ class CalibrationLinear(Foldable):
     def format(self) -> str:
         """Algorithm, schemes and options: what a saved state must agree in."""
         config = self.config
-        return f"{config.name}, weights {config.spec.weight}, inputs {config.spec.inputs or 'float'}, {config.options}"
+        formats = f"weights {config.spec.weight}, inputs {config.spec.inputs or 'float'}"
+        return f"{config.name}, {formats}, {config.options}, {config.schedule}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CalibrationLinear:
         before = self.weight.dtype

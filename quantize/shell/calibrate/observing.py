@@ -76,7 +76,7 @@ class Recorder:
             leaves = pytree.tree_leaves(state)
             new = self._known.get(x, *leaves)
             if new is None:
-                new = layer.config.algorithm.observer.update(state, found)
+                new = layer.config.observer.update(state, found)
                 self._known.put(x, new, *leaves)
         self._pending[layer] = new, tokens + found.numel() // layer.in_features
         return False
@@ -138,7 +138,7 @@ def restart(layers: Iterable[CalibrationLinear]) -> None:
         key = (layer.in_features, affine.working_dtype(weight), weight.device)
         if key not in initial:
             with untracked(weight.device):
-                initial[key] = layer.config.algorithm.observer.init(key[0], dtype=key[1], device=key[2])
+                initial[key] = layer.config.observer.init(key[0], dtype=key[1], device=key[2])
         layer.statistics, layer.tokens = initial[key], 0
 
 

@@ -84,7 +84,7 @@ class Ranks:
             key = tuple(theirs[i][0] for theirs in everyone)
             if key not in merged:
                 states = self._states(layer.statistics)
-                merged[key] = functools.reduce(layer.config.algorithm.observer.merge, states)
+                merged[key] = functools.reduce(layer.config.observer.merge, states)
             layer.statistics, layer.tokens = merged[key], sum(theirs[i][1] for theirs in everyone)
 
     def solve(

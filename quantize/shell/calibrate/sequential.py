@@ -32,7 +32,8 @@ def solve(root: nn.Module, batches: list[Batch], ranks: Ranks, told: Callable[[s
     ``told`` gets the reason where lock step is impossible.
     """
     layers = calibrated(root)
-    paired, before = layers[0].config.algorithm.paired, {layer: layer.solution for layer in layers}
+    paired = layers[0].config.algorithm.paired is not None
+    before = {layer: layer.solution for layer in layers}
     ordered = groups(layers, [reads for theirs in ranks.gather([batch.reads for batch in batches]) for reads in theirs])
     stateful = any(ranks.gather(any(batch.stateful for batch in batches)))
     with undisturbed(root), same_attributes(root, layers), eager():
@@ -130,7 +131,7 @@ def _solve_group(group: Group, ranks: Ranks, read: Callable[[], dict[Calibration
 def _statistics(layer: CalibrationLinear, read: list[Read]) -> tuple[Any, int]:
     """What the algorithm's observer makes of the inputs of ``layer``, and how many tokens they were."""
     restart([layer])
-    state, tokens, update = layer.statistics, 0, layer.config.algorithm.observer.update
+    state, tokens, update = layer.statistics, 0, layer.config.observer.update
     for number, (mask, mine, theirs) in enumerate(read):
         for call, x in enumerate(mine):
             arrived = counted(x, mask)

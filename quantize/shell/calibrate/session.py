@@ -78,7 +78,7 @@ class Session:
             if kept is not None:
                 return Calls(Batch.of(args, kwargs, mask, first))
             recorder = Recorder(mask)
-            if getattr(self.config.options, "fold", False) and carrier(root).first is None and not odd:
+            if self.config.schedule.fold and carrier(root).first is None and not odd:
                 recorder.batch = Batch.of(args, kwargs, mask, {})
             return recorder
         told = f"an argument of type {type(odd[0]).__name__}, which may not be given twice"
@@ -95,7 +95,7 @@ def attach(model: nn.Module, config: Config, plan: Plan) -> None:
     """Put the session and its hooks on ``model``."""
     session = Session(config, plan)
     model.__dict__[KEY] = session
-    if getattr(config.options, "sequential", False):
+    if config.schedule.sequential:
         carrier(model).batches = []
     # First of all: what is kept is what the caller gave, not what other hooks make of it.
     model.register_forward_pre_hook(session.begin, with_kwargs=True, prepend=True)

@@ -71,7 +71,7 @@ def solve(model: nn.Module, ranks: Ranks | None = None) -> None:
 
 
 def _folds(root: nn.Module) -> bool:
-    return bool(getattr(carrier(root).config.options, "fold", False))
+    return carrier(root).config.schedule.fold
 
 
 def _fold(root: nn.Module) -> None:
@@ -106,12 +106,7 @@ def _check(layers: list[CalibrationLinear], roots: list[nn.Module]) -> None:
     for layer in layers:
         check_weight(layer.names[0], layer.weight)
         # What was kept is with the root of the session.
-        if (
-            layer not in known
-            and layer.seen
-            and not layer.tokens
-            and getattr(layer.config.options, "sequential", False)
-        ):
+        if layer not in known and layer.seen and not layer.tokens and layer.config.schedule.sequential:
             raise refusal("model", "a part of a model that is calibrated layer by layer", "the model given to quantize")
 
 
