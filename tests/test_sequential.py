@@ -70,7 +70,7 @@ def test_awq_runs_in_stages_too():
 
 
 @pytest.mark.parametrize("inputs", [TENSOR, TOKEN])
-def test_smoothquant_runs_in_stages_too(inputs, monkeypatch):
+def test_smoothquant_runs_in_stages_too(inputs):
     spec = LayerSpec(Scheme(8), Scheme(8, True, inputs["strategy"]))
     wanted = oracle.solve(made(Chain), smoothquant.algorithm(spec, smoothquant.Options(grids_num=4)), batches())
     model = made(Chain)

@@ -44,7 +44,7 @@ class Schedule(BaseOptions):
     """What calibration does around an algorithm; an algorithm does not know it.
 
     - ``sequential``: fit every layer to what the quantized layers before it give, not to the float model's inputs.
-    - ``fold``: divide what produces the inputs of a layer, not the inputs, where that changes nothing else.
+    - ``fold``: divide what produces the inputs of a layer, not the inputs, where nothing else changes.
     """
 
     sequential: bool = option(False, "True or False")
