@@ -76,7 +76,7 @@ def test_rooms_import_from_rooms_above(file):
 
 def test_the_shell_has_these_rooms_and_says_so():
     folder = PACKAGE / "shell"
-    found = {path.stem for path in folder.iterdir() if path.name not in ("__init__.py", "__pycache__")}
+    found = {path.relative_to(folder).parts[0].removesuffix(".py") for path in folder.rglob("*.py")} - {"__init__"}
     assert found == set(ROOMS)
     drawn = ast.get_docstring(ast.parse((folder / "__init__.py").read_text()))
     words = [word.removesuffix("/") for line in drawn.splitlines() for word in line.split()]

@@ -42,8 +42,10 @@ class CalibrationLinear(Foldable):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Linear gives it
         """``input`` ``[..., c]`` to ``[..., n]``: float, or fake-quantized once the model is solved."""
-        watching, s = self.session.watching, self.solution
+        watching = self.session.watching
         quantized = self.active if watching is None or self.active else watching.observe(self, input)
+        # Not before: while it is observed, it may be solved.
+        s = self.solution
         if s is None or not quantized:
             x = input if self.folded is None else input * self.folded.to(input.dtype)
             return functional.linear(x, self.weight, self.bias)
