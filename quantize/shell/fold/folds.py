@@ -2,76 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from quantize.shell.fold.producers import Group, width
+from quantize.core import affine
+from quantize.shell.fold.producers import Readers, width
 
 
-@dataclass(frozen=True)
-class Form:
-    """How a module divides its output channels by ``s`` ``[c]``: its new weight, and the divisor that this comes to."""
-
-    name: str
-    divided: Callable[[Tensor, Tensor], Tensor]
-    factor: Callable[[Tensor], Tensor]
-    exact: bool = True
-
-
-MULTIPLIES = Form("weight", lambda w, s: w / s, lambda w: w)
-ONE_PLUS = Form("1 + weight", lambda w, s: (1 + w) / s - 1, lambda w: 1 + w, exact=False)
-ROWS = Form("rows", lambda w, s: w / s[:, None], lambda w: w)
-
-
+@dataclass(eq=False)
 class Fold:
-    """One group, its producer, and the form of that: applied, or taken back to the very same parameters.
+    """One candidate: the scale of what ``readers`` read moves into the weight of ``producer``, one row a channel.
 
-    ``rows`` ``[c]``: which output channel of the producer each input of the layers is, where it is not the same one.
+    ``one_plus``: the producer multiplies by 1 + weight, which is rounded. ``rows`` ``[c]``: the output channel of the
+    producer that each input is a copy of, where that is not the channel with the same number.
     """
 
-    def __init__(self, group: Group, producer: nn.Module, form: Form) -> None:
-        self.group, self.producer, self.form = group, producer, form
-        self.rows: Tensor | None = None
-        self._before: dict[str, nn.Parameter] = {}
+    readers: Readers
+    producer: nn.Module
+    one_plus: bool = False
+    rows: Tensor | None = None
 
-    @property
-    def copies(self) -> bool:
-        """Whether every output channel of the producer would have to be several inputs."""
-        return width(self.producer) != self.group.layers[0].in_features
-
-    def apply(self, scale: Tensor) -> None:
-        """Divide what the producer gives by ``scale`` ``[c]``; the layers multiply by what that comes to."""
-        self.divide(scale if self.rows is None else scale.new_ones(width(self.producer)).scatter(0, self.rows, scale))
-        if self.form is not ROWS:
+    def apply(self, scale: Tensor) -> Callable[[], None]:
+        """Divide what the producer gives by ``scale`` ``[c]``; the readers multiply by it. Returns what undoes this."""
+        parameters = self.producer._parameters
+        before = {name: old for name in ("weight", "bias") if (old := parameters.get(name)) is not None}
+        rows = scale if self.rows is None else scale.new_ones(width(self.producer)).scatter(0, self.rows, scale)
+        after = {name: self._divided(name, old, rows) for name, old in before.items()}
+        if before["weight"].ndim == 1:
             # The new weight is rounded to its dtype: the layers make up for what was really divided.
-            before, after = self._before["weight"], self._weight()
-            real = self.form.factor(before.detach().to(scale.dtype)) / self.form.factor(after.detach().to(scale.dtype))
+            old, new = (each["weight"].detach().to(scale.dtype) + self.one_plus for each in (before, after))
+            real = old / new
             scale = torch.where(torch.isfinite(real) & (real > 0), real, scale)
-        for layer in self.group.layers:
+        self._put(after, scale)
+        return partial(self._put, before, None)
+
+    def powers(self, exponents: Tensor) -> Tensor:
+        """Two to the power of ``exponents``, as a scale."""
+        weight = self.readers.layers[0].weight
+        return torch.exp2(exponents.to(weight.device, affine.working_dtype(weight)))
+
+    def probe(self) -> Tensor:
+        """Small and large, in turn over the channels of the producer: no channel is left as it is.
+
+        Far enough apart that a function which is linear in a part of its range only, such as relu6, gives itself away.
+        In half precision, and where 1 is added to the weight, that is as far as it goes.
+        """
+        sample = self.readers.sample
+        rows = torch.arange(sample.shape[1]) if self.rows is None else self.rows
+        far = 1 if self.one_plus else 3 if sample.dtype == torch.float16 else 10
+        return self.powers((rows % 2 * 2 - 1) * far)
+
+    def _divided(self, name: str, old: nn.Parameter, rows: Tensor) -> nn.Parameter:
+        wide, rows = old.detach().to(rows.dtype), rows if old.ndim == 1 else rows[:, None]
+        new = (1 + wide) / rows - 1 if self.one_plus and name == "weight" else wide / rows
+        return nn.Parameter(new.to(old.dtype), requires_grad=old.requires_grad)
+
+    def _put(self, parameters: Mapping[str, nn.Parameter], scale: Tensor | None) -> None:
+        self.producer._parameters.update(parameters)
+        for layer in self.readers.layers:
             layer.folded = scale
-
-    def divide(self, scale: Tensor) -> None:
-        """Divide the producer's own channels by ``scale``, whatever becomes of that."""
-        for name in ("weight", "bias"):
-            old = self.producer._parameters.get(name)
-            if old is not None:
-                form = self.form if name == "weight" else MULTIPLIES
-                with torch.no_grad():
-                    new = form.divided(old.to(scale.dtype), scale).to(old.dtype)
-                self._before[name] = old
-                self.producer._parameters[name] = nn.Parameter(new, requires_grad=old.requires_grad)
-
-    def undo(self) -> None:
-        """As before."""
-        self.producer._parameters.update(self._before)
-        self._before = {}
-        for layer in self.group.layers:
-            layer.folded = None
-
-    def _weight(self) -> nn.Parameter:
-        weight = self.producer._parameters["weight"]
-        assert weight is not None
-        return weight
