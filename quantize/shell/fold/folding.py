@@ -11,18 +11,72 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from quantize.shell.fold.folds import Fold
+from quantize.core import affine
 from quantize.shell.fold.outputs import Outputs, visible
-from quantize.shell.fold.producers import Foldable, Readers, Run, find, width
+from quantize.shell.fold.producers import Foldable, Readers, Run, find, magnitudes, width
 
 # The divisor ``[c]`` for layers that read one tensor, equal where the given channels of its producer are.
 Scale = Callable[[Sequence[Foldable], Tensor | None], Tensor]
+
+
+@dataclass(eq=False)
+class Fold:
+    """One candidate: the scale of what ``readers`` read moves into the weight of ``producer``, one row a channel.
+
+    ``one_plus``: the producer multiplies by 1 + weight, which is rounded. ``rows`` ``[c]``: the output channel of the
+    producer that each input is a copy of, where that is not the channel with the same number.
+    """
+
+    readers: Readers
+    producer: nn.Module
+    one_plus: bool = False
+    rows: Tensor | None = None
+
+    def apply(self, scale: Tensor) -> Callable[[], None]:
+        """Divide what the producer gives by ``scale`` ``[c]``; the readers multiply by it. Returns what undoes this."""
+        parameters = self.producer._parameters
+        before = {name: old for name in ("weight", "bias") if (old := parameters.get(name)) is not None}
+        rows = scale if self.rows is None else scale.new_ones(width(self.producer)).scatter(0, self.rows, scale)
+        after = {name: self._divided(name, old, rows) for name, old in before.items()}
+        if before["weight"].ndim == 1:
+            # The new weight is rounded to its dtype: the layers make up for what was really divided.
+            was, now = (each["weight"].detach().to(scale.dtype) + self.one_plus for each in (before, after))
+            real = was / now
+            scale = torch.where(torch.isfinite(real) & (real > 0), real, scale)
+        self._put(after, scale)
+        return partial(self._put, before, None)
+
+    def powers(self, exponents: Tensor) -> Tensor:
+        """Two to the power of ``exponents``, as a scale."""
+        weight = self.readers.layers[0].weight
+        return torch.exp2(exponents.to(weight.device, affine.working_dtype(weight)))
+
+    def probe(self) -> Tensor:
+        """Small and large, in turn over the channels of the producer: no channel is left as it is.
+
+        Far enough apart that a function which is linear in a part of its range only, such as relu6, gives itself away.
+        In half precision, and where 1 is added to the weight, that is as far as it goes.
+        """
+        rows = torch.arange(len(self.readers.sums)) if self.rows is None else self.rows
+        far = 1 if self.one_plus else 3 if self.readers.dtype == torch.float16 else 10
+        return self.powers((rows % 2 * 2 - 1) * far)
+
+    def _divided(self, name: str, old: nn.Parameter, rows: Tensor) -> nn.Parameter:
+        wide, rows = old.detach().to(rows.dtype), rows if old.ndim == 1 else rows[:, None]
+        new = (1 + wide) / rows - 1 if self.one_plus and name == "weight" else wide / rows
+        return nn.Parameter(new.to(old.dtype), requires_grad=old.requires_grad)
+
+    def _put(self, parameters: Mapping[str, nn.Parameter], scale: Tensor | None) -> None:
+        self.producer._parameters.update(parameters)
+        for layer in self.readers.layers:
+            layer.folded = scale
 
 
 class _Refuted(BaseException):
@@ -41,13 +95,11 @@ def fold(root: nn.Module, units: Sequence[Sequence[Foldable]], run: Run, scale: 
         # From the end: what the rows of a layer are divided by is known before its own columns get a scale.
         for each in reversed(folds):
             undo.callback(each.apply(scale(each.readers.layers, each.rows)))
-            each.readers.reason = ""
-        after = _tried(run, {}, lambda *_: True) if folds else outputs
-        if after is not None and outputs.near(after, sum(map(len, units))):
+        kept = not folds or outputs.near(_tried(run, {}, _divided), sum(map(len, units)))
+        for each in folds:
+            each.readers.reason = "" if kept else "the model's outputs would change"
+        if kept:
             undo.pop_all()
-        else:
-            for each in folds:
-                each.readers.reason = "the model's outputs would change"
     return [
         f"{', '.join(layer.names[0] for layer in readers.layers)}: scale at run time, {readers.reason}"
         for readers in found
@@ -84,66 +136,54 @@ def _proven(root: nn.Module, found: list[Readers], outputs: Outputs, run: Run) -
 def _found_rows(new: list[Fold], basis: list[Fold], run: Run) -> bool:
     """Find out which channel of its producer each input is a copy of, as where heads share their values.
 
-    There is one run for each ternary digit of a channel's number. Every channel of a producer is multiplied by two to
-    the power of that digit. The digit is read where the layers get it, and is made up for there, so that the rest of
-    the run is as ever.
+    There is one run for each ternary digit of the channels' numbers. A producer multiplies each channel by two to the
+    power of its digit. The layers read the digit off their inputs and make up for it: the rest of the run is as ever.
     """
-    rows: dict[Fold, Any] = dict.fromkeys(new, 0)
-    digits: dict[Fold, Tensor] = {}
+    digits: dict[tuple[Fold, int], Tensor] = {}
 
-    def read(each: Fold, arrived: Tensor) -> bool:
-        expected = each.readers.sample
-        if each in rows:
-            ratio = (expected.abs().sum(0) / arrived.abs().sum(0)).double()
-            exponents = ratio.log2().nan_to_num(nan=0.0).round().clamp(-1, 1)
-            digits[each] = exponents.to(torch.int64) + 1
+    def read(step: int, each: Fold, sums: Tensor) -> bool:
+        if each in new:
+            exponents = (each.readers.sums / sums).log2().nan_to_num(nan=0.0).round().clamp(-1, 1)
+            digits[each, step] = step * (exponents.to(torch.int64) + 1)
             for layer in each.readers.layers:
                 layer.folded = each.powers(exponents)
-        # Nothing can be read off a channel that is silent in these tokens.
-        return each not in rows or bool(expected.any(0).all())
+        # Nothing can be read off a silent channel.
+        return each not in new or bool(each.readers.sums.all())
 
-    step = 1
-    while step < max(width(each.producer) for each in new):
+    most = max(width(each.producer) for each in new)
+    steps = [3**place for place in range(most) if 3**place < most]
+    for step in steps:
         scales = {each: each.probe() for each in basis}
         scales |= {each: each.powers(torch.arange(width(each.producer)) // step % 3 - 1) for each in new}
-        digits.clear()
-        if _tried(run, scales, read) is None or digits.keys() != rows.keys():
+        if _tried(run, scales, partial(read, step)) is None or any((each, step) not in digits for each in new):
             return False
-        rows = {each: rows[each] + step * digits[each] for each in new}
-        step *= 3
     for each in new:
-        each.rows = rows[each]
-    return all(bool((rows[each] < width(each.producer)).all()) for each in new)
+        each.rows = torch.stack([digits[each, step] for step in steps]).sum(0)
+    return all(each.rows is not None and bool((each.rows < width(each.producer)).all()) for each in new)
 
 
 def _hold(folds: list[Fold], outputs: Outputs, run: Run) -> bool:
     """Whether with all of ``folds`` every layer gets its inputs divided, and the model gives what it gave."""
     found = _tried(run, {each: each.probe() for each in folds}, _divided)
-    if found is None or not any(each.one_plus for each in folds):
-        return found is not None and found.bits == outputs.bits
-    return outputs.near(found, sum(len(each.readers.layers) for each in folds))
+    if any(each.one_plus for each in folds):
+        return outputs.near(found, sum(len(each.readers.layers) for each in folds))
+    return found is not None and found.bits == outputs.bits
 
 
-def _divided(each: Fold, arrived: Tensor) -> bool:
-    expected, scale = each.readers.sample, each.readers.layers[0].folded
+def _divided(each: Fold, sums: Tensor) -> bool:
+    scale, expected = each.readers.layers[0].folded, each.readers.sums
     assert scale is not None
-    found = (arrived.to(scale.dtype) * scale).to(expected.dtype)
     if not each.one_plus:
-        return torch.equal(found, expected)
+        return torch.equal(sums * scale, expected)
     # 1 + weight is rounded, and so is all before it: but a channel that is not divided is off by a factor of two.
-    off, size = (found - expected).float().abs().sum(0), expected.float().abs().sum(0)
-    return bool((off <= size / 4).all())
+    return bool(((sums * scale - expected).abs() <= expected / 4).all())
 
 
 def _tried(run: Run, scales: Mapping[Fold, Tensor], right: Callable[[Fold, Tensor], bool]) -> Outputs | None:
-    """What the model gives with ``scales``, taken back afterwards.
-
-    None where what a layer gets is not ``right``, or where the model itself refuses.
-    """
+    """What the model gives with ``scales``, which are taken back; None where it, or ``right`` at a layer, refuses."""
 
     def before(each: Fold, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        arrived = each.readers.arrived(args[0] if args else kwargs["input"])
-        if arrived is None or not right(each, arrived):
+        if not right(each, magnitudes(args[0] if args else kwargs["input"])):
             raise _Refuted
 
     with ExitStack() as undo:

@@ -47,23 +47,20 @@ class Outputs:
             digest.update(repr((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf).encode())
             if isinstance(leaf, Tensor):
                 flat = leaf.detach().resolve_conj().resolve_neg().contiguous().flatten()
-                digest.update(flat.cpu().view(torch.uint8).numpy())
+                digest.update(flat.cpu().view(torch.uint8).numpy().data)
                 # A step without a divisor in common with the shape leaves no channel out.
-                least, total = max(1, flat.numel() // _NUMBERS), flat.numel()
-                step = next(step for step in itertools.count(least) if math.gcd(step, total) == 1)
-                numbers.append(flat[::step].clone())
+                steps = itertools.count(max(1, len(flat) // _NUMBERS))
+                numbers.append(flat[:: next(step for step in steps if math.gcd(step, len(flat)) == 1)].clone())
         return cls(digest.digest(), numbers)
 
-    def near(self, other: Outputs, layers: int) -> bool:
+    def near(self, other: Outputs | None, layers: int) -> bool:
         """Whether ``other`` differs by no more than independent roundings of so many layers would make it."""
-        if [each.shape for each in self.numbers] != [each.shape for each in other.numbers]:
+        if other is None or [each.shape for each in self.numbers] != [each.shape for each in other.numbers]:
             return False
         for old, new in zip(self.numbers, other.numbers, strict=True):
             finite = torch.isfinite(old)
-            if not torch.equal(finite, torch.isfinite(new)):
+            a, b = old[finite].double(), new[finite].double()
+            allowed = 8 * torch.finfo(old.dtype).eps * layers**0.5 * a.norm() if old.is_floating_point() else torch.inf
+            if not torch.equal(finite, torch.isfinite(new)) or (a - b).norm() > allowed:
                 return False
-            if old.is_floating_point():
-                a, b = old[finite].double(), new[finite].double()
-                if (a - b).norm() > 8 * torch.finfo(old.dtype).eps * layers**0.5 * a.norm():
-                    return False
         return True
