@@ -59,12 +59,9 @@ class Fold:
         return torch.exp2(exponents.to(weight.device, affine.working_dtype(weight)))
 
     def probe(self) -> Tensor:
-        """Small and large, in turn over the channels of the producer: no channel is left as it is.
-
-        Far enough apart that a function which is linear in a part of its range only, such as relu6, gives itself away.
-        In half precision, and where 1 is added to the weight, that is as far as it goes.
-        """
+        """A scale that is small and large in turn over the channels of the producer: it leaves none as it is."""
         rows = torch.arange(len(self.readers.sums)) if self.rows is None else self.rows
+        # So far apart that functions such as relu6, linear in a part of their range, show. Half precision ends earlier.
         far = 1 if self.one_plus else 3 if self.readers.dtype == torch.float16 else 10
         return self.powers((rows % 2 * 2 - 1) * far)
 
@@ -126,14 +123,18 @@ def _proven(root: nn.Module, found: list[Readers], outputs: Outputs, run: Run) -
             if taken.isdisjoint((each.readers, each.producer)):
                 taken |= {each.readers, each.producer}
                 new.append(each)
+        if not new or (copies and not _found_rows(new, run)):
+            continue
         # What is not exact would hide whether others are: it is tried alone.
-        basis = [] if one_plus else [each for each in proven if not each.one_plus]
-        if new and (not copies or _found_rows(new, basis, run)) and _hold([*basis, *new], outputs, run):
+        folds = new if one_plus else [*(each for each in proven if not each.one_plus), *new]
+        after = _tried(run, {each: each.probe() for each in folds}, _divided)
+        layers = sum(len(each.readers.layers) for each in folds)
+        if outputs.near(after, layers) if one_plus else outputs.same(after):
             proven += new
     return proven
 
 
-def _found_rows(new: list[Fold], basis: list[Fold], run: Run) -> bool:
+def _found_rows(folds: list[Fold], run: Run) -> bool:
     """Find out which channel of its producer each input is a copy of, as where heads share their values.
 
     There is one run for each ternary digit of the channels' numbers. A producer multiplies each channel by two to the
@@ -142,32 +143,23 @@ def _found_rows(new: list[Fold], basis: list[Fold], run: Run) -> bool:
     digits: dict[tuple[Fold, int], Tensor] = {}
 
     def read(step: int, each: Fold, sums: Tensor) -> bool:
-        if each in new:
-            exponents = (each.readers.sums / sums).log2().nan_to_num(nan=0.0).round().clamp(-1, 1)
-            digits[each, step] = step * (exponents.to(torch.int64) + 1)
-            for layer in each.readers.layers:
-                layer.folded = each.powers(exponents)
+        exponents = (each.readers.sums / sums).log2().nan_to_num().round().clamp(-1, 1)
+        digits[each, step] = step * (exponents.to(torch.int64) + 1)
+        for layer in each.readers.layers:
+            layer.folded = each.powers(exponents)
         # Nothing can be read off a silent channel.
-        return each not in new or bool(each.readers.sums.all())
+        return bool(each.readers.sums.all())
 
-    most = max(width(each.producer) for each in new)
+    most = max(width(each.producer) for each in folds)
     steps = [3**place for place in range(most) if 3**place < most]
     for step in steps:
-        scales = {each: each.probe() for each in basis}
-        scales |= {each: each.powers(torch.arange(width(each.producer)) // step % 3 - 1) for each in new}
-        if _tried(run, scales, partial(read, step)) is None or any((each, step) not in digits for each in new):
+        scales = {each: each.powers(torch.arange(width(each.producer)) // step % 3 - 1) for each in folds}
+        if _tried(run, scales, partial(read, step)) is None or any((each, step) not in digits for each in folds):
             return False
-    for each in new:
-        each.rows = torch.stack([digits[each, step] for step in steps]).sum(0)
-    return all(each.rows is not None and bool((each.rows < width(each.producer)).all()) for each in new)
-
-
-def _hold(folds: list[Fold], outputs: Outputs, run: Run) -> bool:
-    """Whether with all of ``folds`` every layer gets its inputs divided, and the model gives what it gave."""
-    found = _tried(run, {each: each.probe() for each in folds}, _divided)
-    if any(each.one_plus for each in folds):
-        return outputs.near(found, sum(len(each.readers.layers) for each in folds))
-    return found is not None and found.bits == outputs.bits
+    for each in folds:
+        # What is wrong is refuted later.
+        each.rows = torch.stack([digits[each, step] for step in steps]).sum(0).clamp(max=width(each.producer) - 1)
+    return True
 
 
 def _divided(each: Fold, sums: Tensor) -> bool:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -58,9 +59,9 @@ def width(module: nn.Module | None) -> int:
 
 def find(root: nn.Module, units: Sequence[Sequence[Foldable]], run: Run) -> tuple[list[Readers], Outputs]:
     """The readers in each of ``units``, layers that always read one tensor, in the order of execution; the outputs."""
-    trace = _Trace()
+    trace, modules = _Trace(), list(root.modules())
     with ExitStack() as hooks:
-        for module in root.modules():
+        for module in modules:
             hooks.enter_context(module.register_forward_pre_hook(trace.before, with_kwargs=True))
             hooks.enter_context(module.register_forward_hook(trace.after))
         leaves = list(visible(run(trace)))
@@ -68,15 +69,14 @@ def find(root: nn.Module, units: Sequence[Sequence[Foldable]], run: Run) -> tupl
     opaque = next((type(leaf).__name__ for leaf in leaves if not keepable(leaf)), "")
     floats = any(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in leaves)
     # What runs in other batches alone may read anything.
-    layers = [module for module in root.modules() if isinstance(module, Foldable)]
-    missed = next((layer.names[0] for layer in layers if layer not in trace.inputs), "")
+    missed = next((each.names[0] for each in modules if isinstance(each, Foldable) and each not in trace.inputs), "")
     reasons = [
         (opaque, f"a {opaque} in the model's outputs cannot be compared"),
         (not floats, "the model's outputs are no tensors in floating point"),
         (missed, f"the first batch did not reach {missed}"),
     ]
-    owners = Counter(id(p) for module in root.modules() for p in module.parameters(recurse=False))
-    tied = {module for module in root.modules() if any(owners[id(p)] > 1 for p in module.parameters(recurse=False))}
+    owners = Counter(id(p) for module in modules for p in module.parameters(recurse=False))
+    tied = {module for module in modules if any(owners[id(p)] > 1 for p in module.parameters(recurse=False))}
     place = {layer: number for number, layer in enumerate(trace.inputs)}
     reached = [sorted((layer for layer in unit if layer in place), key=place.__getitem__) for unit in units]
     reached = sorted(filter(None, reached), key=lambda unit: place[unit[0]])
@@ -95,18 +95,19 @@ def _proposed(layers: list[Foldable], trace: _Trace, tied: set[nn.Module], reaso
         # Those with a channel for each input come before those whose channels would be read several times.
         found.producers = [each for each in fits if width(each) == c][:_TRIED]
         found.producers += [each for each in fits if 1 < width(each) < c and c % width(each) == 0][:_TRIED]
-    maker = found.producers[0] if found.producers else None
     again = next((layer.names[0] for layer in layers if trace.calls[layer] > 1), "")
+    repeated = next((type(each).__name__ for each in found.producers if trace.calls[each] > 1), "")
+    shared = next((type(each).__name__ for each in found.producers if each in tied), "")
     apart = origin is None or any(trace.inputs[layer][1] is not origin for layer in layers)
     reasons = [
         *reasons,
         (not found.sums.any(), "no token of the first batch reached it"),
         (again, f"{again} is called more than once"),
         (apart, "the inputs are those of the model, or are changed in between"),
-        (maker is None, "no module before has a weight for each channel of the inputs"),
-        (trace.calls[maker] > 1, f"a {type(maker).__name__} that is called more than once makes the inputs"),
+        (not found.producers, "no module before has a weight for each channel of the inputs"),
+        (repeated, f"a {repeated} that is called more than once makes the inputs"),
         (other, f"{other} reads the inputs as well"),
-        (maker in tied, f"the {type(maker).__name__} that makes the inputs shares its parameters"),
+        (shared, f"the {shared} that makes the inputs shares its parameters"),
     ]
     if reason := next((text for holds, text in reasons if holds), ""):
         found.producers, found.reason = [], reason
@@ -126,26 +127,25 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch leaves
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.calls: Counter[nn.Module | None] = Counter()
+        # How often each module was called, in the order of the first calls.
+        self.calls: Counter[nn.Module] = Counter()
         # What each layer read at its first call, in the order of these calls; the linear layers before it as producers.
         self.inputs: dict[Foldable, tuple[Readers, _Origin | None]] = {}
         self._origins: WeakKeyDictionary[torch.UntypedStorage, _Origin] = WeakKeyDictionary()
         self._inside: list[nn.Module] = []
-        # The last linear layers that were called, the last one first.
-        self._linears: deque[nn.Module] = deque(maxlen=_NEAR)
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.calls[module] += 1
+        # First, so that what is read here is read by the layer.
         self._inside.append(module)
         if isinstance(module, Foldable) and module not in self.inputs:
             x = args[0] if args else kwargs["input"]
-            found = Readers([module], x.dtype, magnitudes(x), [*self._linears])
+            linears = (each for each in reversed(self.calls) if type(each) is nn.Linear or isinstance(each, Foldable))
+            found = Readers([module], x.dtype, magnitudes(x), [*islice(linears, _NEAR)])
             self.inputs[module] = found, self._origins.get(x.untyped_storage())
+        self.calls[module] += 1
 
     def after(self, module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
         self._inside.pop()
-        if type(module) is nn.Linear or isinstance(module, Foldable):
-            self._linears.appendleft(module)
         origin = self._origins.get(output.untyped_storage()) if isinstance(output, Tensor) else None
         # Inner modules end first, so that the innermost stays. What a module reads of its own output does not count.
         if origin is not None and origin.module is None:
