@@ -41,15 +41,14 @@ class Fold:
 
     def apply(self, scale: Tensor) -> Callable[[], None]:
         """Divide what the producer gives by ``scale`` ``[c]``; the readers multiply by it. Returns what undoes this."""
-        parameters = self.producer._parameters
-        before = {name: old for name in ("weight", "bias") if (old := parameters.get(name)) is not None}
+        own = self.producer.named_parameters(recurse=False)
+        before = {name: old for name, old in own if name in ("weight", "bias")}
         rows = scale if self.rows is None else scale.new_ones(width(self.producer)).scatter(0, self.rows, scale)
         after = {name: self._divided(name, old, rows) for name, old in before.items()}
         if before["weight"].ndim == 1:
             # The new weight is rounded to its dtype: the layers make up for what was really divided.
-            was, now = (each["weight"].detach().to(scale.dtype) + self.one_plus for each in (before, after))
-            real = was / now
-            scale = torch.where(torch.isfinite(real) & (real > 0), real, scale)
+            old, new = (each["weight"].detach().to(scale.dtype) + self.one_plus for each in (before, after))
+            scale = torch.where(torch.isfinite(old / new) & (old / new > 0), old / new, scale)
         self._put(after, scale)
         return partial(self._put, before, None)
 
@@ -92,16 +91,13 @@ def fold(root: nn.Module, units: Sequence[Sequence[Foldable]], run: Run, scale: 
         # From the end: what the rows of a layer are divided by is known before its own columns get a scale.
         for each in reversed(folds):
             undo.callback(each.apply(scale(each.readers.layers, each.rows)))
-        kept = not folds or outputs.near(_tried(run, {}, _divided), sum(map(len, units)))
+        kept = not folds or outputs.near(_tried(run, {}), sum(map(len, units)))
         for each in folds:
             each.readers.reason = "" if kept else "the model's outputs would change"
         if kept:
             undo.pop_all()
-    return [
-        f"{', '.join(layer.names[0] for layer in readers.layers)}: scale at run time, {readers.reason}"
-        for readers in found
-        if readers.reason
-    ]
+    told = ((", ".join(layer.names[0] for layer in each.layers), each.reason) for each in found if each.reason)
+    return [f"{names}: scale at run time, {reason}" for names, reason in told]
 
 
 def _proven(root: nn.Module, found: list[Readers], outputs: Outputs, run: Run) -> list[Fold]:
@@ -109,11 +105,10 @@ def _proven(root: nn.Module, found: list[Readers], outputs: Outputs, run: Run) -
     names = {module: re.sub(r"\d+", "#", name) for name, module in root.named_modules()}
     proposals: dict[tuple[str, str, bool, bool], list[Fold]] = {}
     for readers in found:
-        first = readers.layers[0]
         for producer in readers.producers:
             for one_plus in (False,) if isinstance(producer, nn.Linear) else (False, True):
                 # What is alike in all blocks of a model holds in all of them or is taken to hold in none.
-                relation = names[producer], names[first], one_plus, width(producer) != first.in_features
+                relation = names[producer], names[readers.layers[0]], one_plus, width(producer) < len(readers.sums)
                 proposals.setdefault(relation, []).append(Fold(readers, producer, one_plus))
     proven: list[Fold] = []
     for (_, _, one_plus, copies), alike in proposals.items():
@@ -127,9 +122,8 @@ def _proven(root: nn.Module, found: list[Readers], outputs: Outputs, run: Run) -
             continue
         # What is not exact would hide whether others are: it is tried alone.
         folds = new if one_plus else [*(each for each in proven if not each.one_plus), *new]
-        after = _tried(run, {each: each.probe() for each in folds}, _divided)
-        layers = sum(len(each.readers.layers) for each in folds)
-        if outputs.near(after, layers) if one_plus else outputs.same(after):
+        after = _tried(run, {each: each.probe() for each in folds})
+        if outputs == after or (one_plus and outputs.near(after, sum(len(each.readers.layers) for each in folds))):
             proven += new
     return proven
 
@@ -150,8 +144,7 @@ def _found_rows(folds: list[Fold], run: Run) -> bool:
         # Nothing can be read off a silent channel.
         return bool(each.readers.sums.all())
 
-    most = max(width(each.producer) for each in folds)
-    steps = [3**place for place in range(most) if 3**place < most]
+    steps = [3**place for place in range(32) if 3**place < max(width(each.producer) for each in folds)]
     for step in steps:
         scales = {each: each.powers(torch.arange(width(each.producer)) // step % 3 - 1) for each in folds}
         if _tried(run, scales, partial(read, step)) is None or any((each, step) not in digits for each in folds):
@@ -165,13 +158,11 @@ def _found_rows(folds: list[Fold], run: Run) -> bool:
 def _divided(each: Fold, sums: Tensor) -> bool:
     scale, expected = each.readers.layers[0].folded, each.readers.sums
     assert scale is not None
-    if not each.one_plus:
-        return torch.equal(sums * scale, expected)
     # 1 + weight is rounded, and so is all before it: but a channel that is not divided is off by a factor of two.
-    return bool(((sums * scale - expected).abs() <= expected / 4).all())
+    return bool(((sums * scale - expected).abs() <= expected * each.one_plus / 4).all())
 
 
-def _tried(run: Run, scales: Mapping[Fold, Tensor], right: Callable[[Fold, Tensor], bool]) -> Outputs | None:
+def _tried(run: Run, scales: Mapping[Fold, Tensor], right: Callable[..., bool] = _divided) -> Outputs | None:
     """What the model gives with ``scales``, which are taken back; None where it, or ``right`` at a layer, refuses."""
 
     def before(each: Fold, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,10 +34,10 @@ def visible(value: Any, seen: dict[int, Any] | None = None) -> Iterator[Any]:
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a model gave: a digest of all its bits, and some of the numbers of every tensor."""
+    """What a model gave: a digest of all its bits, by which outputs are equal, and some numbers of every tensor."""
 
     bits: bytes
-    numbers: list[Tensor]
+    numbers: list[Tensor] = field(compare=False)
 
     @classmethod
     def of(cls, leaves: Sequence[Any]) -> Outputs:
@@ -52,10 +52,6 @@ class Outputs:
                 steps = itertools.count(max(1, len(flat) // _NUMBERS))
                 numbers.append(flat[:: next(step for step in steps if math.gcd(step, len(flat)) == 1)].clone())
         return cls(digest.digest(), numbers)
-
-    def same(self, other: Outputs | None) -> bool:
-        """Whether all bits of ``other`` are equal."""
-        return other is not None and self.bits == other.bits
 
     def near(self, other: Outputs | None, layers: int) -> bool:
         """Whether ``other`` differs by no more than independent roundings of so many layers would make it."""

@@ -96,8 +96,7 @@ def _proposed(layers: list[Foldable], trace: _Trace, tied: set[nn.Module], reaso
         found.producers = [each for each in fits if width(each) == c][:_TRIED]
         found.producers += [each for each in fits if 1 < width(each) < c and c % width(each) == 0][:_TRIED]
     again = next((layer.names[0] for layer in layers if trace.calls[layer] > 1), "")
-    repeated = next((type(each).__name__ for each in found.producers if trace.calls[each] > 1), "")
-    shared = next((type(each).__name__ for each in found.producers if each in tied), "")
+    kind = "".join(type(each).__name__ for each in found.producers[:1])
     apart = origin is None or any(trace.inputs[layer][1] is not origin for layer in layers)
     reasons = [
         *reasons,
@@ -105,9 +104,12 @@ def _proposed(layers: list[Foldable], trace: _Trace, tied: set[nn.Module], reaso
         (again, f"{again} is called more than once"),
         (apart, "the inputs are those of the model, or are changed in between"),
         (not found.producers, "no module before has a weight for each channel of the inputs"),
-        (repeated, f"a {repeated} that is called more than once makes the inputs"),
+        (
+            any(trace.calls[each] > 1 for each in found.producers),
+            f"a {kind} that is called more than once makes the inputs",
+        ),
         (other, f"{other} reads the inputs as well"),
-        (shared, f"the {shared} that makes the inputs shares its parameters"),
+        (tied.intersection(found.producers), f"the {kind} that makes the inputs shares its parameters"),
     ]
     if reason := next((text for holds, text in reasons if holds), ""):
         found.producers, found.reason = [], reason
