@@ -22,7 +22,7 @@ from quantize.core import affine
 from quantize.shell.fold.outputs import Outputs, visible
 from quantize.shell.fold.producers import Foldable, Readers, Run, find, magnitudes, width
 
-# The divisor ``[c]`` for layers that read one tensor, equal where the given channels of its producer are.
+# What gives the divisor ``[c]`` for layers, equal where the given rows ``[c]`` of their producer are.
 Scale = Callable[[Sequence[Foldable], Tensor | None], Tensor]
 
 
@@ -80,10 +80,9 @@ class _Refuted(BaseException):
 
 
 def fold(root: nn.Module, units: Sequence[Sequence[Foldable]], run: Run, scale: Scale) -> list[str]:
-    """Fold the scales of all layers wherever that is proven in a ``run``; returns what stays at run time, and why.
+    """Fold the scales of all layers wherever a ``run`` proves that it is right; returns what is not folded, and why.
 
-    What is folded is on the layers afterwards, in :attr:`Foldable.folded`, and in the producers' parameters. The float
-    model computes what it computed before.
+    Writes :attr:`Foldable.folded` and the producers' parameters. The float model computes what it computed before.
     """
     found, outputs = find(root, units, run)
     folds = _proven(root, found, outputs, run)

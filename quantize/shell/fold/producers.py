@@ -39,7 +39,7 @@ class Readers:
     The likeliest module is the first. ``reason``: why the scale of the layers stays at run time.
     """
 
-    layers: list[Foldable]
+    layers: Sequence[Foldable]
     dtype: torch.dtype
     sums: Tensor
     producers: list[nn.Module]
@@ -70,21 +70,22 @@ def find(root: nn.Module, units: Sequence[Sequence[Foldable]], run: Run) -> tupl
     floats = any(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in leaves)
     # What runs in other batches alone may read anything.
     missed = next((each.names[0] for each in modules if isinstance(each, Foldable) and each not in trace.inputs), "")
-    reasons = [
+    general = [
         (opaque, f"a {opaque} in the model's outputs cannot be compared"),
         (not floats, "the model's outputs are no tensors in floating point"),
         (missed, f"the first batch did not reach {missed}"),
     ]
     owners = Counter(id(p) for module in modules for p in module.parameters(recurse=False))
     tied = {module for module in modules if any(owners[id(p)] > 1 for p in module.parameters(recurse=False))}
-    place = {layer: number for number, layer in enumerate(trace.inputs)}
-    reached = [sorted((layer for layer in unit if layer in place), key=place.__getitem__) for unit in units]
-    reached = sorted(filter(None, reached), key=lambda unit: place[unit[0]])
-    return [_proposed(unit, trace, tied, reasons) for unit in reached], Outputs.of([] if opaque else leaves)
+    unit_of = {layer: tuple(each for each in unit if each in trace.inputs) for unit in units for layer in unit}
+    reached = dict.fromkeys(unit_of[layer] for layer in trace.inputs if layer in unit_of)
+    return [_proposed(unit, trace, tied, general) for unit in reached], Outputs.of([] if opaque else leaves)
 
 
-def _proposed(layers: list[Foldable], trace: _Trace, tied: set[nn.Module], reasons: list[tuple[Any, str]]) -> Readers:
-    """The readers with what may make their inputs, or with the first of the ``reasons`` against it."""
+def _proposed(
+    layers: Sequence[Foldable], trace: _Trace, tied: set[nn.Module], general: list[tuple[Any, str]]
+) -> Readers:
+    """The readers with what may make their inputs, or with the first reason against it, ``general`` ones before."""
     (found, origin), c, other = trace.inputs[layers[0]], layers[0].in_features, ""
     found.layers = layers
     if origin is not None and width(origin.module) == c:
@@ -96,18 +97,16 @@ def _proposed(layers: list[Foldable], trace: _Trace, tied: set[nn.Module], reaso
         found.producers = [each for each in fits if width(each) == c][:_TRIED]
         found.producers += [each for each in fits if 1 < width(each) < c and c % width(each) == 0][:_TRIED]
     again = next((layer.names[0] for layer in layers if trace.calls[layer] > 1), "")
+    often = any(trace.calls[each] > 1 for each in found.producers)
     kind = "".join(type(each).__name__ for each in found.producers[:1])
     apart = origin is None or any(trace.inputs[layer][1] is not origin for layer in layers)
     reasons = [
-        *reasons,
+        *general,
         (not found.sums.any(), "no token of the first batch reached it"),
         (again, f"{again} is called more than once"),
         (apart, "the inputs are those of the model, or are changed in between"),
         (not found.producers, "no module before has a weight for each channel of the inputs"),
-        (
-            any(trace.calls[each] > 1 for each in found.producers),
-            f"a {kind} that is called more than once makes the inputs",
-        ),
+        (often, f"a {kind} that is called more than once makes the inputs"),
         (other, f"{other} reads the inputs as well"),
         (tied.intersection(found.producers), f"the {kind} that makes the inputs shares its parameters"),
     ]
