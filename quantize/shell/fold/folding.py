@@ -41,38 +41,33 @@ class Fold:
 
     def apply(self, scale: Tensor) -> Callable[[], None]:
         """Divide what the producer gives by ``scale`` ``[c]``; the readers multiply by it. Returns what undoes this."""
-        own = self.producer.named_parameters(recurse=False)
-        before = {name: old for name, old in own if name in ("weight", "bias")}
+        weight = self.readers.layers[0].weight
+        scale = scale.to(weight.device, affine.working_dtype(weight))
         rows = scale if self.rows is None else scale.new_ones(width(self.producer)).scatter(0, self.rows, scale)
-        after = {name: self._divided(name, old, rows) for name, old in before.items()}
+        own = self.producer.named_parameters(recurse=False)
+        before, after = {name: old for name, old in own if name in ("weight", "bias")}, {}
+        for name, old in before.items():
+            wide, divisor = old.detach().to(scale.dtype), rows if old.ndim == 1 else rows[:, None]
+            new = (1 + wide) / divisor - 1 if self.one_plus and name == "weight" else wide / divisor
+            after[name] = nn.Parameter(new.to(old.dtype), requires_grad=old.requires_grad)
         if before["weight"].ndim == 1:
             # The new weight is rounded to its dtype: the layers make up for what was really divided.
-            old, new = (each["weight"].detach().to(scale.dtype) + self.one_plus for each in (before, after))
-            scale = torch.where(torch.isfinite(old / new) & (old / new > 0), old / new, scale)
+            wide, new = (each["weight"].detach().to(scale.dtype) + self.one_plus for each in (before, after))
+            scale = torch.where(torch.isfinite(wide / new) & (wide / new > 0), wide / new, scale)
         self._put(after, scale)
         return partial(self._put, before, None)
 
-    def powers(self, exponents: Tensor) -> Tensor:
-        """Two to the power of ``exponents``, as a scale."""
-        weight = self.readers.layers[0].weight
-        return torch.exp2(exponents.to(weight.device, affine.working_dtype(weight)))
+    def _put(self, parameters: Mapping[str, nn.Parameter], scale: Tensor | None) -> None:
+        self.producer._parameters.update(parameters)
+        for layer in self.readers.layers:
+            layer.folded = scale
 
     def probe(self) -> Tensor:
         """A scale that is small and large in turn over the channels of the producer: it leaves none as it is."""
         rows = torch.arange(len(self.readers.sums)) if self.rows is None else self.rows
         # So far apart that functions such as relu6, linear in a part of their range, show. Half precision ends earlier.
         far = 1 if self.one_plus else 3 if self.readers.dtype == torch.float16 else 10
-        return self.powers((rows % 2 * 2 - 1) * far)
-
-    def _divided(self, name: str, old: nn.Parameter, rows: Tensor) -> nn.Parameter:
-        wide, rows = old.detach().to(rows.dtype), rows if old.ndim == 1 else rows[:, None]
-        new = (1 + wide) / rows - 1 if self.one_plus and name == "weight" else wide / rows
-        return nn.Parameter(new.to(old.dtype), requires_grad=old.requires_grad)
-
-    def _put(self, parameters: Mapping[str, nn.Parameter], scale: Tensor | None) -> None:
-        self.producer._parameters.update(parameters)
-        for layer in self.readers.layers:
-            layer.folded = scale
+        return torch.exp2((rows % 2 * 2 - 1) * far)
 
 
 class _Refuted(BaseException):
@@ -139,13 +134,13 @@ def _found_rows(folds: list[Fold], run: Run) -> bool:
         exponents = (each.readers.sums / sums).log2().nan_to_num().round().clamp(-1, 1)
         digits[each, step] = step * (exponents.to(torch.int64) + 1)
         for layer in each.readers.layers:
-            layer.folded = each.powers(exponents)
+            layer.folded = torch.exp2(exponents)
         # Nothing can be read off a silent channel.
         return bool(each.readers.sums.all())
 
     steps = [3**place for place in range(32) if 3**place < max(width(each.producer) for each in folds)]
     for step in steps:
-        scales = {each: each.powers(torch.arange(width(each.producer)) // step % 3 - 1) for each in folds}
+        scales = {each: torch.exp2(torch.arange(width(each.producer)) // step % 3 - 1) for each in folds}
         if _tried(run, scales, partial(read, step)) is None or any((each, step) not in digits for each in folds):
             return False
     for each in folds:

@@ -82,9 +82,7 @@ def find(root: nn.Module, units: Sequence[Sequence[Foldable]], run: Run) -> tupl
     return [_proposed(unit, trace, tied, general) for unit in reached], Outputs.of([] if opaque else leaves)
 
 
-def _proposed(
-    layers: Sequence[Foldable], trace: _Trace, tied: set[nn.Module], general: list[tuple[Any, str]]
-) -> Readers:
+def _proposed(layers: Sequence[Foldable], trace: _Trace, tied: set[nn.Module], general: list[Any]) -> Readers:
     """The readers with what may make their inputs, or with the first reason against it, ``general`` ones before."""
     (found, origin), c, other = trace.inputs[layers[0]], layers[0].in_features, ""
     found.layers = layers
