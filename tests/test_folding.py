@@ -181,6 +181,15 @@ def test_heads_that_share_their_values_get_one_scale(block, kv, given, monkeypat
     assert torch.equal(scale.view(HEADS, width), values[serve])
 
 
+def test_blocks_with_other_numbers_of_heads(monkeypatch):
+    powers_of_two(monkeypatch)
+    model = decoder()
+    model.blocks[1] = decoder(kv=2).blocks[1]
+    before, _ = run(model, AWQ)
+    assert folded(model) == ALL
+    assert torch.equal(float_again(model, lambda: model(TOKENS)), before)
+
+
 @dataclasses.dataclass
 class Opaque:
     y: torch.Tensor

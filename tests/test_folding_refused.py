@@ -112,6 +112,10 @@ class Mapping(dict):
     pass
 
 
+class Listed(list):
+    pass
+
+
 def added(y, h, channels):
     y = y.clone()
     y[..., channels] += h[..., channels]
@@ -121,6 +125,8 @@ def added(y, h, channels):
 UNSEEN = {
     "opaque": (lambda: Chained(behind=lambda y, h: Opaque(y + h)), [1.0]),
     "mapping": (lambda: Chained(behind=lambda y, h: Mapping(y=Opaque(y + h))), [1.0]),
+    "list": (lambda: Chained(behind=lambda y, h: (y, Listed([y + h]))), [1.0]),
+    "sparse": (lambda: Chained(behind=lambda y, h: (y, (y + h).to_sparse())), [1.0]),
     "array": (lambda: Chained(behind=lambda y, h: (y + h).numpy()), [1.0]),
     "number": (lambda: Chained(behind=lambda y, h: (y + h).sum().item()), [1.0]),
     "odd channels": (lambda: Chained(behind=lambda y, h: added(y, h, slice(1, None, 2))), [1.0]),

@@ -2,25 +2,72 @@
 
 Source: Lin et al. 2024, AWQ, section 4, and Xiao et al. 2023, SmoothQuant, section 4, where tables of architectures say
 which module that is. Here a module is proposed because its output was seen to be the input, or because it is a linear
-layer that ran shortly before and has as many channels. Whether the proposal holds is tried out with scales that are
-powers of two: products with them are exact, so that nothing in the model may change by a single bit.
+layer that ran shortly before and has as many channels. Each proposal is tried with scales that are powers of two:
+products with them are exact, so that nothing in the model may change by a single bit.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from quantize.core import affine
-from quantize.shell.fold.folds import MULTIPLIES, ONE_PLUS, ROWS, Fold, Form
-from quantize.shell.fold.producers import Foldable, Group, Outputs, Run, find, hooked, width
+from quantize.shell.fold.outputs import Outputs, visible
+from quantize.shell.fold.producers import Foldable, Readers, Run, find, magnitudes, width
 
-# The divisor ``[c]`` for layers that read one tensor, equal where the given channels of its producer are.
+# What gives the divisor ``[c]`` for layers, equal where the given rows ``[c]`` of their producer are.
 Scale = Callable[[Sequence[Foldable], Tensor | None], Tensor]
+
+
+@dataclass(eq=False)
+class Fold:
+    """One candidate: the scale of what ``readers`` read moves into the weight of ``producer``, one row a channel.
+
+    ``one_plus``: the producer multiplies by 1 + weight, which is rounded. ``rows`` ``[c]``: the output channel of the
+    producer that each input is a copy of, where that is not the channel with the same number.
+    """
+
+    readers: Readers
+    producer: nn.Module
+    one_plus: bool = False
+    rows: Tensor | None = None
+
+    def apply(self, scale: Tensor) -> Callable[[], None]:
+        """Divide what the producer gives by ``scale`` ``[c]``; the readers multiply by it. Returns what undoes this."""
+        weight = self.readers.layers[0].weight
+        scale = scale.to(weight.device, affine.working_dtype(weight))
+        rows = scale if self.rows is None else scale.new_ones(width(self.producer)).scatter(0, self.rows, scale)
+        own = self.producer.named_parameters(recurse=False)
+        before, after = {name: old for name, old in own if name in ("weight", "bias")}, {}
+        for name, old in before.items():
+            wide, divisor = old.detach().to(scale.dtype), rows if old.ndim == 1 else rows[:, None]
+            new = (1 + wide) / divisor - 1 if self.one_plus and name == "weight" else wide / divisor
+            after[name] = nn.Parameter(new.to(old.dtype), requires_grad=old.requires_grad)
+        if before["weight"].ndim == 1:
+            # The new weight is rounded to its dtype: the layers make up for what was really divided.
+            wide, new = (each["weight"].detach().to(scale.dtype) + self.one_plus for each in (before, after))
+            scale = torch.where(torch.isfinite(wide / new) & (wide / new > 0), wide / new, scale)
+        self._put(after, scale)
+        return partial(self._put, before, None)
+
+    def _put(self, parameters: Mapping[str, nn.Parameter], scale: Tensor | None) -> None:
+        self.producer._parameters.update(parameters)
+        for layer in self.readers.layers:
+            layer.folded = scale
+
+    def probe(self) -> Tensor:
+        """A scale that is small and large in turn over the channels of the producer: it leaves none as it is."""
+        rows = torch.arange(len(self.readers.sums)) if self.rows is None else self.rows
+        # So far apart that functions such as relu6, linear in a part of their range, show. Half precision ends earlier.
+        far = 1 if self.one_plus else 3 if self.readers.dtype == torch.float16 else 10
+        return torch.exp2((rows % 2 * 2 - 1) * far)
 
 
 class _Refuted(BaseException):
@@ -28,188 +75,100 @@ class _Refuted(BaseException):
 
 
 def fold(root: nn.Module, units: Sequence[Sequence[Foldable]], run: Run, scale: Scale) -> list[str]:
-    """Fold the scales of all layers wherever that is proven in a ``run``; returns what stays at run time, and why.
+    """Fold the scales of all layers wherever a ``run`` proves that it is right; returns what is not folded, and why.
 
-    What is folded is on the layers afterwards, in :attr:`Foldable.folded`, and in the producers' parameters. The float
-    model computes what it computed before.
+    Writes :attr:`Foldable.folded` and the producers' parameters. The float model computes what it computed before.
     """
-    layers = [layer for unit in units for layer in unit]
-    groups, outputs = find(root, units, run)
-    reasons = {id(group): group.reason for group in groups if not group.producers}
-    folds = _proven(root, groups, outputs, run, reasons)
-    # From the end: what the rows of a layer are divided by is known before its own columns get a scale.
-    try:
+    found, outputs = find(root, units, run)
+    folds = _proven(root, found, outputs, run)
+    with ExitStack() as undo:
+        # From the end: what the rows of a layer are divided by is known before its own columns get a scale.
         for each in reversed(folds):
-            each.apply(scale(each.group.layers, each.rows))
-        kept = not folds or _given(run, lambda found: _alike(outputs, Outputs.of(found), len(layers)))
-    except BaseException:
-        _undo(folds)
-        raise
-    if not kept:
-        _undo(folds)
-        reasons |= {id(each.group): "the model's outputs would change" for each in folds}
-    return [
-        f"{', '.join(layer.names[0] for layer in group.layers)}: scale at run time, {reasons[id(group)]}"
-        for group in groups
-        if id(group) in reasons
-    ]
+            undo.callback(each.apply(scale(each.readers.layers, each.rows)))
+        kept = not folds or outputs.near(_tried(run, {}), sum(map(len, units)))
+        for each in folds:
+            each.readers.reason = "" if kept else "the model's outputs would change"
+        if kept:
+            undo.pop_all()
+    told = ((", ".join(layer.names[0] for layer in each.layers), each.reason) for each in found if each.reason)
+    return [f"{names}: scale at run time, {reason}" for names, reason in told]
 
 
-def _proven(root: nn.Module, groups: list[Group], outputs: Outputs, run: Run, reasons: dict[int, str]) -> list[Fold]:
+def _proven(root: nn.Module, found: list[Readers], outputs: Outputs, run: Run) -> list[Fold]:
     """The proposals that hold, none of them applied."""
     names = {module: re.sub(r"\d+", "#", name) for name, module in root.named_modules()}
-    proposals: dict[tuple[str, str, str], list[Fold]] = {}
-    for group in groups:
-        for producer in group.producers:
-            for form in _forms(producer):
+    proposals: dict[tuple[str, str, bool, bool], list[Fold]] = {}
+    for readers in found:
+        for producer in readers.producers:
+            for one_plus in (False,) if isinstance(producer, nn.Linear) else (False, True):
                 # What is alike in all blocks of a model holds in all of them or is taken to hold in none.
-                relation = names[producer], names[group.layers[0]], form.name
-                proposals.setdefault(relation, []).append(Fold(group, producer, form))
+                relation = names[producer], names[readers.layers[0]], one_plus, width(producer) < len(readers.sums)
+                proposals.setdefault(relation, []).append(Fold(readers, producer, one_plus))
     proven: list[Fold] = []
-    for alike in proposals.values():
+    for (_, _, one_plus, copies), alike in proposals.items():
+        taken = {end for each in proven for end in (each.readers, each.producer)}
         new: list[Fold] = []
         for each in alike:
-            if all(each.group is not other.group and each.producer is not other.producer for other in [*proven, *new]):
+            if taken.isdisjoint((each.readers, each.producer)):
+                taken |= {each.readers, each.producer}
                 new.append(each)
-        if not new:
+        if not new or (copies and not _found_rows(new, run)):
             continue
         # What is not exact would hide whether others are: it is tried alone.
-        basis = [each for each in proven if each.form.exact and new[0].form.exact]
-        if new[0].copies and not _found_rows(new, basis, root, run):
-            continue
-        if _hold([*basis, *new], root, outputs, run):
+        folds = new if one_plus else [*(each for each in proven if not each.one_plus), *new]
+        after = _tried(run, {each: each.probe() for each in folds})
+        if outputs == after or (one_plus and outputs.near(after, sum(len(each.readers.layers) for each in folds))):
             proven += new
-    done = {id(each.group) for each in proven}
-    reasons |= {id(group): "no module before makes each channel of the inputs, and nothing else, larger"
-                for group in groups if group.producers and id(group) not in done}  # fmt: skip
     return proven
 
 
-def _forms(producer: nn.Module) -> tuple[Form, ...]:
-    return (ROWS,) if isinstance(producer, nn.Linear) else (MULTIPLIES, ONE_PLUS)
+def _found_rows(folds: list[Fold], run: Run) -> bool:
+    """Find out which channel of its producer each input is a copy of, as where heads share their values.
 
-
-def _powers(fold: Fold, exponents: Tensor) -> Tensor:
-    weight = fold.group.layers[0].weight
-    return torch.exp2(exponents.to(weight.device, affine.working_dtype(weight)))
-
-
-def _probe(fold: Fold) -> Tensor:
-    """Small and large, in turn over the channels of the producer: no channel is left as it is.
-
-    Far enough apart that a function which is linear in a part of its range only, such as relu6, gives itself away; in
-    half precision, and where 1 is added to the weight, as far as it goes.
+    There is one run for each ternary digit of the channels' numbers. A producer multiplies each channel by two to the
+    power of its digit. The layers read the digit off their inputs and make up for it: the rest of the run is as ever.
     """
-    rows = torch.arange(fold.group.sample.shape[1]) if fold.rows is None else fold.rows
-    far = 1 if not fold.form.exact else 3 if fold.group.sample.dtype == torch.float16 else 10
-    return _powers(fold, (rows % 2 * 2 - 1) * far)
+    digits: dict[tuple[Fold, int], Tensor] = {}
 
+    def read(step: int, each: Fold, sums: Tensor) -> bool:
+        exponents = (each.readers.sums / sums).log2().nan_to_num().round().clamp(-1, 1)
+        digits[each, step] = step * (exponents.to(torch.int64) + 1)
+        for layer in each.readers.layers:
+            layer.folded = torch.exp2(exponents)
+        # Nothing can be read off a silent channel.
+        return bool(each.readers.sums.all())
 
-def _found_rows(new: list[Fold], proven: list[Fold], root: nn.Module, run: Run) -> bool:
-    """Find out which channel of its producer each input is a copy of: heads that share their values have such.
-
-    In the runs, one a digit, every channel of a producer is multiplied by two to the power of a ternary digit of its
-    number; the digit is read where the layers get it, and made up for there, so that the rest of the run is as ever.
-    """
-    most = max(width(each.producer) for each in new)
-    of = {each.group.layers[0]: each for each in new}
-    found = {each: torch.zeros(each.group.sample.shape[1], dtype=torch.int64, device=each.group.sample.device)
-             for each in new}  # fmt: skip
-    step = 1
-
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        each = of.get(module)  # type: ignore[call-overload]
-        if each is not None:
-            arrived, expected = each.group.arrived(args[0] if args else kwargs["input"]), each.group.sample
-            # Nothing can be read off a channel that is silent in these tokens.
-            if arrived is None or not bool(expected.any(0).all()):
-                raise _Refuted
-            ratio = (expected.abs().sum(0) / arrived.abs().sum(0)).nan_to_num(nan=1.0).double()
-            exponents = ratio.log2().round().clamp(-1, 1)
-            found[each] += step * (exponents.to(torch.int64) + 1)
-            for layer in each.group.layers:
-                layer.folded = torch.exp2(exponents).to(affine.working_dtype(layer.weight))
-
-    while step < most:
-        try:
-            for each in proven:
-                each.apply(_probe(each))
-            for each in new:
-                each.divide(_powers(each, torch.arange(width(each.producer)) // step % 3 - 1))
-            with hooked(root, before, lambda *_: None):
-                read = _given(run, lambda _: True)
-        finally:
-            _undo([*new, *proven])
-        if not read:
+    steps = [3**place for place in range(32) if 3**place < max(width(each.producer) for each in folds)]
+    for step in steps:
+        scales = {each: torch.exp2(torch.arange(width(each.producer)) // step % 3 - 1) for each in folds}
+        if _tried(run, scales, partial(read, step)) is None or any((each, step) not in digits for each in folds):
             return False
-        step *= 3
-    for each, rows in found.items():
-        if bool((rows >= width(each.producer)).any()):
-            return False
-        each.rows = rows
+    for each in folds:
+        # What is wrong is refuted later.
+        each.rows = torch.stack([digits[each, step] for step in steps]).sum(0).clamp(max=width(each.producer) - 1)
     return True
 
 
-def _hold(folds: list[Fold], root: nn.Module, outputs: Outputs, run: Run) -> bool:
-    """Whether with all of ``folds`` every layer gets its inputs divided, and the model gives what it gave."""
-    of: dict[nn.Module, Fold] = {layer: each for each in folds for layer in each.group.layers}
+def _divided(each: Fold, sums: Tensor) -> bool:
+    scale, expected = each.readers.layers[0].folded, each.readers.sums
+    assert scale is not None
+    # 1 + weight is rounded, and so is all before it: but a channel that is not divided is off by a factor of two.
+    return bool(((sums * scale - expected).abs() <= expected * each.one_plus / 4).all())
 
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if module in of and not _divided(of[module], args[0] if args else kwargs["input"]):
+
+def _tried(run: Run, scales: Mapping[Fold, Tensor], right: Callable[..., bool] = _divided) -> Outputs | None:
+    """What the model gives with ``scales``, which are taken back; None where it, or ``right`` at a layer, refuses."""
+
+    def before(each: Fold, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not right(each, magnitudes(args[0] if args else kwargs["input"])):
             raise _Refuted
 
-    def same(given: Any) -> bool:
-        found = Outputs.of(given)
-        exact = all(each.form.exact for each in folds)
-        return found.bits == outputs.bits if exact else _alike(outputs, found, len(of))
-
-    try:
-        for each in folds:
-            each.apply(_probe(each))
-        with hooked(root, before, lambda *_: None):
-            return _given(run, same)
-    finally:
-        _undo(folds)
-
-
-def _given(run: Run, holds: Callable[[Any], bool]) -> bool:
-    """Whether what the model gives in a ``run`` ``holds``; it does not where a hook or the model itself refuses."""
-    try:
-        return holds(run())
-    except (_Refuted, Exception):
-        return False
-
-
-def _undo(folds: list[Fold]) -> None:
-    for each in folds:
-        each.undo()
-
-
-def _divided(each: Fold, x: Tensor) -> bool:
-    arrived, expected, scale = each.group.arrived(x), each.group.sample, each.group.layers[0].folded
-    assert scale is not None
-    if arrived is None:
-        return False
-    found = (arrived.to(scale.dtype) * scale).to(expected.dtype)
-    if each.form.exact:
-        return torch.equal(found, expected)
-    # 1 + weight is rounded, and so is all before it: but a channel that is not divided is off by a factor of two.
-    off, size = (found - expected).float().abs().sum(0), expected.float().abs().sum(0)
-    return bool((off <= size / 4).all())
-
-
-def _alike(before: Outputs, after: Outputs, layers: int) -> bool:
-    """Whether outputs differ by no more than independent roundings of every layer would make them."""
-    if [each.shape for each in before.numbers] != [each.shape for each in after.numbers]:
-        return False
-    for old, new in zip(before.numbers, after.numbers, strict=True):
-        finite = torch.isfinite(old)
-        if not torch.equal(finite, torch.isfinite(new)):
-            return False
-        if not old.is_floating_point() or not finite.any():
-            continue
-        a, b = old[finite].double(), new[finite].double()
-        allowed = 8 * torch.finfo(old.dtype).eps * layers**0.5 * a.square().mean().sqrt()
-        if not bool((a - b).square().mean().sqrt() <= allowed):
-            return False
-    return True
+    with ExitStack() as undo:
+        for each, scale in scales.items():
+            undo.callback(each.apply(scale))
+            for layer in each.readers.layers:
+                undo.enter_context(layer.register_forward_pre_hook(partial(before, each), with_kwargs=True))
+        try:
+            return Outputs.of([*visible(run())])
+        except (_Refuted, Exception):
+            return None

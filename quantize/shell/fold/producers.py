@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from quantize.shell.fold.storages import Tags, storages_of
+from quantize.shell.fold.outputs import Outputs, visible
 from quantize.shell.values import keepable
 
-# How many tokens, and how many numbers of an output where bits may change, are compared.
-_TOKENS, _NUMBERS = 16, 4096
-# How many linear layers before a layer may make its inputs, through something that keeps the channels apart.
+# How many preceding linear layers are considered as producers, and how many of them, of each width, are tried.
 _NEAR, _TRIED = 8, 3
+
+# Runs the model once more on the batch that folds are proven on, under modes, and returns what it gives.
+Run = Callable[..., Any]
 
 
 class Foldable(nn.Linear):
@@ -31,220 +33,138 @@ class Foldable(nn.Linear):
 
 
 @dataclass(eq=False)
-class Group:
-    """Layers that read one tensor, its largest tokens ``[s, c]``, and the modules that may make it, likeliest first.
+class Readers:
+    """Layers that read one tensor: its dtype and :func:`magnitudes` ``[c]``, and the modules that may make it.
 
-    ``places`` ``[s]`` are those of the tokens. Without any module, ``reason`` says why.
+    The likeliest module is the first. ``reason``: why the scale of the layers stays at run time.
     """
 
-    layers: list[Foldable]
-    sample: Tensor
-    places: Tensor
-    producers: list[nn.Module] = field(default_factory=list)
-    reason: str = ""
-
-    def arrived(self, x: Tensor) -> Tensor | None:
-        """The same tokens of other inputs ``[..., c]``; None if there are fewer."""
-        tokens = x.detach().reshape(-1, x.shape[-1])
-        within = len(tokens) > int(self.places.max()) and tokens.shape[1] == self.sample.shape[1]
-        return tokens[self.places] if within else None
+    layers: Sequence[Foldable]
+    dtype: torch.dtype
+    sums: Tensor
+    producers: list[nn.Module]
+    reason: str = "no module before makes each channel of the inputs, and nothing else, larger"
 
 
-# Runs the model once more on the batch that folds are proven on, under modes, and returns what it gives.
-Run = Callable[..., Any]
+def magnitudes(x: Tensor) -> Tensor:
+    """The sums ``[c]`` of the magnitudes of ``x`` ``[..., c]``: powers of two times ``x`` are the same times these."""
+    return x.detach().reshape(-1, x.shape[-1]).abs().sum(0, dtype=torch.float64)
 
 
-@dataclass(frozen=True)
-class Outputs:
-    """What a model gave: a checksum of all its bits, and some of the numbers of every tensor."""
-
-    bits: tuple[Any, ...]
-    numbers: list[Tensor]
-
-    @classmethod
-    def of(cls, value: Any) -> Outputs:
-        """Of what :func:`visible` finds."""
-        leaves = visible(value)
-        tensors = [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
-        plain = tuple(repr(leaf) for leaf in leaves if not isinstance(leaf, Tensor))
-        return cls((*plain, *map(_checksum, tensors)), [_some(tensor) for tensor in tensors])
+def width(module: nn.Module | None) -> int:
+    """For how many output channels ``module`` has a weight each; 0 if for none."""
+    weight = None if module is None else module._parameters.get("weight")
+    return len(weight) if weight is not None and (isinstance(module, nn.Linear) or weight.ndim == 1) else 0
 
 
-def visible(value: Any) -> list[Any]:
-    """Tensors, plain values, and what cannot be looked into, in containers and in the attributes of objects."""
-    found: list[Any] = []
-    seen: dict[int, Any] = {}
-    waiting = pytree.tree_leaves(value)
-    while waiting:
-        leaf = waiting.pop()
-        if keepable(leaf) or not hasattr(leaf, "__dict__"):
-            found.append(leaf)
-        elif id(leaf) not in seen:
-            # Kept, so that no new object takes its id.
-            seen[id(leaf)] = leaf
-            inside = [*vars(leaf).values(), *(leaf.values() if isinstance(leaf, dict) else ())]
-            waiting += pytree.tree_leaves(inside)
-    return found[::-1]
-
-
-def _checksum(tensor: Tensor) -> tuple[Any, ...]:
-    """Two sums over all bits, of which one also depends on the places; both may wrap."""
-    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    flat = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    bits = flat.contiguous().flatten().view(integer[flat.element_size()])
-    sums = [tensor.shape, tensor.dtype]
-    for start in range(0, len(bits), 2**20):
-        part = bits[start : start + 2**20].to(torch.int64)
-        places = torch.arange(start, start + len(part), device=part.device) * 2654435761 + 1
-        sums += [int(part.sum()), int((part * places).sum())]
-    return tuple(sums)
-
-
-def _some(tensor: Tensor) -> Tensor:
-    # A step without a divisor in common with the shape: no channel is left out.
-    step = max(1, tensor.numel() // _NUMBERS)
-    while any(math.gcd(step, size) > 1 for size in tensor.shape):
-        step += 1
-    return tensor.flatten()[::step].clone()
-
-
-@contextmanager
-def hooked(root: nn.Module, before: Any, after: Any) -> Iterator[None]:
-    """``before(module, args, kwargs)`` and ``after(module, args, output)`` around every call of a module."""
-    handles = []
-    for module in root.modules():
-        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-        handles.append(module.register_forward_hook(after))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def find(root: nn.Module, units: Sequence[Sequence[Foldable]], run: Run) -> tuple[list[Group], Outputs]:
-    """A group for each of ``units``, layers that always read one tensor, in the order of execution; and the outputs."""
-    trace = _Trace(root)
-    with hooked(root, trace.before, trace.after):
-        output = run(trace)
-    leaves = visible(output)
-    trace.gave(leaves)
-    opaque = [leaf for leaf in leaves if not keepable(leaf)]
+def find(root: nn.Module, units: Sequence[Sequence[Foldable]], run: Run) -> tuple[list[Readers], Outputs]:
+    """The readers in each of ``units``, layers that always read one tensor, in the order of execution; the outputs."""
+    trace, modules = _Trace(), list(root.modules())
+    with ExitStack() as hooks:
+        for module in modules:
+            hooks.enter_context(module.register_forward_pre_hook(trace.before, with_kwargs=True))
+            hooks.enter_context(module.register_forward_hook(trace.after))
+        leaves = list(visible(run(trace)))
+    trace.read(leaves, "the caller of the model")
+    opaque = next((type(leaf).__name__ for leaf in leaves if not keepable(leaf)), "")
+    floats = any(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in leaves)
     # What runs in other batches alone may read anything.
-    missed = [layer.names[0] for layer in root.modules() if isinstance(layer, Foldable) and layer not in trace.inputs]
-    if opaque:
-        trace.reason = f"a {type(opaque[0]).__name__} in the model's outputs cannot be compared"
-    elif not any(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in leaves):
-        trace.reason = "the model's outputs are no tensors in floating point"
-    elif missed:
-        trace.reason = f"the first batch did not reach {missed[0]}"
-    reached = [sorted((layer for layer in unit if layer in trace.inputs), key=[*trace.inputs].index) for unit in units]
-    reached = sorted(filter(None, reached), key=lambda unit: [*trace.inputs].index(unit[0]))
-    return [trace.group(members) for members in reached], Outputs.of(None if opaque else output)
+    missed = next((each.names[0] for each in modules if isinstance(each, Foldable) and each not in trace.inputs), "")
+    general = [
+        (opaque, f"a {opaque} in the model's outputs cannot be compared"),
+        (not floats, "the model's outputs are no tensors in floating point"),
+        (missed, f"the first batch did not reach {missed}"),
+    ]
+    owners = Counter(id(p) for module in modules for p in module.parameters(recurse=False))
+    tied = {module for module in modules if any(owners[id(p)] > 1 for p in module.parameters(recurse=False))}
+    unit_of = {layer: tuple(each for each in unit if each in trace.inputs) for unit in units for layer in unit}
+    reached = dict.fromkeys(unit_of[layer] for layer in trace.inputs if layer in unit_of)
+    return [_proposed(unit, trace, tied, general) for unit in reached], Outputs.of([] if opaque else leaves)
 
 
-class _Made:
-    """A tensor: the innermost module that gave it, the layers that read it afterwards, and who else does."""
+def _proposed(layers: Sequence[Foldable], trace: _Trace, tied: set[nn.Module], general: list[Any]) -> Readers:
+    """The readers with what may make their inputs, or with the first reason against it, ``general`` ones before."""
+    (found, origin), c, other = trace.inputs[layers[0]], layers[0].in_features, ""
+    found.layers = layers
+    if origin is not None and width(origin.module) == c:
+        found.producers = [origin.module]
+        other = next((name for each, name in origin.readers.items() if each not in layers), "")
+    else:
+        fits = [each for each in found.producers if trace.calls[each] == 1 and each not in tied and each not in layers]
+        # Those with a channel for each input come before those whose channels would be read several times.
+        found.producers = [each for each in fits if width(each) == c][:_TRIED]
+        found.producers += [each for each in fits if 1 < width(each) < c and c % width(each) == 0][:_TRIED]
+    again = next((layer.names[0] for layer in layers if trace.calls[layer] > 1), "")
+    often = any(trace.calls[each] > 1 for each in found.producers)
+    kind = "".join(type(each).__name__ for each in found.producers[:1])
+    apart = origin is None or any(trace.inputs[layer][1] is not origin for layer in layers)
+    reasons = [
+        *general,
+        (not found.sums.any(), "no token of the first batch reached it"),
+        (again, f"{again} is called more than once"),
+        (apart, "the inputs are those of the model, or are changed in between"),
+        (not found.producers, "no module before has a weight for each channel of the inputs"),
+        (often, f"a {kind} that is called more than once makes the inputs"),
+        (other, f"{other} reads the inputs as well"),
+        (tied.intersection(found.producers), f"the {kind} that makes the inputs shares its parameters"),
+    ]
+    if reason := next((text for holds, text in reasons if holds), ""):
+        found.producers, found.reason = [], reason
+    return found
 
-    def __init__(self) -> None:
-        self.module: nn.Module | None = None
-        self.layers: dict[Foldable, None] = {}
-        self.others: dict[str, None] = {}
+
+@dataclass(eq=False)
+class _Origin:
+    """Of a tensor: the innermost module that gave it, and by module the names of those that read it afterwards."""
+
+    module: Any = None
+    readers: dict[nn.Module | None, str] = field(default_factory=dict)
 
 
 class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch leaves it bare
-    def __init__(self, root: nn.Module) -> None:
+    """One run of a model: which module made the memory that its operators read, and which modules read it."""
+
+    def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        # Of all groups, why none can be folded.
-        self.reason = ""
-        self._owners = Counter(id(p) for module in root.modules() for p in module._parameters.values() if p is not None)
-        self._made = Tags()
+        # How often each module was called, in the order of the first calls.
+        self.calls: Counter[nn.Module] = Counter()
+        # What each layer read at its first call, in the order of these calls; the linear layers before it as producers.
+        self.inputs: dict[Foldable, tuple[Readers, _Origin | None]] = {}
+        self._origins: WeakKeyDictionary[torch.UntypedStorage, _Origin] = WeakKeyDictionary()
         self._inside: list[nn.Module] = []
-        # Linear layers in the order of their calls, and how often each module was called.
-        self._linears: list[nn.Module] = []
-        self._calls: Counter[nn.Module] = Counter()
-        # What each layer read at its first call, in the order of those.
-        self.inputs: dict[Foldable, tuple[_Made | None, tuple[Tensor, Tensor], int]] = {}
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._calls[module] += 1
+        # First, so that what is read here is read by the layer.
         self._inside.append(module)
         if isinstance(module, Foldable) and module not in self.inputs:
             x = args[0] if args else kwargs["input"]
-            tokens = x.detach().reshape(-1, x.shape[-1])
-            norms = tokens.float().abs().sum(1)
-            places = norms.topk(min(_TOKENS, len(tokens))).indices
-            made = self._made.get(x.untyped_storage())
-            self.inputs[module] = made, (tokens[places].clone(), places), len(self._linears)
+            linears = (each for each in reversed(self.calls) if type(each) is nn.Linear or isinstance(each, Foldable))
+            found = Readers([module], x.dtype, magnitudes(x), [*islice(linears, _NEAR)])
+            self.inputs[module] = found, self._origins.get(x.untyped_storage())
+        self.calls[module] += 1
 
     def after(self, module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
         self._inside.pop()
-        if type(module) is nn.Linear or isinstance(module, Foldable):
-            self._linears.append(module)
-        made = self._made.get(output.untyped_storage()) if isinstance(output, Tensor) else None
-        # What a module calls comes first: the innermost stays. What it read of it itself does not count.
-        if made is not None and made.module is None:
-            made.module, made.layers, made.others = module, {}, {}
+        origin = self._origins.get(output.untyped_storage()) if isinstance(output, Tensor) else None
+        # Inner modules end first, so that the innermost stays. What a module reads of its own output does not count.
+        if origin is not None and origin.module is None:
+            origin.module, origin.readers = module, {}
 
-    def gave(self, leaves: list[Any]) -> None:
-        for storage in storages_of(leaves) or ():
-            if (made := self._made.get(storage)) is not None:
-                made.others["the caller of the model"] = None
+    def read(self, value: Any, name: str) -> None:
+        """Note that ``value`` is read: by the module that runs, else by the one called ``name``."""
+        here = self._inside[-1] if self._inside else None
+        name = name if here is None else here.names[0] if isinstance(here, Foldable) else type(here).__name__
+        for origin in filter(None, map(self._origins.get, _storages(value))):
+            origin.readers[here] = name
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        here = self._inside[-1] if self._inside else None
-        read = storages_of((args, kwargs)) or []
-        for made in filter(None, map(self._made.get, () if func.is_view else read)):
-            if isinstance(here, Foldable):
-                made.layers[here] = None
-            else:
-                made.others[type(here).__name__ if here is not None else "the model"] = None
-        result = func(*args, **(kwargs or {}))
-        known = {storage._cdata for storage in read}
-        for storage in storages_of(result) or ():
-            if storage._cdata not in known:
-                self._made.set(storage, _Made())
+        if not func.is_view:
+            self.read((args, kwargs), "the model")
+        result, known = func(*args, **(kwargs or {})), _storages((args, kwargs))
+        self._origins.update((storage, _Origin()) for storage in _storages(result) if storage not in known)
         return result
 
-    def group(self, layers: list[Foldable]) -> Group:
-        made, (tokens, places), before = self.inputs[layers[0]]
-        found = Group(layers, tokens, places)
-        again = [layer.names[0] for layer in layers if self._calls[layer] > 1]
-        if self.reason:
-            found.reason = self.reason
-        elif not tokens.any():
-            found.reason = "no token of the first batch reached it"
-        elif again:
-            found.reason = f"{again[0]} is called more than once"
-        elif made is None or any(self.inputs[layer][0] is not made for layer in layers):
-            found.reason = "the inputs are those of the model, or are changed in between"
-        elif made.module is not None and width(made.module) == layers[0].in_features:
-            others = [*made.others, *(layer.names[0] for layer in made.layers if layer not in layers)]
-            if self._calls[made.module] > 1:
-                found.reason = f"a {type(made.module).__name__} that is called more than once makes the inputs"
-            elif others:
-                found.reason = f"{others[0]} reads the inputs as well"
-            elif self._tied(made.module):
-                found.reason = f"the {type(made.module).__name__} that makes the inputs shares its parameters"
-            else:
-                found.producers = [made.module]
-        else:
-            near = dict.fromkeys(reversed(self._linears[max(0, before - _NEAR) : before]))
-            c = layers[0].in_features
-            fits = [each for each in near if width(each) > 1 and c % width(each) == 0 and each not in layers]
-            fits = [each for each in fits if self._calls[each] == 1 and not self._tied(each)]
-            # The nearest first, and those with a channel for each input before those that would be read several times.
-            whole, shared = ([each for each in fits if (width(each) == c) is full] for full in (True, False))
-            found.producers = [*whole[:_TRIED], *shared[:_TRIED]]
-            found.reason = "" if found.producers else "no module before has a weight for each channel of the inputs"
-        return found
 
-    def _tied(self, module: nn.Module) -> bool:
-        return any(self._owners[id(p)] > 1 for p in module._parameters.values() if p is not None)
-
-
-def width(module: nn.Module) -> int:
-    """For how many output channels ``module`` has a weight each; 0 if for none."""
-    weight = module._parameters.get("weight")
-    linear = isinstance(module, nn.Linear)
-    return len(weight) if weight is not None and (linear or weight.ndim == 1) else 0
+def _storages(value: Any) -> list[torch.UntypedStorage]:
+    leaves = pytree.tree_leaves(value)
+    return [leaf.untyped_storage() for leaf in leaves if isinstance(leaf, Tensor) and leaf.layout == torch.strided]
