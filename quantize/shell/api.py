@@ -45,7 +45,7 @@ def quantize(model: nn.Module, config: object = None) -> None:
     planned = plan(model, parsed)
     _warn(planned)
     layers: dict[nn.Module, CalibrationLinear] = {
-        layer.module: CalibrationLinear(layer.module, layer.names, parsed) for layer in planned.layers
+        layer: CalibrationLinear(layer, names, parsed) for layer, names in planned.layers.items()
     }
     recording.restart(layers.values())
     swap(model, layers)
