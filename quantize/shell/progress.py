@@ -12,8 +12,7 @@ T = TypeVar("T")
 def progress(items: Iterable[T], what: str, *, unit: str, total: int | None = None, delay: float = 0) -> Iterable[T]:
     """``items`` behind a bar on stderr, which vanishes at the end; as they are without tqdm or without a terminal.
 
-    ``what`` stands before the bar, and ``unit`` names one item. ``total``: how many there are, where ``items`` has no
-    length. ``delay``: seconds until the bar appears, so that quick work shows none.
+    ``total``: how many there are, where ``items`` has no length. ``delay``: seconds until the bar appears.
     """
     # A pipe or a log file cannot move a cursor back.
     if sys.stderr is None or not sys.stderr.isatty():
