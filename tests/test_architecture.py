@@ -13,6 +13,7 @@ from torch import nn
 import quantize as qz
 from quantize.core import ALGORITHMS, Algorithm, Solution, channel_range, round_to_nearest
 from quantize.core.algorithms.base import BaseOptions, option
+from quantize.shell.report import rows
 from tests.models import TENSOR, config, mlp, randn
 
 KNOWN = {"torch", "einops", "quantize", "dataclasses", "collections", "typing", "functools", "__future__"}
@@ -140,6 +141,8 @@ def test_the_report_is_plain_data():
     (layer,) = data["layers"]
     assert layer["names"] == ["a"]
     assert layer["shape"] == [8, 64]
+    assert (layer["weights"], layer["inputs"], layer["algorithm"]) == ("int8 channel symmetric", None, "minmax")
+    assert layer.keys() == {*vars(qz.report(model).rows[0])} - {"fell_back"}
     assert layer["tokens"] == 0
     assert layer["weight_sqnr"] > 40
     assert data["skipped"] == [{"name": "b", "reason": "skip_layers: 'b'", "asked": True}]
@@ -150,3 +153,13 @@ def test_the_report_is_plain_data():
     table = str(qz.report(model)).splitlines()
     assert table[0].endswith("SQNR dB  error/minmax")
     assert table[2].startswith("a      8x64   int8 channel symmetric  float")
+
+
+def test_a_row_of_the_report_goes_through_json():
+    model = nn.Sequential(nn.Linear(64, 8), nn.Linear(8, 8))
+    nn.init.zeros_(model[1].weight)
+    qz.quantize(model, config("smoothquant", inputs=TENSOR))
+    model(randn(3, 64))
+    for row in qz.report(model).rows:
+        assert rows.from_plain(json.loads(json.dumps(rows.as_plain(row)))) == row
+    assert row.weight_sqnr == float("inf")

@@ -13,8 +13,9 @@ import torch
 
 from quantize import QuantizeError
 from quantize.__main__ import main
-from quantize.shell.cli import commandline, demo
-from quantize.shell.cli.language import Language
+from quantize.shell.cli import commandline
+from quantize.shell.cli.demonstration import CONFIG
+from quantize.shell.cli.subjects import Encoder, Language
 from quantize.shell.disk import converted as storage
 from quantize.shell.progress import progress
 
@@ -172,7 +173,7 @@ def test_an_encoder_is_measured_where_asked(bert, lines, tmp_path, capsys):
 
 
 def test_all_sentences_calibrate_unless_some_are_measured(bert):
-    encoder = demo.Encoder(bert)
+    encoder = Encoder(bert)
     calls, held = encoder.split("abcde", 4, 2, evaluate=False)
     assert (list(calls), held) == (["ab", "cd", "e", "ab"], [])
     calls, held = encoder.split("abcde", 3, 2, evaluate=True)
@@ -225,7 +226,7 @@ def test_a_language_model_is_quantized_measured_drawn_and_written(given, tmp_pat
 
 @pytest.mark.parametrize("name", ["compressed-tensors", "ascendv1"])
 def test_other_programs_get_their_files_and_a_tokenizer(given, tmp_path, name, capsys):
-    (tmp_path / "config.json").write_text(json.dumps({**demo.CONFIG, "batch_num": 1}))
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "batch_num": 1}))
     assert main([*given, "--out", str(tmp_path / "out"), "--format", name]) == 0
     found = {path.name for path in (tmp_path / "out").iterdir()}
     own = {"compressed-tensors": "model.safetensors", "ascendv1": "quant_model_weights.safetensors"}[name]
@@ -356,7 +357,7 @@ def test_an_interrupt_has_a_status_of_its_own(given, monkeypatch, capsys):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(commandline.demo, "demonstrate", interrupted)
+    monkeypatch.setattr(commandline, "demonstrate", interrupted)
     assert main(given) == 130
     assert capsys.readouterr() == ("", "interrupted\n")
 
@@ -365,5 +366,5 @@ def test_what_cannot_be_written_is_one_line_too(given, monkeypatch, capsys):
     def full(*_, **__):
         raise OSError("no space left\n  on this device")
 
-    monkeypatch.setattr(commandline.demo, "demonstrate", full)
+    monkeypatch.setattr(commandline, "demonstrate", full)
     assert refused(given, capsys) == "error: no space left on this device\n"

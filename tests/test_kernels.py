@@ -41,7 +41,7 @@ def solved(scheme, inputs=None, *, n=1024, c=256, smoothed=False, seed=0):
 def layer(solution, dtype, *, kernel=None, bias=True):
     n, c = solution.weight.codes.shape
     held = nn.Parameter(randn(n, seed=9).to(dtype)) if bias else None
-    row = Row(("layer",), (n, c), str(solution.weight.scheme), None, "minmax", "converted", 0)
+    row = Row(("layer",), (n, c), solution.weight.scheme, None, "minmax", "converted", 0)
     return qz.QuantizedLinear(solution, held, row, dtype, kernel)
 
 

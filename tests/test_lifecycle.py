@@ -54,7 +54,7 @@ def test_none_means_the_weight_only_preset():
     with pytest.warns(qz.QuantizeWarning, match="skip_layers entry 'lm_head' matched nothing"):
         qz.quantize(model)
     (row, _) = qz.report(model).rows
-    assert (row.weights, row.inputs, row.algorithm) == ("int8 channel symmetric", None, "minmax")
+    assert (row.weights, row.inputs, row.algorithm) == (qz.core.Scheme(8, True, "channel"), None, "minmax")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])

@@ -146,7 +146,9 @@ def test_a_layer_that_no_token_reached_falls_back_to_minmax():
     with pytest.warns(qz.QuantizeWarning, match="no token reached 1 of 2 layers, which fall back to minmax: idle"):
         model(randn(3, 8))
     row = qz.report(model).rows[1]
-    assert (row.algorithm, row.inputs, row.tokens) == ("minmax (no tokens)", "int8 token symmetric", 0)
+    assert (row.algorithm, row.fell_back, row.inputs, row.tokens) == ("minmax", True, Scheme(8, True, "token"), 0)
+    told = qz.report(model).as_dict()["layers"][1]
+    assert (told["algorithm"], told["inputs"]) == ("minmax (no tokens)", "int8 token symmetric")
     qz.convert(model)
     assert torch.equal(model.idle.codes, round_to_nearest(weight, Scheme()).codes)
     # No range was seen: each token brings its own.
@@ -174,8 +176,8 @@ def test_a_layer_that_few_tokens_reached_falls_back_to_minmax(algorithm, tokens,
     same = torch.equal(solutions(model)["experts.0"].weight.codes, rounded.codes)
     rows = qz.report(model).rows
     assert [row.tokens for row in rows] == [tokens, 50 - tokens]
-    assert rows[1].algorithm == algorithm
-    assert rows[0].algorithm == (told or algorithm)
+    assert [(row.algorithm, row.fell_back) for row in rows] == [(algorithm, told is not None), (algorithm, False)]
+    assert [row["algorithm"] for row in qz.report(model).as_dict()["layers"]] == [told or algorithm, algorithm]
     assert same == (told is not None)
     messages = [str(each.message) for each in caught if issubclass(each.category, qz.QuantizeWarning)]
     expected = f"fewer than 16 tokens reached 1 of 2 layers, which fall back to minmax: experts.0 ({tokens})"

@@ -5,11 +5,13 @@ import math
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 import quantize as qz
-from quantize.shell.report import outliers, picture
+from quantize.core import Scheme
+from quantize.shell.report import picture
 from quantize.shell.report.rows import Row, Skipped
 from quantize.shell.report.text import Report
 from tests.models import config, mlp, randn
@@ -24,7 +26,8 @@ def draw(given):
 def row(i, ratio=0.5, **rest):
     error = 10.0 * (i + 1)
     numbers = {"weight_sqnr": 20.0, "error": ratio * error, "baseline_error": error}
-    return Row((f"model.layers.{i}.down_proj",), (8, 64), "int4", None, "gptq", "converted", 100, **{**numbers, **rest})
+    names = (f"model.layers.{i}.down_proj",)
+    return Row(names, (8, 64), Scheme(4), None, "gptq", "converted", 100, **{**numbers, **rest})
 
 
 def plain(i, sqnr):
@@ -48,8 +51,9 @@ def words(figure):
 
 
 def points(ax):
-    """What lies on the axes, by label of the series: the values ``x``, each at its line ``y``."""
-    return {line.get_label(): dict(zip(line.get_ydata(), line.get_xdata(), strict=True)) for line in ax.lines}
+    """What is drawn on the axes, by label of the series: the values ``x``, each at its line ``y``; NaN is not drawn."""
+    drawn = {line.get_label(): zip(line.get_ydata(), line.get_xdata(), strict=True) for line in ax.lines}
+    return {label: {y: x for y, x in pairs if not math.isnan(x)} for label, pairs in drawn.items()}
 
 
 @pytest.mark.parametrize("suffix", [".png", ".pdf", ".svg"])
@@ -126,18 +130,28 @@ def test_skipped_layers_are_there_with_their_reasons_or_counted():
 def test_a_zero_after_a_large_error_is_drawn_as_a_ratio():
     figure = draw(Report((row(0, error=0.0), row(1), row(2)), (), ()))
     assert points(figure.axes[1])["after: as quantized"][0] == 0
-    assert math.isnan(points(figure.axes[0])["after: as quantized"][0])
+    assert set(points(figure.axes[0])["after: as quantized"]) == {1, 2}
+    assert set(points(figure.axes[0])["before: plain rounding"]) == {0, 1, 2}
 
 
 def test_outliers_are_far_from_the_others_and_no_trifles():
-    def ranked(ratios, sqnr=()):
-        return outliers.ranked([(1.0, r) for r in ratios], [(math.nan, s) for s in sqnr])
+    def ranked(ratios, sqnr):
+        return picture.ranked(np.array(ratios), np.array(sqnr))
 
-    assert ranked([0.5, 0.51, 0.97, 0.49, 0.5, 0.52]) == ([2, 5, 1, 0, 4, 3], [2])
-    assert ranked([0.5, 0.5, 0.54, 0.5, 0.5, 0.5, 0.5, 0.5])[1] == []
-    assert ranked([], [30.0, 31.0, 29.5, 30.5, 20.0, 45.0])[1] == [4]
-    assert ranked([0.1, 0.9, 0.2]) == ([1, 2, 0], [])
-    assert ranked([]) == ([], [])
+    def by_ratio(*ratios):
+        return ranked(ratios, [math.nan] * len(ratios))
+
+    def by_sqnr(*sqnr):
+        return ranked([math.nan] * len(sqnr), sqnr)
+
+    assert by_ratio(0.5, 0.51, 0.97, 0.49, 0.5, 0.52) == ([2, 5, 1, 0, 4, 3], [2])
+    assert by_ratio(0.5, 0.5, 0.54, 0.5, 0.5, 0.5, 0.5, 0.5)[1] == []
+    assert by_sqnr(30.0, 31.0, 29.5, 30.5, 20.0, 45.0)[1] == [4]
+    assert by_ratio(0.1, 0.9, 0.2) == ([1, 2, 0], [])
+    assert by_ratio() == ([], [])
+    # Layers with an error and layers without are compared among themselves.
+    assert ranked([0.5] * 4 + [0.9] + [math.nan] * 6, [math.nan] * 5 + [30.0] * 5 + [20.0])[1] == [10, 4]
+    assert by_ratio(math.nan, math.nan) == ([], [])
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,9 @@ from quantize.core import (
     product,
     round_to_nearest,
 )
-from quantize.shell.cli import demo
+from quantize.shell.cli import commandline
+from quantize.shell.cli.demonstration import CONFIG, demonstrate
+from quantize.shell.cli.subjects import Encoder, packaged
 from tests.models import (
     TENSOR,
     TOKEN,
@@ -32,6 +34,7 @@ from tests.models import (
     statistics,
 )
 
+SENTENCES = commandline.SENTENCES.read_text("utf-8").splitlines()
 LINEARS = 37
 INT4_GROUP = {**WEIGHTS, "type": "int4", "strategy": "group", "group_size": 64}
 # What takes long is fitted in the first and the last of the six blocks, and in the pooler.
@@ -43,7 +46,7 @@ def encoder():
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    return demo.Encoder(demo.packaged_model())
+    return Encoder(packaged())
 
 
 def fresh(encoder):
@@ -117,7 +120,7 @@ def test_embeddings_stay_close(encoder, given, layers):
     qz.quantize(quantized.model, given)
     # Calibrated on other sentences than it is measured on.
     for start in range(0, 8 * given.get("batch_num", 0), 8):
-        quantized(demo.SENTENCES[start : start + 8])
+        quantized(SENTENCES[start : start + 8])
     qz.convert(quantized.model)
     found = solutions(quantized.model)
     assert len(found) == layers
@@ -126,7 +129,7 @@ def test_embeddings_stay_close(encoder, given, layers):
         assert bytes_of[name] == held(quantized.model.get_submodule(name)), name
     # The errors of rounding lie anywhere between none and the most, in the mean square at a third of the most; and the
     # distance grows with the mean square.
-    before, after, random = (each(demo.SENTENCES[16:]) for each in (encoder, quantized, disturbed(encoder, found)))
+    before, after, random = (each(SENTENCES[16:]) for each in (encoder, quantized, disturbed(encoder, found)))
     distances = [1 - torch.cosine_similarity(before, other).double().mean() for other in (after, random)]
     assert 0 < distances[0] < distances[1]
     # Each is still the nearest of all.
@@ -136,22 +139,24 @@ def test_embeddings_stay_close(encoder, given, layers):
 def test_the_demonstration_shows_what_it_promises(encoder):
     quantized, plain = fresh(encoder), fresh(encoder)
     before = sizes(plain.model)
-    outcome = demo.demonstrate(quantized, demo.CONFIG, demo.SENTENCES)
+    outcome = demonstrate(quantized, CONFIG, SENTENCES)
     names = list(solutions(quantized.model))
     assert [row.name for row in outcome.report.rows] == names
     assert len(names) == LINEARS
-    own = torch.cat([plain(demo.SENTENCES[i : i + 8 : 2]) for i in range(1, len(demo.SENTENCES), 8)])
+    own = torch.cat([plain(SENTENCES[i : i + 8 : 2]) for i in range(1, len(SENTENCES), 8)])
     assert torch.equal(outcome.measured[0], own)
-    assert torch.equal(outcome.cosine, torch.cosine_similarity(*outcome.measured))
+    cosine = torch.cosine_similarity(*outcome.measured)
+    assert outcome.comparison.endswith(f"before and after: mean {cosine.mean():.5f}, lowest {cosine.min():.5f}")
     assert (outcome.measured[0] @ outcome.measured[1].T).argmax(1).tolist() == list(range(16))
     after = sum(held(quantized.model.get_submodule(name)) for name in names)
     assert outcome.layer_bytes == (sum(before[name] for name in names), after)
     total_before, total_after = outcome.model_bytes
     assert total_before == before[""]
     assert total_before - total_after == outcome.layer_bytes[0] - after
-    text = demo.text(outcome)
+    text = str(outcome)
     assert f"quantized layers: {outcome.layer_bytes[0]:,} bytes before, {after:,} after" in text
     assert "pooler.dense" in text
+    assert text.endswith(outcome.comparison)
 
 
 WEIGHT_FORMATS = [
@@ -179,7 +184,7 @@ EVERY_FORMAT += [
 @pytest.fixture(scope="module")
 def first_block(encoder):
     """The first block of the encoder with the first 256 of its 1536 hidden units, and hidden states that enter it."""
-    tokens = encoder.tokenizer(list(demo.SENTENCES[:8]), return_tensors="pt", padding=True)
+    tokens = encoder.tokenizer(list(SENTENCES[:8]), return_tensors="pt", padding=True)
     block = copy.deepcopy(encoder.model.encoder.layer[0])
     up, down = block.intermediate.dense, block.output.dense
     with torch.no_grad():
@@ -209,7 +214,7 @@ def observed(encoder):
     names = [n for n, m in encoder.model.named_modules() if type(m) is nn.Linear]
     names = [n for n in names if not any(skipped in n for skipped in ENDS["skip_layers"])]
     observer = product(channel_absmean, gram)
-    texts = ([demo.SENTENCES[:4]], [demo.SENTENCES[4:18], demo.SENTENCES[18:]])
+    texts = ([SENTENCES[:4]], [SENTENCES[4:18], SENTENCES[18:]])
     return [statistics(encoder.model, names, observer, lambda b=b: [encoder(text) for text in b]) for b in texts]
 
 

@@ -94,4 +94,4 @@ def test_a_stage_that_no_batch_reaches_falls_back():
         qz.QuantizeWarning, match="no token reached 6 of 11 layers, which fall back to minmax: blocks.1.up"
     ):
         model(batches()[0])
-    assert qz.report(model).rows[-2].algorithm == "minmax (no tokens)"
+    assert qz.report(model).as_dict()["layers"][-2]["algorithm"] == "minmax (no tokens)"

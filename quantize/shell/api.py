@@ -47,7 +47,7 @@ def quantize(model: nn.Module, config: object = None) -> None:
     _warn(planned)
     session = Session(parsed, planned)
     layers: dict[nn.Module, CalibrationLinear] = {
-        layer.module: CalibrationLinear(layer.module, layer.names, session) for layer in planned.layers
+        layer: CalibrationLinear(layer, names, session) for layer, names in planned.layers.items()
     }
     restart(layers.values())
     swap(model, layers)

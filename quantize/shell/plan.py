@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from quantize.shell.config import Config, QuantizeError, refusal
+from quantize.shell.config import Config, refusal
 from quantize.shell.report.rows import Skipped
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -20,18 +20,13 @@ _READ_DIRECTLY: dict[type[nn.Module], tuple[str, ...]] = {
 
 
 @dataclass(frozen=True)
-class LayerPlan:
-    """A layer to quantize, under all names that it has in the model."""
-
-    names: tuple[str, ...]
-    module: nn.Linear
-
-
-@dataclass(frozen=True)
 class Plan:
-    """What :func:`plan` found; ``unmatched``: entries of ``skip_layers`` that match no module with a weight matrix."""
+    """What :func:`plan` found: the ``layers`` to quantize, each with all names that it has in the model.
 
-    layers: tuple[LayerPlan, ...]
+    ``unmatched``: entries of ``skip_layers`` that match no module with a weight matrix.
+    """
+
+    layers: Mapping[nn.Linear, tuple[str, ...]]
     skipped: tuple[Skipped, ...]
     unmatched: tuple[str, ...]
 
@@ -49,28 +44,26 @@ def plan(model: nn.Module, config: Config) -> Plan:
         for owner, children in _READ_DIRECTLY.items():
             if isinstance(module, owner):
                 direct.update({module.get_submodule(child): owner.__name__ for child in children})
-    layers: list[LayerPlan] = []
+    layers: dict[nn.Linear, tuple[str, ...]] = {}
     skipped: list[Skipped] = []
-    concerned: list[str] = []
+    matched: set[str] = set()
     for module, all_names in names.items():
         reason = _reason(module, all_names, config, direct.get(module))
-        asked = next((word for word in config.skip_layers if any(word in name for name in all_names)), None)
-        concerns = reason is not None or isinstance(module, nn.Linear)
-        if concerns:
-            concerned.extend(all_names)
-        if asked is not None and concerns:
-            skipped.extend(Skipped(name, f"skip_layers: {asked!r}", asked=True) for name in all_names)
-        elif reason is not None:
-            skipped.extend(Skipped(name, reason) for name in all_names)
-        elif type(module) is nn.Linear:
-            layers.append(LayerPlan(tuple(all_names), module))
-    unmatched = tuple(word for word in config.skip_layers if not any(word in name for name in concerned))
+        asked = [word for word in config.skip_layers if any(word in name for name in all_names)]
+        if asked and (reason is not None or isinstance(module, nn.Linear)):
+            reason = f"skip_layers: {asked[0]!r}"
+            matched.update(asked)
+        if reason is not None:
+            skipped += (Skipped(name, reason, asked=bool(asked)) for name in all_names)
+        elif isinstance(module, nn.Linear):
+            layers[module] = tuple(all_names)
+    unmatched = tuple(word for word in config.skip_layers if word not in matched)
     if not layers:
         found = "; ".join(f"{s.name or type(model).__name__!r}: {s.reason}" for s in skipped) or "no weight matrix"
-        raise QuantizeError(f"model: nothing to quantize ({found}); accepted: a model that contains an nn.Linear")
-    for layer in layers:
-        check_weight(layer.names[0], layer.module.weight)
-    return Plan(tuple(layers), tuple(skipped), unmatched)
+        raise refusal("model", f"nothing to quantize ({found})", "a model that contains an nn.Linear")
+    for layer, (name, *_) in layers.items():
+        check_weight(name, layer.weight)
+    return Plan(layers, tuple(skipped), unmatched)
 
 
 def swap(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
@@ -94,12 +87,11 @@ def check_weight(name: str, weight: torch.Tensor) -> None:
 def _reason(module: nn.Module, names: list[str], config: Config, owner: str | None) -> str | None:
     if owner is not None:
         return f"its owner, {owner}, reads the weight without calling the layer"
+    kind = type(module).__name__
+    if not isinstance(module, nn.Linear):
+        return f"{kind} is not an nn.Linear" if any(p.ndim >= 2 for p in module.parameters(recurse=False)) else None
     if type(module) is not nn.Linear:
-        kind = type(module).__name__
-        if isinstance(module, nn.Linear):
-            return f"{kind} is a subclass of nn.Linear: its forward may do something else"
-        matrices = [name for name, p in module.named_parameters(recurse=False) if p.ndim >= 2]
-        return f"{kind} is not an nn.Linear" if matrices else None
+        return f"{kind} is a subclass of nn.Linear: its forward may do something else"
     if "" in names:
         return "the model is the layer itself: nothing holds it to put another in its place"
     if module._parameters.get("weight") is None:

@@ -12,14 +12,9 @@ T = TypeVar("T")
 def progress(items: Iterable[T], what: str, *, unit: str, total: int | None = None, delay: float = 0) -> Iterable[T]:
     """``items`` behind a bar on stderr, which vanishes at the end; as they are without tqdm or without a terminal.
 
-    Args:
-        items: what to go through.
-        what: the words before the bar.
-        unit: what one item is called.
-        total: how many items there are, where they have no length.
-        delay: seconds until the bar appears, so that quick work shows none.
+    ``total``: how many there are, where ``items`` has no length. ``delay``: seconds until the bar appears.
     """
-    # What reads a pipe or a log file cannot move a cursor back.
+    # A pipe or a log file cannot move a cursor back.
     if sys.stderr is None or not sys.stderr.isatty():
         return items
     try:
@@ -31,5 +26,5 @@ def progress(items: Iterable[T], what: str, *, unit: str, total: int | None = No
 
 
 def layers_progress(items: Iterable[T]) -> Iterable[T]:
-    """:func:`progress` over what is solved; quick work shows nothing."""
+    """:func:`progress` over what is solved."""
     return progress(items, "quantize", unit="layer", delay=1)

@@ -15,7 +15,7 @@ import warnings
 import torch
 
 import quantize as qz
-from quantize.shell.cli import demo
+from quantize.shell.cli import subjects
 from tests.benchmarks import smollm2
 from tests.models import TENSOR, TOKEN
 from tests.models import config as make
@@ -39,7 +39,7 @@ def main():
     if given.language_model:
         plain, tokens = smollm2.model(), {"input_ids": smollm2.rows("calib", 0, 4), "use_cache": False}
     else:
-        plain = demo.Encoder(demo.packaged_model()).model
+        plain = subjects.Encoder(subjects.packaged()).model
         tokens = {"input_ids": torch.randint(1000, 30000, (16, 128), generator=torch.Generator().manual_seed(0))}
     models = {"plain": plain}
     for name, config in CONFIGS.items():

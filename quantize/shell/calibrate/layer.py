@@ -98,7 +98,6 @@ class CalibrationLinear(Foldable):
     def record(self) -> Row:
         """The row of this layer in the report."""
         config, s = self.session.config, self.solution
-        inputs = config.spec.inputs if s is None else s.inputs
         known: dict[str, Any] = {}
         if s is not None:
             reached = s.effective_weight()
@@ -112,9 +111,10 @@ class CalibrationLinear(Foldable):
         return Row(
             self.names,
             (self.out_features, self.in_features),
-            weights=str(config.spec.weight),
-            inputs=None if inputs is None else str(inputs),
-            algorithm=f"minmax ({self.tokens or 'no'} tokens)" if s is not None and self.fell_back else config.name,
+            weights=config.spec.weight,
+            inputs=config.spec.inputs if s is None else s.inputs,
+            algorithm=config.name,
+            fell_back=s is not None and self.fell_back,
             stage="quantized" if self.active else "calibrating",
             tokens=self.tokens,
             **known,

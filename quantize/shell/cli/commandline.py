@@ -8,6 +8,8 @@ import os
 import sys
 import tempfile
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,16 +17,43 @@ import torch
 from torch import nn
 
 from quantize.shell import api
-from quantize.shell.cli import demo
-from quantize.shell.cli.language import Language
+from quantize.shell.cli import subjects
+from quantize.shell.cli.demonstration import CONFIG, demonstrate
 from quantize.shell.config import QuantizeError, QuantizeWarning, parse, refusal
 from quantize.shell.disk import converted as storage
 from quantize.shell.disk import export, files
 from quantize.shell.report import picture
 
+SENTENCES = Path(__file__).with_name("sentences.txt")
 _OWN = "quantize"
-FORMATS = (_OWN, *export.FORMATS)
-
+_WRITERS: dict[str, Callable[[nn.Module, Path], None]] = {
+    _OWN: storage.save,
+    **{name: partial(export.export, format=name) for name in export.FORMATS},
+}
+# By group: the options, what their values are called, and what they do.
+_OPTIONS = {
+    "what is quantized, and how": {
+        "--model DIR": "a Hugging Face model directory with a tokenizer: a causal language model, else a sentence "
+        "encoder",
+        "--config FILE.json": "the config of the README as JSON, where a list or a string stands for a set "
+        "(default: minmax, int8 channel weights, int8 token inputs, 4 batches)",
+    },
+    "calibration": {
+        "--text FILE": "UTF-8 text; a language model needs one, unless nothing is calibrated or measured, and takes "
+        "lines from the first on, joined into rows; for an encoder every line is a sentence (default: 32 of its own)",
+        "--batch-size N": "rows or sentences in a batch (default: 4)",
+        "--length N": "tokens in a row (default: 512, or what the model can take), or at most in a sentence "
+        "(default: 256)",
+    },
+    "results": {
+        "--evaluate": "measure before and after: the perplexity on the lines after those that calibrate, or the "
+        "cosine of sentence embeddings on every second line, while the others calibrate (default: in the "
+        "demonstration only)",
+        "--out DIR": "write the quantized model and its tokenizer here: new, or empty",
+        "--format": "of the files in --out; quantize: for quantize.load (default: quantize)",
+        "--plot FILE": f"draw the layers into this file: {', '.join(picture.SUFFIXES)}",
+    },
+}
 _EPILOG = """\
 examples:
   the demonstration, on a packaged sentence encoder:
@@ -72,57 +101,21 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    group = parser.add_argument_group("what is quantized, and how")
-    group.add_argument(
-        "--model",
-        type=Path,
-        metavar="DIR",
-        help="a Hugging Face model directory with a tokenizer: a causal language model, else a sentence encoder",
-    )
-    group.add_argument(
-        "--config",
-        type=Path,
-        metavar="FILE.json",
-        help="the config of the README as JSON, where a list or a string stands for a set "
-        "(default: minmax, int8 channel weights, int8 token inputs, 4 batches)",
-    )
-    group = parser.add_argument_group("calibration")
-    group.add_argument(
-        "--text",
-        type=Path,
-        metavar="FILE",
-        help="UTF-8 text; a language model needs one, unless nothing is calibrated or measured, and takes lines from "
-        "the first on, joined into rows; for an encoder every line is a sentence (default: 32 of its own)",
-    )
-    group.add_argument(
-        "--batch-size", type=_integer(1), default=4, metavar="N", help="rows or sentences in a batch (default: 4)"
-    )
-    group.add_argument(
-        "--length",
-        type=_integer(2),
-        metavar="N",
-        help="tokens in a row (default: 512, or what the model can take), or at most in a sentence (default: 256)",
-    )
-    group = parser.add_argument_group("results")
-    group.add_argument(
-        "--evaluate",
-        action="store_true",
-        help="measure before and after: the perplexity on the lines after those that calibrate, or the cosine of "
-        "sentence embeddings on every second line, while the others calibrate (default: in the demonstration only)",
-    )
-    group.add_argument(
-        "--out", type=Path, metavar="DIR", help="write the quantized model and its tokenizer here: new, or empty"
-    )
-    group.add_argument(
-        "--format", choices=FORMATS, help="of the files in --out; quantize: for quantize.load (default: quantize)"
-    )
-    group.add_argument(
-        "--plot", type=Path, metavar="FILE", help=f"draw the layers into this file: {', '.join(picture.SUFFIXES)}"
-    )
+    others: dict[str, dict[str, Any]] = {
+        "--batch-size": {"type": _integer(1), "default": 4, "metavar": "N"},
+        "--length": {"type": _integer(2), "metavar": "N"},
+        "--evaluate": {"action": "store_true"},
+        "--format": {"choices": tuple(_WRITERS)},
+    }
+    for title, options in _OPTIONS.items():
+        group = parser.add_argument_group(title)
+        for option, told in options.items():
+            name, _, value = option.partition(" ")
+            group.add_argument(name, help=told, **others.get(name, {"type": Path, "metavar": value}))
     return parser
 
 
-def _integer(least: int) -> Any:
+def _integer(least: int) -> Callable[[str], int]:
     def integer(text: str) -> int:
         if not text.isdecimal() or int(text) < least:
             raise argparse.ArgumentTypeError(f"{text!r}; accepted: an int, at least {least}")
@@ -133,7 +126,7 @@ def _integer(least: int) -> Any:
 
 def _run(given: argparse.Namespace) -> None:
     # All that can be refused at once is refused here, before a model is read or hours are spent.
-    config = demo.CONFIG if given.config is None else _json("--config", given.config)
+    config = CONFIG if given.config is None else _read("--config", given.config, json.loads, "a JSON file")
     data_free = parse(config).algorithm.data_free
     if given.plot is not None:
         picture.check(given.plot)
@@ -141,47 +134,26 @@ def _run(given: argparse.Namespace) -> None:
         _check_out(given.out, given.format or _OWN, config)
     elif given.format is not None:
         raise refusal("--format", f"{given.format!r} without --out", "--out DIR, or no format")
-    text = demo.SENTENCES if given.text is None else _lines(given.text)
-    directory = demo.packaged_model() if given.model is None else given.model
+    lines = _read("--text", given.text or SENTENCES, str.splitlines, "a UTF-8 text file")
+    text = [line.strip() for line in lines if line.strip()]
+    directory = subjects.packaged() if given.model is None else given.model
     if not (directory / "config.json").is_file():
         raise refusal("--model", str(directory), "a directory with config.json, weights and a tokenizer")
-    subject = _subject(directory, given.length)
+    told = _read("--model", directory / "config.json", json.loads, "a JSON file")
+    subject = subjects.read(directory, told, length=given.length)
     evaluate = given.evaluate or given.model is None
-    if isinstance(subject, Language) and given.text is None and (evaluate or not data_free):
+    if isinstance(subject, subjects.Language) and given.text is None and (evaluate or not data_free):
         raise refusal("--text", "not given", "a file, to calibrate or measure a language model")
 
-    def write() -> None:
+    def write(model: nn.Module) -> None:
         if given.out is not None:
-            _write(subject.model, given.out, given.format or _OWN)
+            _WRITERS[given.format or _OWN](model, given.out)
             subject.tokenizer.save_pretrained(given.out)
 
-    outcome = demo.demonstrate(subject, config, text, batch=given.batch_size, evaluate=evaluate, converted=write)
-    print(f"model: {directory.resolve()}")
-    print(f"config: {config}")
-    print(demo.text(outcome), flush=True)
+    outcome = demonstrate(subject, config, text, batch=given.batch_size, evaluate=evaluate, converted=write)
+    print(f"model: {directory.resolve()}\nconfig: {config}\n{outcome}", flush=True)
     if given.plot is not None:
         outcome.report.plot(given.plot)
-
-
-def _subject(directory: Path, length: int | None) -> demo.Subject:
-    told = _json("--model", directory / "config.json")
-    if not isinstance(told, dict):
-        raise refusal("--model", str(directory / "config.json"), "a config of transformers")
-    if "quantization_config" in told:
-        raise refusal("--model", f"{directory}, which is quantized already", "a model in floating point")
-    most = told.get("max_position_embeddings")
-    if length is not None and isinstance(most, int) and length > most:
-        raise refusal("--length", str(length), f"at most {most}, the positions of the model")
-    try:
-        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
-        from transformers.utils import logging
-    except ImportError:
-        return demo.Encoder(directory, length=length)
-    # Bars of its own, over the tensors of a file, which it shows in a pipe as well.
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call] # transformers leaves it bare
-    if not set(told.get("architectures") or ()) & set(CAUSAL.values()):
-        return demo.Encoder(directory, length=length)
-    return Language(directory, length=length or min(Language.length, most or Language.length))
 
 
 def _check_out(directory: Path, format: str, config: Any) -> None:  # noqa: A002 - as in export
@@ -192,34 +164,20 @@ def _check_out(directory: Path, format: str, config: Any) -> None:  # noqa: A002
         raise refusal("--out", str(directory), "a new or an empty directory, in one that exists and can be written to")
     size = parse(config).spec.weight.group_size or 32
     model = nn.Sequential(nn.LayerNorm(2 * size), nn.Linear(2 * size, 8))
-    with tempfile.TemporaryDirectory() as scratch, torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", QuantizeWarning)
+    with torch.no_grad(), warnings.catch_warnings(action="ignore", category=QuantizeWarning):
         api.quantize(model, {**config, "batch_num": 1, "skip_layers": None})
         model(torch.randn(32, 2 * size, generator=torch.Generator().manual_seed(0)))
         api.convert(model)
-        try:
-            _write(model, Path(scratch) / "model", format)
-        except QuantizeError as error:
-            told = str(error).removeprefix("layer '1': ")
-            raise QuantizeError(f"--format {format}: {told}") from None
-
-
-def _write(model: nn.Module, directory: Path, format: str) -> None:  # noqa: A002 - as in export
-    if format == _OWN:
-        storage.save(model, directory)
-    else:
-        export.export(model, directory, format=format)
-
-
-def _json(option: str, file: Path) -> Any:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise refusal(option, str(file), f"a JSON file ({error})") from None
+        with tempfile.TemporaryDirectory() as scratch:
+            _WRITERS[format](model, Path(scratch) / "model")
+    except QuantizeError as error:
+        told = str(error).removeprefix("layer '1': ")
+        raise QuantizeError(f"--format {format}: {told}") from None
 
 
-def _lines(file: Path) -> list[str]:
+def _read(option: str, file: Path, reader: Callable[[str], Any], accepted: str) -> Any:
     try:
-        return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return reader(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise refusal("--text", str(file), f"a UTF-8 text file ({error})") from None
+        raise refusal(option, str(file), f"{accepted} ({error})") from None

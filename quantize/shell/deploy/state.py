@@ -12,7 +12,7 @@ from torch import Tensor
 from quantize.core import LayerSpec, Scheme, Solution
 from quantize.shell.config import refusal, shown
 from quantize.shell.deploy.kernels import Layout, reference
-from quantize.shell.report.rows import Row
+from quantize.shell.report.rows import Row, as_plain, from_plain
 
 EXTRA = "_extra_state"
 TENSORS = ("codes", "scale", "zero_point", "smoothing", "input_scale", "input_zero_point")
@@ -31,7 +31,7 @@ def describe(layout: Layout, row: Row) -> dict[str, Any]:
         "inputs": None if inputs is None else asdict(inputs),
         "shape": [layout.n, layout.c],
         "dtype": str(layout.dtype).removeprefix("torch."),
-        "row": {**asdict(row), "notes": dict(row.notes)},
+        "row": as_plain(row),
     }
 
 
@@ -42,9 +42,7 @@ def described(extra: object) -> bool:
 
 def row(extra: Mapping[str, Any]) -> Row:
     """The row of the report in what :func:`describe` makes."""
-    known = extra["row"]
-    n, c = known["shape"]
-    return Row(**{**known, "names": tuple(known["names"]), "shape": (n, c)})
+    return from_plain(extra["row"])
 
 
 def layout(name: str, extra: object) -> Layout:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
-import textwrap
+from collections import Counter
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
+from textwrap import shorten, wrap
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
+
 from quantize.shell.config import refusal
-from quantize.shell.report.outliers import Values, quantities, ranked
 from quantize.shell.report.rows import Row, Skipped
 
 if TYPE_CHECKING:
@@ -29,6 +32,7 @@ _LABELS = (
     "error relative to plain rounding\n(1: no gain)",
     "SQNR of the weight, dB: more is better\n(layers whose output error is not known)",
 )
+_Floats = npt.NDArray[np.float64]
 
 
 def check(path: str | Path) -> Path:
@@ -47,20 +51,6 @@ def check(path: str | Path) -> Path:
     return path
 
 
-def save(rows: Sequence[Row], skipped: Sequence[Skipped], path: str | Path) -> None:
-    """Draw the ``rows`` of a report, and what was ``skipped``, into the file ``path``.
-
-    Raises:
-        QuantizeError: as :func:`check` and :func:`draw`, and a file that cannot be written.
-    """
-    path = check(path)
-    figure = draw(rows, skipped)
-    try:
-        figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise refusal("plot", f"{path} ({error})", "a file that can be written") from None
-
-
 def draw(rows: Sequence[Row], skipped: Sequence[Skipped]) -> Figure:
     """One line a layer, one panel a quantity: output errors before and after, their ratio, or the SQNR of the weight.
 
@@ -68,73 +58,96 @@ def draw(rows: Sequence[Row], skipped: Sequence[Skipped]) -> Figure:
         QuantizeError: no layer is solved yet.
     """
     from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.lines import Line2D
 
-    if all(row.weight_sqnr is None and row.error is None for row in rows):
+    if all(row.weight_sqnr is None for row in rows):
         raise refusal("report", "no layer is solved yet", "a report after calibration")
-    values: list[Values] = list(zip(*map(quantities, rows), strict=True))
-    worst, outliers = ranked(values[1], values[2])
+    values = np.array([_quantities(row) for row in rows])
+    known = ~np.isnan(values).all(2)
+    worst, outliers = ranked(values[:, 1, 1], values[:, 2, 1])
+    panels = np.flatnonzero(known.any(0)).tolist() or [2]
     shown = len(rows) + len(skipped) <= _NAMED
+    names = {i: row.name for i, row in enumerate(rows) if shown or i in worst[:_WORST]}
+    says = {i: "not solved yet" if row.weight_sqnr is None else "exact"
+            for i, row in enumerate(rows) if not known[i].any()}  # fmt: skip
+    note = [f"{len(rows)} layers, in the order of the model{'' if shown else '; the worst are named'}"]
+    if outliers:
+        note += ["outlier: worse than three quarters of the layers, by over 1.5 times the range of the middle half"]
+    if shown:
+        names |= {i: left.name or "the model" for i, left in enumerate(skipped, len(rows))}
+        says |= {i: shorten(f"floating point: {left.reason}", 56, placeholder=" ...")
+                 for i, left in enumerate(skipped, len(rows))}  # fmt: skip
+    else:
+        note += [f"{text}: {times}" for text, times in Counter(says.values()).items()]
+        listed = shorten(", ".join(left.name for left in skipped), 240, placeholder=" ...")
+        note += wrap(f"left in floating point ({len(skipped)}): {listed}", 120) * bool(skipped)
+
     lines = len(rows) + len(skipped) * shown
     inches = 0.24 if shown else max(0.02, min(0.055, 14 / lines))
-    panels = [i for i in range(3) if any(values[i])] or [2]
-    names = {i: (row.name, "black") for i, row in enumerate(rows) if shown or i in worst[:_WORST]}
-    says = {i: "not solved yet" if row.weight_sqnr is None else "exact"
-            for i, row in enumerate(rows) if not any(quantity[i] for quantity in values)}  # fmt: skip
-    note = [f"{len(rows)} layers, in the order of the model"]
-    note += ["outlier: worse than three quarters of the layers, by over 1.5 times the range of the middle half"] * bool(
-        outliers
-    )
-    if shown:
-        for i, left in enumerate(skipped, len(rows)):
-            names[i] = left.name or "the model", "0.4"
-            says[i] = textwrap.shorten(f"floating point: {left.reason}", 56, placeholder=" ...")
-    else:
-        note[0] += "; the worst are named"
-        note += [f"{text}: {list(says.values()).count(text)}" for text in dict.fromkeys(says.values())]
-        listed = textwrap.shorten(", ".join(left.name for left in skipped), 240, placeholder=" ...")
-        note += textwrap.wrap(f"left in floating point ({len(skipped)}): {listed}", 120) * bool(skipped)
-    size = (3.7 + 3.2 * len(panels), inches * lines + 1.6 + 0.15 * len(note))
-    figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08))
+    figure = Figure(figsize=(3.7 + 3.2 * len(panels), inches * lines + 1.6 + 0.15 * len(note)))
+    figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.08)
     axes: list[Axes] = list(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0])
-    for ax, i in zip(axes, panels, strict=True):
-        _panel(ax, i, values[i], outliers, 5.5 if shown else 3.0)
+    for ax, quantity in zip(axes, panels, strict=True):
+        _panel(ax, quantity, values[:, quantity], outliers, 5.5 if shown else 3.0)
         ax.axhspan(len(rows) - 0.5, lines - 0.5, color="0.93", linewidth=0)
     for i, text in says.items() if shown else ():
         axes[0].annotate(text, (0.01, i), xycoords=("axes fraction", "data"), va="center", fontsize=7, color="0.4")
     places = _spread(sorted(names), 1 if shown else 0.13 / inches, lines - 1)
-    for (i, (name, color)), place in zip(sorted(names.items()), places, strict=True):
+    for (i, name), place in zip(sorted(names.items()), places, strict=True):
+        color = _OUTLIER["color"] if i in outliers else "black" if i < len(rows) else "0.4"
         axes[0].annotate(name if len(name) <= 44 else f"{name[:16]}...{name[-25:]}", (0, i), (-14, place),
                          xycoords=("axes fraction", "data"), textcoords=("offset points", "data"), ha="right",
-                         va="center", fontsize=7.5, color=_OUTLIER["color"] if i in outliers else color,
-                         annotation_clip=False, arrowprops={"arrowstyle": "-", "color": "0.6", "linewidth": 0.6,
-                                                            "shrinkA": 1, "shrinkB": 0})  # fmt: skip
+                         va="center", fontsize=7.5, color=color, annotation_clip=False,
+                         arrowprops={"arrowstyle": "-", "color": "0.6", "linewidth": 0.6, "shrinkA": 1,
+                                     "shrinkB": 0})  # fmt: skip
     axes[0].set(ylim=(lines - 0.4, -0.6), yticks=[])
-    used = [_BEFORE] * any(values[0]) + [_AFTER] + [_OUTLIER] * bool(outliers)
+    used = [_BEFORE] * (0 in panels) + [_AFTER] + [_OUTLIER] * bool(outliers)
     handles = [Line2D([], [], linestyle="none", **style) for style in used]
     figure.legend(handles=handles, loc="outside upper center", ncols=len(used), frameon=False, fontsize=8)
     figure.supxlabel("\n".join(note), fontsize=7.5, color="0.25")
     return figure
 
 
-def _panel(ax: Axes, quantity: int, values: Values, outliers: Sequence[int], size: float) -> None:
-    held = {i: value for i, value in enumerate(values) if value is not None}
-    positive = [v for value in held.values() for v in value if v > 0]
+def ranked(ratios: _Floats, sqnr: _Floats) -> tuple[list[int], list[int]]:
+    """All rows with a number, the worst first, and the outliers among them: Tukey's fences, but for trifles."""
+    scores = np.full(len(ratios), np.nan)
+    for values, trifle in ((ratios, 0.05), (-sqnr, 1.0)):
+        held = np.flatnonzero(~np.isnan(values))
+        if len(held):
+            # Of three none stands out: the worst has the score 0.
+            low, high = np.quantile(values[held], [0.25, 0.75]) if len(held) > 3 else [values[held].max()] * 2
+            scores[held] = (values[held] - high) / max(1.5 * (high - low), trifle)
+    worst = np.argsort(-scores, kind="stable")[: np.count_nonzero(~np.isnan(scores))].tolist()
+    return worst, [i for i in worst if scores[i] > 1]
+
+
+def _quantities(row: Row) -> _Floats:
+    """Before and after of the errors of the outputs, of their ratio, and of the SQNR: NaN where not known or shown."""
+    found = np.full((3, 2), np.nan)
+    if row.error is None or row.baseline_error is None:
+        # Shown only here: what lowers the error of the outputs may well raise that of the weight.
+        if row.weight_sqnr is not None and np.isfinite(row.weight_sqnr):
+            found[2, 1] = row.weight_sqnr
+    elif row.baseline_error:
+        # Sums over tokens and outputs; a zero has no place on a logarithmic axis.
+        outputs = max(row.tokens, 1) * row.shape[0]
+        found[0] = row.baseline_error / outputs, row.error / outputs or np.nan
+        found[1] = 1, row.error / row.baseline_error
+    return found
+
+
+def _panel(ax: Axes, quantity: int, values: _Floats, outliers: Sequence[int], size: float) -> None:
+    (before, after), lines = values.T, np.arange(len(values))
+    outlying = np.isin(lines, outliers)
     ax.grid(axis="x", color="0.9", linewidth=0.6)
-    ax.hlines(list(held), [v[0] for v in held.values()], [v[1] for v in held.values()], "0.65", linewidth=size / 5)
-    for style, place, chosen in (
-        (_AFTER, 1, [i for i in held if i not in outliers]),
-        (_OUTLIER, 1, [i for i in held if i in outliers]),
-        (_BEFORE, 0, list(held) * (quantity == 0)),
-    ):
-        ax.plot([held[i][place] for i in chosen], chosen, linestyle="none", markersize=size, **style)
+    ax.hlines(lines, before, after, "0.65", linewidth=size / 5)
+    for style, x, chosen in ((_AFTER, after, ~outlying), (_OUTLIER, after, outlying), (_BEFORE, before, quantity == 0)):
+        ax.plot(np.where(chosen, x, np.nan), lines, linestyle="none", markersize=size, **style)
     if quantity == 1:
         ax.axvline(1, color="0.3", linewidth=0.9)
-    if quantity < 2 and max(positive) > 30 * min(positive):
-        ax.set_xscale("log")
-    elif quantity < 2:
-        ax.set_xlim(left=0)
+    if quantity < 2:
+        positive = values[values > 0]
+        ax.set(xscale="log") if positive.max() > 30 * positive.min() else ax.set(xlim=(0, None))
     ax.set_xlabel(_LABELS[quantity], fontsize=8)
     ax.tick_params(labelsize=7.5)
     ax.set_axisbelow(True)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from quantize.shell.config import refusal
 from quantize.shell.report import picture
-from quantize.shell.report.rows import Row, Skipped
+from quantize.shell.report.rows import Row, Skipped, as_plain
+
+_HEADER = ("layer", "shape", "weights", "inputs", "algorithm", "stage", "kernel", "tokens", "SQNR dB", "error/minmax")
 
 
 @dataclass(frozen=True)
@@ -40,45 +42,48 @@ class Report:
         Raises:
             QuantizeError: another suffix, a file that cannot be written, no layer solved yet, or no matplotlib.
         """
-        picture.save(self.rows, self.skipped, path)
+        path = picture.check(path)
+        figure = picture.draw(self.rows, self.skipped)
+        try:
+            figure.savefig(path, dpi=150)
+        except OSError as error:
+            raise refusal("plot", f"{path} ({error})", "a file that can be written") from None
 
     def __str__(self) -> str:
-        header = ("layer", "shape", "weights", "inputs", "algorithm", "stage", "kernel", "tokens", "SQNR dB",
-                  "error/minmax")  # fmt: skip
-        body = [_cells(row) for row in self.rows]
-        widths = [max(len(line[i]) for line in (header, *body)) for i in range(len(header))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-                 for line in (header, tuple("-" * width for width in widths), *body)]  # fmt: skip
-        lines += [f"{row.name}: {_notes(row.notes)}" for row in self.rows if row.notes]
-        reasons = dict.fromkeys(row.kernel_reason for row in self.rows if row.kernel_reason)
-        slower = [f"{reason}: {', '.join(row.name for row in self.rows if row.kernel_reason == reason)}"
-                  for reason in reasons]  # fmt: skip
-        for title, entries in (
-            ("not as asked", list(self.remarks)),
-            ("why not a faster kernel", slower),
-            ("left in floating point", [f"{s.name or 'the model'}: {s.reason}" for s in self.skipped]),
-            ("entries of skip_layers that matched nothing", [repr(word) for word in self.unmatched]),
-        ):
+        table = [_HEADER, *map(_cells, self.rows)]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        table.insert(1, tuple("-" * width for width in widths))
+        lines = ["  ".join(map(str.ljust, cells, widths)).rstrip() for cells in table]
+        slower: dict[str, list[str]] = {}
+        for row in self.rows:
+            if row.notes:
+                lines.append(f"{row.name}: {', '.join(f'{key} {value:g}' for key, value in row.notes.items())}")
+            if row.kernel_reason:
+                slower.setdefault(row.kernel_reason, []).append(row.name)
+        for title, entries in {
+            "not as asked": self.remarks,
+            "why not a faster kernel": [f"{reason}: {', '.join(names)}" for reason, names in slower.items()],
+            "left in floating point": [f"{s.name or 'the model'}: {s.reason}" for s in self.skipped],
+            "entries of skip_layers that matched nothing": [repr(word) for word in self.unmatched],
+        }.items():
             if entries:
                 lines += ["", f"{title} ({len(entries)})", *(f"  {entry}" for entry in entries)]
         return "\n".join(lines)
 
 
 def _plain(row: Row) -> dict[str, Any]:
+    plain = as_plain(row)
+    if plain.pop("fell_back"):
+        plain["algorithm"] = f"minmax ({row.tokens or 'no'} tokens)"
     # JSON has no infinity: the ratio of a weight that is exact is no number there.
     exact = row.weight_sqnr is not None and math.isinf(row.weight_sqnr)
-    sqnr = None if exact else row.weight_sqnr
-    return {**asdict(row), "names": list(row.names), "shape": list(row.shape), "weight_sqnr": sqnr}
+    return {**plain, "weights": str(row.weights), "inputs": row.inputs and str(row.inputs),
+            "weight_sqnr": None if exact else row.weight_sqnr}  # fmt: skip
 
 
 def _cells(row: Row) -> tuple[str, ...]:
+    plain = _plain(row)
     ratio = "" if not row.baseline_error or row.error is None else f"{row.error / row.baseline_error:.3f}"
     sqnr = "" if row.weight_sqnr is None else f"{row.weight_sqnr:.1f}"
-    shape = "x".join(map(str, row.shape))
-    inputs = row.inputs or "float"
-    return (" = ".join(row.names), shape, row.weights, inputs, row.algorithm, row.stage, row.kernel or "",
-            str(row.tokens), sqnr, ratio)  # fmt: skip
-
-
-def _notes(notes: Mapping[str, float]) -> str:
-    return ", ".join(f"{key} {value:g}" for key, value in notes.items())
+    return (" = ".join(row.names), "x".join(map(str, row.shape)), plain["weights"], plain["inputs"] or "float",
+            plain["algorithm"], row.stage, row.kernel or "", str(row.tokens), sqnr, ratio)  # fmt: skip

