@@ -74,13 +74,10 @@ def load(model: nn.Module, directory: str | os.PathLike[str], *, kernel: str | N
     try:
         with reader.safe_open(Path(directory, _TENSORS), framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
-            header = (file.metadata() or {}).get(_HEADER)
-        if header is None or Path(directory, "quantize.json").exists():
-            found = "no converted model of this version"
-            raise refusal(where, found, f"a directory of save, version {_VERSION}, which has no quantize.json")
-        rest = json.loads(header)
-        if rest["version"] != _VERSION:
-            raise refusal(where, f"version {rest['version']!r}", f"version {_VERSION}")
+            rest = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
+        if rest.get("version") != _VERSION:
+            found = 1 if Path(directory, "quantize.json").exists() else rest.get("version")
+            raise refusal(where, f"version {found}", f"version {_VERSION} of save, which writes no quantize.json")
         state = OrderedDict({**tensors, **rest["extra"], **{k: tensors[v] for k, v in rest["aliases"].items()}})
         state._metadata = rest["modules"]  # type: ignore[attr-defined] # an attribute that torch adds
     except QuantizeError:
