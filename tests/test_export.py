@@ -444,7 +444,7 @@ def test_a_directory_with_content_stays_as_it_is(word, tmp_path):
 def test_an_empty_directory_is_filled(word, tmp_path):
     (tmp_path / "out").mkdir()
     write(word, plain(), tmp_path / "out")
-    assert len(listed(tmp_path / "out")) >= 2
+    assert len(listed(tmp_path / "out")) >= (1 if word == "save" else 2)
     assert listed(tmp_path) == ["out"]
 
 
@@ -457,6 +457,8 @@ def test_an_interrupted_write_leaves_nothing(at, error, word, tmp_path, monkeypa
         raise error
 
     model = plain()
+    # A model of our own is one file of tensors.
+    at = at.replace("pathlib.Path.write_text", "safetensors.torch.save_file") if word == "save" else at
     with monkeypatch.context() as patched:
         patched.setattr(at, stop)
         with pytest.raises(type(error)):

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import json
 import pickle
 
 import pytest
@@ -109,24 +110,43 @@ def test_a_frozen_bias_stays_frozen():
     assert not any(p.requires_grad for p in fresh.parameters())
 
 
-def without(state, key):
-    return {name: value for name, value in state.items() if name != key}
+def without(state, *keys):
+    return {name: value for name, value in state.items() if name not in keys}
+
+
+def encoded(told):
+    return torch.tensor(list(json.dumps(told).encode().ljust(1024)), dtype=torch.uint8)
+
+
+def changed(extra, **changes):
+    return encoded({**json.loads(bytes(extra.tolist())), **changes})
 
 
 def extra(state, **changes):
-    return {**state, "first._extra_state": {**state["first._extra_state"], **changes}}
+    return {**state, "first._extra_state": changed(state["first._extra_state"], **changes)}
+
+
+def with_row(state, **changes):
+    told = json.loads(bytes(state["first._extra_state"].tolist()))
+    return extra(state, row={**told["row"], **changes})
 
 
 BROKEN = {
     "no mapping": (lambda s: [1], r"from_state: \[1\]; accepted: the state_dict of a converted model"),
     "nothing converted": (lambda s: {"a": torch.ones(1)}, "from_state: no converted layer"),
     "codes": (
-        lambda s: without(s, "first.codes"),
+        lambda s: without(s, "first.codes", "again.codes"),
         "layer 'first': no 'codes' in the state; accepted: 'codes', torch.u",
     ),
-    "scale": (lambda s: without(s, "first.scale"), "layer 'first': no 'scale' in the state"),
-    "zero_point": (lambda s: without(s, "first.zero_point"), "layer 'first': no 'zero_point' in the state"),
-    "bias": (lambda s: without(s, "first.bias"), "'first.bias' in the state: None; accepted: torch.float32"),
+    "scale": (lambda s: without(s, "first.scale", "again.scale"), "layer 'first': no 'scale' in the state"),
+    "zero_point": (
+        lambda s: without(s, "first.zero_point", "again.zero_point"),
+        "layer 'first': no 'zero_point' in the state",
+    ),
+    "bias": (
+        lambda s: without(s, "first.bias", "again.bias"),
+        "'first.bias' in the state: None; accepted: torch.float32",
+    ),
     "norm": (lambda s: without(s, "norm.weight"), "from_state: 'norm.weight' is missing in the state"),
     "unknown": (lambda s: {**s, "x.y": torch.ones(1)}, "from_state: 'x.y' is in the state"),
     "unknown in layer": (lambda s: {**s, "first.z": torch.ones(1)}, "layer 'first': 'z' in the state"),
@@ -138,9 +158,13 @@ BROKEN = {
     "scale dtype": (lambda s: {**s, "first.scale": s["first.scale"].half()}, "layer 'first': 'scale', torch.float16"),
     "other shape": (lambda s: {**s, "shift": torch.ones(65)}, r"'shift' in the state: torch.float32 \[65\]; accepted"),
     "other dtype": (lambda s: {**s, "shift": torch.ones(64).half()}, r"'shift' in the state: torch.float16 \[64\]"),
-    "layer size": (lambda s: extra(s, shape=[64, 128]), "layer 'first': 64x128 in torch.float32 in the state"),
+    "layer size": (lambda s: with_row(s, shape=[64, 128]), "layer 'first': 64x128 in torch.float32 in the state"),
     "layer dtype": (lambda s: extra(s, dtype="bfloat16"), "layer 'first': 64x256 in torch.bfloat16 in the state"),
-    "version": (lambda s: extra(s, quantized_linear=2), "layer 'first': .*; accepted: .* version 1"),
+    "version": (lambda s: extra(s, quantized_linear=3), "layer 'first': version 3; accepted: .* version 2"),
+    "old version": (
+        lambda s: {**s, "first._extra_state": {"quantized_linear": 1}},
+        "layer 'first': version 1; accepted: .* version 2",
+    ),
     "no such layer": (
         lambda s: {**s, "second._extra_state": s["first._extra_state"]},
         "layer 'second': not in the model",
@@ -217,7 +241,12 @@ def test_load_state_dict_refuses_another_format(given, dtype, told):
         mine.load_state_dict(short)
     with pytest.raises(RuntimeError, match=r"Missing key.*0\._extra_state"):
         mine.load_state_dict({})
-    assert mine.load_state_dict({}, strict=False).missing_keys == ["0.bias", "0._extra_state"]
+    assert mine.load_state_dict({}, strict=False).missing_keys == [
+        "0.bias",
+        "0._extra_state",
+        "0.codes",
+        "0.scale",
+    ]
 
 
 def test_load_state_dict_takes_every_tensor_and_copies_it():
@@ -401,20 +430,20 @@ def test_a_bias_alone_can_be_loaded():
     qz.quantize(model, config())
     qz.convert(model)
     found = model.load_state_dict({"0.bias": torch.full((64,), 3.0)}, strict=False)
-    assert found.missing_keys == ["0._extra_state"]
+    assert found.missing_keys == ["0._extra_state", "0.codes", "0.scale"]
     assert (model[0].bias == 3).all()
 
 
 @pytest.mark.parametrize(
     "extra",
     [
-        {"quantized_linear": 1},
-        {"weights": {"bits": 99}},
+        {"quantized_linear": 2},
+        {"row": {"weights": {"bits": 99}}},
         {"dtype": "foo"},
         {"row": {}},
-        {"shape": [64]},
+        {"row": {"shape": [64]}},
         {"row": None},
-        {"weights": 3},
+        {"row": {"weights": 3}},
     ],
     ids=str,
 )
@@ -423,6 +452,8 @@ def test_a_state_that_cannot_be_read_is_refused_by_name(extra):
     qz.quantize(model, config())
     qz.convert(model)
     state = model.state_dict()
-    state["0._extra_state"] = extra if "quantized_linear" in extra else {**state["0._extra_state"], **extra}
+    told = {} if "quantized_linear" in extra else json.loads(bytes(state["0._extra_state"].tolist()))
+    row = extra.get("row", {})
+    state["0._extra_state"] = encoded({**told, **extra, "row": row and {**told["row"], **row}})
     with pytest.raises(qz.QuantizeError, match="layer '0': a state that cannot be read"):
         qz.convert(nn.Sequential(nn.Linear(64, 64)), from_state=state)

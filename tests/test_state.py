@@ -9,6 +9,9 @@ import torch
 import torch.utils._pytree as pytree
 
 import quantize as qz
+from quantize.core import LayerSpec
+from quantize.shell.deploy import state as saved
+from quantize.shell.deploy.kernels import Layout
 from tests.models import TENSOR, TOKEN, WEIGHTS, config, mlp, randn, snapshot
 
 CONFIGS = {
@@ -137,3 +140,19 @@ def test_a_state_of_other_options_is_refused():
     state = staged(CONFIGS["awq"], "calibrating").state_dict()
     with pytest.raises(qz.QuantizeError, match="grids_num=3"):
         staged(config("awq", batch_num=2), "started").load_state_dict(state)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_solution_is_written_as_tensors_and_read_back(name):
+    layer = staged(CONFIGS[name], "quantized")[0]
+    solved, weight = layer.solution, layer.weight
+    layout = Layout(LayerSpec(solved.weight.scheme, solved.inputs), *weight.shape, weight.dtype)
+    held = saved.tensors(solved)
+    assert all(isinstance(value, torch.Tensor) for value in held.values())
+    again = saved.solution("0", held, layout)
+    expected, leaves = (pytree.tree_flatten(s) for s in (solved, again))
+    assert leaves[1] == expected[1]
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(leaves[0], expected[0], strict=True))
+    assert "gptq" not in name or (again.error is not None and again.notes)
+    with pytest.raises(qz.QuantizeError, match="layer '0': no 'codes' in the state"):
+        saved.solution("0", {key: value for key, value in held.items() if key != "codes"}, layout)

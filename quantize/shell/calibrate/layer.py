@@ -11,11 +11,12 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.nn import functional
 
-from quantize.core import LayerSpec, Scheme, Solution, affine, linear, metrics, minmax
+from quantize.core import Scheme, Solution, affine, linear, metrics, minmax
 from quantize.shell.calibrate.session import Session
 from quantize.shell.config import refusal
 from quantize.shell.deploy import layer as deployment
-from quantize.shell.deploy.kernels import Layout, reference
+from quantize.shell.deploy import state as saved
+from quantize.shell.deploy.kernels import Layout
 from quantize.shell.fold.producers import Foldable
 from quantize.shell.report.rows import Row
 
@@ -128,16 +129,7 @@ class CalibrationLinear(Foldable):
 
     def get_extra_state(self) -> dict[str, Any]:
         """Plain containers of tensors and numbers, so that ``torch.load`` reads them with ``weights_only``."""
-        s = self.solution
-        solved = None
-        if s is not None:
-            solved = {
-                "tensors": reference.prepare(s),
-                "dynamic": s.static is None,
-                "error": s.error,
-                "baseline_error": s.baseline_error,
-                "notes": dict(s.notes),
-            }
+        solved = None if self.solution is None else saved.tensors(self.solution)
         leaves = pytree.tree_leaves(self.statistics)
         return {"format": self.format(), "tokens": self.tokens, "active": self.active, "statistics": leaves,
                 "solution": solved, "folded": self.folded}  # fmt: skip
@@ -152,17 +144,15 @@ class CalibrationLinear(Foldable):
             raise refusal(f"layer {self.names[0]!r}", state["format"], f"a state of {self.format()}")
         self.tokens, self.active = state["tokens"], state["active"]
         self.statistics, self.solution, self.folded = None, None, state["folded"]
-        if state["solution"] is None:
+        held = state["solution"]
+        if held is None:
             structure = pytree.tree_structure(self.session.observer.init(0))
             self.statistics = pytree.tree_unflatten(state["statistics"], structure)
         else:
-            saved, inputs = state["solution"], self.session.config.spec.inputs
-            if saved["dynamic"]:
-                inputs = _dynamic(inputs)
-            spec = LayerSpec(self.session.config.spec.weight, inputs)
+            spec = self.session.config.spec
+            spec = spec if "input_scale" in held else replace(spec, inputs=_dynamic(spec.inputs))
             layout = Layout(spec, self.out_features, self.in_features, self.weight.dtype)
-            solved = reference.restore(saved["tensors"], layout)
-            self.solution = replace(solved, **{k: saved[k] for k in ("error", "baseline_error", "notes")})
+            self.solution = saved.solution(self.names[0], held, layout)
         self._follow_weight()
 
     def format(self) -> str:

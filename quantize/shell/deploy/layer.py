@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -49,32 +51,26 @@ class QuantizedLinear(nn.Module):
         self.row, self.wanted = row, kernel
         # The names of the buffers that are the kernel's; others are a user's.
         self._kept: tuple[str, ...] = ()
+        # The description in the last state_dict, and its prefix there.
+        self._saved: tuple[weakref.ref[Tensor], str] | None = None
         self.register_parameter("bias", bias)
         self._hold(solved, dtype)
 
     def _hold(self, solved: Solution, dtype: torch.dtype) -> None:
         self.kernel, self.reason = choose(solved, self.bias, dtype, self.wanted)
-        n, c = solved.weight.codes.shape
+        self.out_features, self.in_features = n, c = solved.weight.codes.shape
         self.layout = Layout(LayerSpec(solved.weight.scheme, solved.inputs), n, c, dtype)
         with torch.no_grad():
-            held = KERNELS[self.kernel].prepare(solved, self.bias, dtype)
-        self._release()
-        self._put(held)
+            self._put(KERNELS[self.kernel].prepare(solved, self.bias, dtype))
 
     def _put(self, held: dict[str, Tensor]) -> None:
+        """Make ``held`` the buffers of the kernel, instead of those before."""
+        for name in self._kept:
+            del self._buffers[name]
+            self._non_persistent_buffers_set.discard(name)
         for name, tensor in held.items():
             self.register_buffer(name, tensor, persistent=False)
         self._kept = tuple(held)
-
-    @property
-    def in_features(self) -> int:
-        """``c``."""
-        return self.layout.c
-
-    @property
-    def out_features(self) -> int:
-        """``n``."""
-        return self.layout.n
 
     @property
     def solution(self) -> Solution:
@@ -89,28 +85,18 @@ class QuantizedLinear(nn.Module):
     def _held(self) -> dict[str, Tensor]:
         return {name: tensor for name in self._kept if (tensor := self._buffers[name]) is not None}
 
-    def _release(self) -> None:
-        for name in self._kept:
-            del self._buffers[name]
-            self._non_persistent_buffers_set.discard(name)
-        self._kept = ()
-
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Linear gives it
         """Compute with the kernel; see :func:`quantize.core.linear.quantized_linear`."""
-        kind = input.device.type
         if not input.is_floating_point():
             raise refusal(f"layer {self.row.name!r}", f"inputs of {input.dtype}", "inputs in floating point")
-        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-            # It would round the matmul of the codes, which is exact as it stands.
-            with torch.autocast(kind, enabled=False):
-                return self._forward(input)
-        return self._forward(input)
-
-    def _forward(self, x: Tensor) -> Tensor:
-        if (x.requires_grad and torch.is_grad_enabled()) or _has_tangent(x):
-            # The operators of the other kernels have no derivative.
-            return reference.compute(x, self.solution, self.bias)
-        return KERNELS[self.kernel].forward(x, self._held(), self.layout, self.bias)
+        kind = input.device.type
+        # It would round the matmul of the codes, which is exact as it stands.
+        casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        with torch.autocast(kind, enabled=False) if casts else nullcontext():
+            if (input.requires_grad and torch.is_grad_enabled()) or _has_tangent(input):
+                # The operators of the other kernels have no derivative.
+                return reference.compute(input, self.solution, self.bias)
+            return KERNELS[self.kernel].forward(input, self._held(), self.layout, self.bias)
 
     def record(self) -> Row:
         """The row of this layer in the report."""
@@ -129,61 +115,72 @@ class QuantizedLinear(nn.Module):
             return new if new.dtype == tensor.dtype else tensor.to(new.device)
 
         held, dtype = self._held(), self.layout.dtype
-        here = held["scale"].device
-        probe = fn(torch.empty(0, dtype=dtype, device=here))
-        stays = (probe.dtype, probe.device) == (dtype, here)
-        solved = None if stays else pytree.tree_map_only(Tensor, moved, self.solution)
-        self._release()
+        probe = fn(torch.empty(0, dtype=dtype, device=held["scale"].device))
+        stays = (probe.dtype, probe.device) == (dtype, held["scale"].device)
+        new: Any = pytree.tree_map_only(Tensor, moved, held if stays else self.solution)
+        self._put({})
         try:
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call] # torch leaves it bare
         finally:
             self._put(held)
-        if solved is None:
-            self._buffers.update({name: moved(tensor) for name, tensor in held.items()})
+        if stays:
+            self._put(new)
         else:
-            self._hold(solved, probe.dtype)
+            self._hold(new, probe.dtype)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         # What a kernel holds may be of use on this processor only.
         others = {name: buffer for name, buffer in self._buffers.items() if name not in self._kept}
-        hidden = self._non_persistent_buffers_set - set(self._kept)
-        held = reference.prepare(self.solution)
-        return {**self.__dict__, "_buffers": others, "_non_persistent_buffers_set": hidden, "_kept": (), "_held": held}
+        hidden = self._non_persistent_buffers_set - {*self._kept}
+        replaced = {"_buffers": others, "_non_persistent_buffers_set": hidden, "_kept": (), "_saved": None}
+        return {**self.__dict__, **replaced, "_held": reference.prepare(self.solution)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         held = state.pop("_held")
         super().__setstate__(state)  # type: ignore[no-untyped-call] # torch leaves it bare
         self._hold(reference.restore(held, self.layout), self.layout.dtype)
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """The format and the row of the report, in plain containers."""
-        return saved.describe(self.layout, self.row)
+    def get_extra_state(self) -> Tensor:
+        """The format and the row of the report, as :func:`.state.describe` writes them."""
+        return saved.describe(self.row, self.layout.dtype)
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
+    def set_extra_state(self, state: object) -> None:
         """Take over the row of the report; the rest is checked with the tensors."""
-        self.row = saved.row(state)
+        _, self.row = saved.read(self.row.name, state)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination.update({prefix + name: tensor for name, tensor in reference.prepare(self.solution).items()})
+        mark, first = self._saved or (object, "")
+        if destination.get(first + saved.EXTRA, self) is mark():
+            # Under a second name the very same tensors: savers that drop shared ones drop all of them, or none.
+            own = {key: destination[first + key] for key in saved.KEYS if first + key in destination}
+        else:
+            own = {**saved.tensors(self.solution), saved.EXTRA: destination[prefix + saved.EXTRA]}
+            self._saved = weakref.ref(own[saved.EXTRA]), prefix
+        destination.update({prefix + key: tensor for key, tensor in own.items()})
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
     ) -> None:
-        own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+        own = {key: state_dict[prefix + key] for key in saved.KEYS if prefix + key in state_dict}
         others = {key: value for key, value in state_dict.items() if key.removeprefix(prefix) not in saved.TENSORS}
-        solved = None
-        # Nothing of the layer but its bias: as ever, what is missing is listed.
-        if own.keys() & {*saved.TENSORS, saved.EXTRA}:
-            solved = saved.solution(prefix.removesuffix("."), own, self.layout)
-        super()._load_from_state_dict(others, prefix, local_metadata, *rest)
-        if solved is not None:
+        if own:
+            name = prefix.removesuffix(".")
+            layout, _ = saved.read(name, own.get(saved.EXTRA))
+            if layout != self.layout:
+                raise refusal(f"layer {name!r}", saved.text(layout), saved.text(self.layout))
+            solved = saved.solution(name, own, layout)
             # As with parameters: copied, or with assign=True taken as they are.
             if not local_metadata.get("assign_to_params_buffers", False):
                 device = self._held()["scale"].device
                 solved = pytree.tree_map_only(Tensor, lambda t: t.to(device, copy=True), solved)
-            self._hold(solved, self.layout.dtype)
+        super()._load_from_state_dict(others, prefix, local_metadata, *rest)
+        if own:
+            self._hold(solved, layout.dtype)
+        else:
+            _, missing, *_ = rest
+            missing.extend(prefix + key for key in saved.tensors(self.solution))
 
 
 def _has_tangent(x: Tensor) -> bool:

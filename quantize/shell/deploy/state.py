@@ -1,101 +1,123 @@
-"""What a ``state_dict`` holds of a converted layer: how it is described, and checked before anything is touched."""
+"""A solved layer as tensors: how it is written for a ``state_dict``, and read back with every check."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from quantize.core import LayerSpec, Scheme, Solution
+from quantize.core import LayerSpec, Solution
 from quantize.shell.config import refusal, shown
 from quantize.shell.deploy.kernels import Layout, reference
 from quantize.shell.report.rows import Row, as_plain, from_plain
 
 EXTRA = "_extra_state"
 TENSORS = ("codes", "scale", "zero_point", "smoothing", "input_scale", "input_zero_point")
-# Shape, and the dtypes that are accepted.
-_Form = tuple[tuple[int, ...], tuple[torch.dtype, ...]]
-_MARK, _VERSION = "quantized_linear", 1
+KEYS = (*TENSORS, EXTRA)
+_MARK, _VERSION = "quantized_linear", 2
+_NOTE = "note."
+# Descriptions are padded to whole blocks, because loaders that read in place need one shape for all.
+_BLOCK = 1024
 _DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
 
 
-def describe(layout: Layout, row: Row) -> dict[str, Any]:
-    """Format and report of a layer, as plain containers, so that ``torch.load`` reads them with ``weights_only``."""
-    inputs = layout.spec.inputs
-    return {
-        _MARK: _VERSION,
-        "weights": asdict(layout.spec.weight),
-        "inputs": None if inputs is None else asdict(inputs),
-        "shape": [layout.n, layout.c],
-        "dtype": str(layout.dtype).removeprefix("torch."),
-        "row": as_plain(row),
-    }
+def describe(row: Row, dtype: torch.dtype) -> Tensor:
+    """A layer on inputs of ``dtype``: JSON in a uint8 tensor ``[1024 k]``, filled up with spaces."""
+    told = {_MARK: _VERSION, "dtype": str(dtype).removeprefix("torch."), "row": as_plain(row)}
+    text = json.dumps(told).encode()
+    padded = text.ljust(-(-len(text) // _BLOCK) * _BLOCK)
+    return torch.tensor(list(padded), dtype=torch.uint8, device="cpu")
 
 
 def described(extra: object) -> bool:
-    """Whether ``extra`` is what :func:`describe` makes."""
-    return isinstance(extra, Mapping) and _MARK in extra
+    """Whether ``extra`` is what :func:`describe` makes, in this version or another."""
+    return _MARK in _told(extra)
 
 
-def row(extra: Mapping[str, Any]) -> Row:
-    """The row of the report in what :func:`describe` makes."""
-    return from_plain(extra["row"])
-
-
-def layout(name: str, extra: object) -> Layout:
-    """The format in what :func:`describe` makes.
+def read(name: str, extra: object) -> tuple[Layout, Row]:
+    """Undo :func:`describe` for the layer ``name``.
 
     Raises:
         QuantizeError: it is something else, or of another version.
     """
-    if not isinstance(extra, Mapping) or extra.get(_MARK) != _VERSION:
-        found = "no such state" if extra is None else shown(extra)
-        raise refusal(f"layer {name!r}", found, f"the state of a converted layer, version {_VERSION}")
+    where, told = f"layer {name!r}", _told(extra)
+    if told.get(_MARK) != _VERSION:
+        found = "no such state" if extra is None else f"version {told[_MARK]!r}" if told else shown(extra)
+        raise refusal(where, found, f"the state of a converted layer, version {_VERSION}")
     try:
-        row(extra)
-        inputs = extra["inputs"]
-        spec = LayerSpec(Scheme(**extra["weights"]), None if inputs is None else Scheme(**inputs))
-        n, c = extra["shape"]
-        return Layout(spec, n, c, _DTYPES[extra["dtype"]])
+        row = from_plain(told["row"])
+        return Layout(LayerSpec(row.weights, row.inputs), *row.shape, _DTYPES[told["dtype"]]), row
     except (KeyError, TypeError, ValueError) as error:
-        told = f"a state that cannot be read ({type(error).__name__}: {error})"
-        raise refusal(f"layer {name!r}", told, "what a converted layer saves") from error
+        found = f"a state that cannot be read ({type(error).__name__}: {error})"
+        raise refusal(where, found, "what a converted layer saves") from error
 
 
-def solution(name: str, held: Mapping[str, Any], expected: Layout) -> Solution:
-    """The solved layer in ``held``, the part of a ``state_dict`` that belongs to the layer ``name``.
+def tensors(solved: Solution) -> dict[str, Tensor]:
+    """All of ``solved`` by name: :data:`TENSORS`, scalars for its errors, and ``note.<name>`` for each note.
+
+    Layers may share scales and smoothing, and savers drop shared tensors: those are copied. Codes are the layer's own.
+    """
+    scalars = {"error": solved.error, "baseline_error": solved.baseline_error}
+    scalars |= {_NOTE + key: value for key, value in solved.notes.items()}
+    parts = {**reference.prepare(solved), **scalars}
+    return {key: t if key == "codes" else t.clone() for key, t in parts.items() if t is not None}
+
+
+def solution(name: str, held: Mapping[str, Any], layout: Layout) -> Solution:
+    """Undo :func:`tensors` for the layer ``name``; ``held`` may have other keys.
 
     Raises:
-        QuantizeError: another format, shape or dtype than ``expected``, a key that is missing, or a tensor that does
-            not belong to the format.
+        QuantizeError: a tensor that is missing, has another shape or dtype than ``layout`` says, or does not belong
+            to that format.
     """
-    where, found = f"layer {name!r}", layout(name, held.get(EXTRA))
-    if found != expected:
-        raise refusal(where, _told(found), _told(expected))
-    forms = _forms(found, held)
+    where, forms = f"layer {name!r}", _forms(layout, held)
     for key in (key for key in TENSORS if key in held and key not in forms):
-        raise refusal(where, f"{key!r} in the state", f"{', '.join(forms)} with {_told(found)}")
+        raise refusal(where, f"{key!r} in the state", f"{', '.join(forms)} with {text(layout)}")
     for key, (shape, dtypes) in forms.items():
         tensor = held.get(key)
-        accepted = f"{' or '.join(map(str, dtypes))} {list(shape)}"
+        accepted = f"{key!r}, {' or '.join(map(str, dtypes))} {list(shape)}"
         if not isinstance(tensor, Tensor):
-            raise refusal(where, f"no {key!r} in the state", f"{key!r}, {accepted}")
+            raise refusal(where, f"no {key!r} in the state", accepted)
         if tensor.shape != shape or tensor.dtype not in dtypes:
-            raise refusal(where, f"{key!r}, {tensor.dtype} {list(tensor.shape)}", f"{key!r}, {accepted}")
-    return reference.restore({key: held[key] for key in TENSORS if key in held}, found)
+            raise refusal(where, f"{key!r}, {tensor.dtype} {list(tensor.shape)}", accepted)
+    solved = reference.restore({key: held[key] for key in forms}, layout)
+    notes = {key.removeprefix(_NOTE): value for key, value in held.items() if key.startswith(_NOTE)}
+    return replace(solved, error=held.get("error"), baseline_error=held.get("baseline_error"), notes=notes)
 
 
-def _forms(layout: Layout, held: Mapping[str, Any]) -> dict[str, _Form]:
+def text(layout: Layout) -> str:
+    """Shape and format, as errors show them."""
+    spec = layout.spec
+    return f"{layout.n}x{layout.c}, weights {spec.weight}, inputs {spec.inputs or 'float'}, {layout.dtype}"
+
+
+def _told(extra: object) -> Mapping[str, Any]:
+    """The content of a description; empty for anything else."""
+    if isinstance(extra, Tensor) and extra.dtype == torch.uint8 and extra.ndim == 1 and not extra.is_meta:
+        try:
+            extra = json.loads(bytes(extra.tolist()))
+        except ValueError:
+            return {}
+    # Version 1 was a dict.
+    return extra if isinstance(extra, Mapping) and _MARK in extra else {}
+
+
+def _forms(layout: Layout, held: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]:
+    """Shape and accepted dtypes of each tensor."""
     scheme, inputs = layout.spec.weight, layout.spec.inputs
     n, c = layout.n, layout.c
     g = scheme.grid_shape(n, c)
     floats = (torch.float32, torch.float64)
     # Narrow codes are kept two to a byte.
     per_byte, integers = (2, (torch.uint8,)) if reference.narrow(scheme) else (1, (torch.int8,))
-    forms: dict[str, _Form] = {"codes": ((n, -(-c // per_byte)), integers), "scale": (g, floats)}
+    forms: dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]] = {
+        "codes": ((n, -(-c // per_byte)), integers),
+        "scale": (g, floats),
+    }
     if not scheme.symmetric:
         forms["zero_point"] = ((g[0], -(-g[1] // per_byte)), integers)
     if "smoothing" in held:
@@ -105,8 +127,3 @@ def _forms(layout: Layout, held: Mapping[str, Any]) -> dict[str, _Form]:
         if not inputs.symmetric:
             forms["input_zero_point"] = ((1, 1), (torch.int8,))
     return forms
-
-
-def _told(layout: Layout) -> str:
-    shape = f"{layout.n}x{layout.c}"
-    return f"{shape}, weights {layout.spec.weight}, inputs {layout.spec.inputs or 'float'}, {layout.dtype}"

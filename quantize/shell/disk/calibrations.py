@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import pickle
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from quantize.shell.calibrate.layer import calibrated
 from quantize.shell.config import refusal
-from quantize.shell.disk.files import sync
+from quantize.shell.disk.files import replacing
 
 
 def save_calibration(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -26,19 +25,8 @@ def save_calibration(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """
     if not calibrated(model):
         raise refusal("model", "not under calibration", "a model after quantize(model, config)")
-    # A link stays one: its target is replaced.
-    target = Path(path).resolve()
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            torch.save(model.state_dict(), file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync(target.parent)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        torch.save(model.state_dict(), file)
 
 
 def load_calibration(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -50,22 +38,22 @@ def load_calibration(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """
     if not calibrated(model):
         raise refusal("model", "not under calibration", "a model after quantize(model, config), with the same config")
+    where = os.fspath(path)
     try:
         state = torch.load(path, map_location=next(model.parameters()).device, weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError) as error:
         told = " ".join(str(error).split())
-        raise refusal(os.fspath(path), f"cannot be read ({told[:200]})", "a file of save_calibration") from error
+        raise refusal(where, f"cannot be read ({told[:200]})", "a file of save_calibration") from error
     own = model.state_dict()
-    for key in [*(own.keys() - state.keys()), *(state.keys() - own.keys())]:
-        found = f"{key!r} is {'missing' if key in own else 'unknown'}"
-        raise refusal(os.fspath(path), found, "a calibration of this model")
+    for key in own.keys() ^ state.keys():
+        raise refusal(where, f"{key!r} is {'missing' if key in own else 'unknown'}", "a calibration of this model")
     for key, value in own.items():
         theirs = state[key]
         if isinstance(value, torch.Tensor):
-            if not isinstance(theirs, torch.Tensor) or theirs.shape != value.shape:
-                shape = list(getattr(theirs, "shape", []))
-                raise refusal(os.fspath(path), f"{key!r} of shape {shape}", f"shape {list(value.shape)}")
+            shape = getattr(theirs, "shape", ())
+            if shape != value.shape:
+                raise refusal(where, f"{key!r} of shape {list(shape)}", f"shape {list(value.shape)}")
         elif isinstance(value, dict) and value.get("format") != theirs.get("format"):
-            where = f"layer {key.rpartition('.')[0]!r}"
-            raise refusal(where, str(theirs.get("format")), f"a state of {value.get('format')}")
+            layer = f"layer {key.rpartition('.')[0]!r}"
+            raise refusal(layer, str(theirs.get("format")), f"a state of {value.get('format')}")
     model.load_state_dict(state)

@@ -1,4 +1,4 @@
-"""A converted model in a directory of its own: tensors as safetensors, and the rest as JSON."""
+"""A converted model in a directory of its own: one file of tensors, whose header says the rest."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from torch import Tensor, nn
 
 from quantize.shell.config import QuantizeError, refusal, shown
 from quantize.shell.deploy import loading
-from quantize.shell.deploy.layer import QuantizedLinear
 from quantize.shell.disk import files
 from quantize.shell.disk.parts import as_json, quantized
 
-_TENSORS, _REST, _VERSION = "model.safetensors", "quantize.json", 1
+_TENSORS, _HEADER, _VERSION = "model.safetensors", "quantize", 2
 
 
 def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
@@ -35,27 +34,25 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     files.check_new(directory)
     state = model.state_dict()
     first: dict[tuple[object, ...], str] = {}
-    tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     extra: dict[str, Any] = {}
     for key, value in state.items():
+        where = f"{key!r} in the state"
         if not isinstance(value, Tensor):
             # Tuples, and keys that are no strings, would come back as others.
-            theirs = not isinstance(model.get_submodule(key.rpartition(".")[0]), QuantizedLinear)
-            if json.loads(as_json(f"{key!r} in the state", value)) != value and theirs:
-                raise refusal(f"{key!r} in the state", shown(value), "what JSON gives back as it was")
+            if json.loads(as_json(where, value)) != value:
+                raise refusal(where, shown(value), "what JSON gives back as it was")
             extra[key] = value
         elif value.is_meta:
-            raise refusal(f"{key!r} in the state", "on the meta device", "a tensor with data")
+            raise refusal(where, "on the meta device", "a tensor with data")
         else:
             # An empty tensor has no place in memory of its own.
             place = (value.data_ptr() or key, value.dtype, value.shape, value.stride(), value.device)
-            if place in first:
+            if first.setdefault(place, key) != key:
                 aliases[key] = first[place]
-            else:
-                first[place], tensors[key] = key, value
     rest = {"version": _VERSION, "extra": extra, "aliases": aliases, "modules": getattr(state, "_metadata", {})}
-    files.write(directory, {_TENSORS: tensors}, {_REST: as_json("the versions of the modules", rest)})
+    header = {_HEADER: as_json("the versions of the modules", rest)}
+    files.write(directory, {_TENSORS: {key: state[key] for key in first.values()}}, {}, header)
 
 
 def load(model: nn.Module, directory: str | os.PathLike[str], *, kernel: str | None = None) -> None:
@@ -74,11 +71,13 @@ def load(model: nn.Module, directory: str | os.PathLike[str], *, kernel: str | N
     where, reader = os.fspath(directory), files.safetensors()
     from safetensors import SafetensorError
 
-    content = (Path(directory) / _REST).read_bytes()
     try:
-        rest, tensors = json.loads(content), reader.load_file(Path(directory) / _TENSORS)
-        if rest["version"] != _VERSION:
-            raise refusal(where, f"version {rest['version']!r}", f"version {_VERSION}")
+        with reader.safe_open(Path(directory, _TENSORS), framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
+            rest = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
+        if rest.get("version") != _VERSION:
+            found = 1 if Path(directory, "quantize.json").exists() else rest.get("version")
+            raise refusal(where, f"version {found}", f"version {_VERSION} of save, which writes no quantize.json")
         state = OrderedDict({**tensors, **rest["extra"], **{k: tensors[v] for k, v in rest["aliases"].items()}})
         state._metadata = rest["modules"]  # type: ignore[attr-defined] # an attribute that torch adds
     except QuantizeError:

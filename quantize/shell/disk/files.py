@@ -1,10 +1,11 @@
-"""Directories on disk: there whole, or not at all."""
+"""Files and directories on disk: there whole, or not at all."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,41 +41,55 @@ def safetensors() -> Any:
 
 
 def write(
-    directory: str | os.PathLike[str], tensors: Mapping[str, Mapping[str, Tensor]], texts: Mapping[str, str]
+    directory: str | os.PathLike[str],
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    texts: Mapping[str, str],
+    header: Mapping[str, str] | None = None,
 ) -> None:
     """Make ``directory`` of files: the safetensors ``tensors``, by file and by name, and ``texts``, by file.
 
-    All is written into a directory beside it, which then takes its name.
+    ``header`` is added to the metadata of every file of tensors.
 
     Raises:
         QuantizeError: as :func:`check_new`.
         OSError: it cannot be written; nothing is left.
     """
     check_new(directory)
-    # A link stays one: its target is replaced.
-    target = Path(directory).resolve()
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    temporary.mkdir()
-    try:
+    with replacing(directory) as temporary:
+        temporary.mkdir()
         for name, held in tensors.items():
-            safetensors().save_file(_apart(held), temporary / name, metadata={"format": "pt"})
+            safetensors().save_file(_apart(held), temporary / name, metadata={"format": "pt", **(header or {})})
         for name, text in texts.items():
             (temporary / name).write_text(text, encoding="utf-8")
-        for path in temporary.iterdir():
-            with path.open("r+b") as file:
-                os.fsync(file.fileno())
-        sync(temporary)
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A path beside ``path``. The file or directory that the block makes there takes the place of ``path`` at its end.
+
+    Raises:
+        OSError: it cannot be written; nothing is left of it, and what was at ``path`` stays.
+    """
+    # A link stays one: its target is replaced.
+    target = Path(path).resolve()
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        yield temporary
+        for written in (*temporary.glob("*"), temporary):
+            _sync(written)
         temporary.replace(target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise
-    sync(target.parent)
+    _sync(target.parent)
 
 
-def sync(directory: Path) -> None:
-    """Put the names in ``directory`` on disk, where the system opens directories."""
-    if hasattr(os, "O_DIRECTORY"):
-        opened = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+def _sync(path: Path) -> None:
+    # Some systems open no directories.
+    if path.is_file() or hasattr(os, "O_DIRECTORY"):
+        opened = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
         try:
             os.fsync(opened)
         finally:
