@@ -7,9 +7,8 @@ at the float model as well, each batch has a second walk through the float weigh
 times, it is observed at all calls in floating point; once it is solved, the walks that came through it begin again.
 
 Walks share the model's attributes. So each float walk has to see what the user's own pass saw, by fingerprint and up to
-roundings (in bfloat16, 3 % of another batch are noticed); two are run for that where the algorithm does not ask for any.
-Where something else is seen, or a walk cannot stop, :attr:`Walks.trouble` says why, and :mod:`.passes`
-are needed.
+roundings (in bfloat16, 3 % of another batch are noticed); two are run for that where the algorithm does not ask for
+any. Where something else is seen, or a walk cannot stop, :attr:`Walks.trouble` says why, and :mod:`.passes` are needed.
 """
 
 from __future__ import annotations
