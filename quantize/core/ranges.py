@@ -62,10 +62,11 @@ def _by_group(importance: Tensor, x: Tensor, scheme: Scheme) -> Tensor:
 def _group_error(groups: Tensor, params: QParams, scheme: Scheme, importance: Tensor) -> Tensor:
     """``sum over k of importance * (x - Q(x))^2`` of ``groups`` ``[p, g, k]``: ``[p, g]``."""
     scale, low, high = params.scale[..., None], scheme.qmin, scheme.qmax
-    error = (groups / scale).round_()
+    codes = (groups / scale).round_()
     if params.zero_point is None:
-        error = error.clamp_(low, high)
+        codes = codes.clamp(low, high)
     else:
-        zero = params.zero_point[..., None].to(error.dtype)
-        error = error.clamp_(low - zero, high - zero)
-    return error.mul_(scale).sub_(groups).square_().mul_(importance).sum(-1)
+        zero = params.zero_point[..., None].to(codes.dtype)
+        codes = codes.clamp(low - zero, high - zero)
+    error = codes.mul_(scale).sub_(groups)
+    return error.mul_(error).mul_(importance).sum(-1)
