@@ -17,8 +17,28 @@ def row_error(delta: Tensor, gram: Tensor) -> Tensor:
     >>> row_error(torch.tensor([[1., 1.], [1., -1.]]), torch.tensor([[2., 1.], [1., 2.]]))
     tensor([6., 2.])
     """
+    total = delta.new_zeros(len(delta))
+    for start, stop in strips(len(gram)):
+        # Both halves are alike: what is above the diagonal is read, and counts twice.
+        own, above = delta[:, start:stop], delta[:, :start] @ gram[:start, start:stop]
+        product = torch.addmm(above, own, gram[start:stop, start:stop], beta=2)
+        total = total + reduce(product.mul_(own), "n c -> n", "sum")
     # A square by definition: what falls below 0 is rounding.
-    return reduce((delta @ gram) * delta, "n c -> n", "sum").clamp(min=0)
+    return total.clamp(min=0)
+
+
+# Narrower strips cost more in calls than they save.
+_STRIPS, _NARROWEST = 8, 64
+
+
+def strips(c: int) -> list[tuple[int, int]]:
+    """Where to cut a symmetric matrix ``[c, c]`` into strips, of which only one side of the diagonal is computed.
+
+    >>> strips(100)
+    [(0, 64), (64, 100)]
+    """
+    width = max(-(-c // _STRIPS), _NARROWEST)
+    return [(start, min(start + width, c)) for start in range(0, c, width)]
 
 
 def output_error(delta: Tensor, gram: Tensor) -> Tensor:

@@ -16,6 +16,8 @@ import torch
 from einops import rearrange, reduce
 from torch import Tensor
 
+from quantize.core.metrics import strips
+
 
 class Observer(NamedTuple):
     """A statistic of the input channels, as a commutative monoid.
@@ -110,18 +112,12 @@ def _gram_init(c: int, *, dtype: torch.dtype = torch.float32, device: torch.devi
     return SumState(torch.zeros(c, c, dtype=dtype, device=device), _no_tokens(device))
 
 
-# Narrower strips cost more in calls than they save.
-_STRIPS, _NARROWEST = 8, 64
-
-
 def _gram_update(state: SumState, x: Tensor) -> SumState:
-    tokens, c = _tokens(x, state.total.dtype), len(state.total)
-    width = max(-(-c // _STRIPS), _NARROWEST)
+    tokens = _tokens(x, state.total.dtype)
     # Made of both: where one is a batch under vmap, so is this.
     total = state.total + tokens.new_zeros(())
-    for start in range(0, c, width):
+    for start, stop in strips(len(total)):
         # The matrix is symmetric: what is right of the diagonal is computed, and stands below it as well.
-        stop = min(start + width, c)
         right = torch.addmm(state.total[start:stop, start:], tokens[:, start:stop].T, tokens[:, start:])
         square, beside = right[:, : stop - start], right[:, stop - start :]
         total[start:stop, start:stop] = square.triu() + square.triu(1).T
@@ -161,8 +157,8 @@ def _paired_update(state: PairedState, x: Tensor, original: Tensor | None = None
     tokens, cross = _tokens(x, state.cross.dtype), state.cross
     if original is not None and original.shape == tokens.shape:
         missing = original.to(cross.dtype) - tokens
-        alike = missing.square().sum(1, keepdim=True) <= tokens.square().sum(1, keepdim=True)
-        cross = torch.addmm(cross, torch.where(alike, missing, 0.0).T, tokens)
+        alike = torch.linalg.vecdot(missing, missing) <= torch.linalg.vecdot(tokens, tokens)
+        cross = torch.addmm(cross, missing.masked_fill_(~alike[:, None], 0.0).T, tokens)
     return PairedState(_gram_update(state.gram, x), cross)
 
 
