@@ -85,9 +85,8 @@ class Parts:
             told = {**config.to_dict(), "architectures": [type(self.model).__name__]}
             dtype = next(iter(self.layers.values())).layout.dtype
             told["torch_dtype" if "torch_dtype" in told else "dtype"] = str(dtype).removeprefix("torch.")
+            told = _without_ties(told) if self.untied else told
         texts = {"config.json": as_json("model.config", {**told, **extra})} if told or extra else {}
-        if self.untied and texts:
-            texts["config.json"] = as_json("model.config", json.loads(texts["config.json"], object_hook=_untied))
         generation: Any = getattr(self.model, "generation_config", None)
         if callable(getattr(generation, "to_json_string", None)):
             texts["generation_config.json"] = generation.to_json_string()
@@ -106,5 +105,6 @@ def as_json(where: str, value: object) -> str:
         raise QuantizeError(f"{where}: {error}; accepted: what JSON can hold") from error
 
 
-def _untied(config: dict[str, Any]) -> dict[str, Any]:
-    return {key: value if key != "tie_word_embeddings" else False for key, value in config.items()}
+def _without_ties(config: dict[str, Any]) -> dict[str, Any]:
+    nested = {key: _without_ties(value) if isinstance(value, dict) else value for key, value in config.items()}
+    return {**nested, "tie_word_embeddings": False} if "tie_word_embeddings" in nested else nested

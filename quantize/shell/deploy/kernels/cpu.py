@@ -24,12 +24,8 @@ from quantize.shell.deploy.kernels.reference import Layout
 
 # Up to so many tokens the packed matmuls of int8 and int4 win over one of the dequantized weight.
 _FEW_INT8, _FEW_INT4 = 16, 64
-# The length of a token must be a multiple of this, or _weight_int8pack_mm reads past its end.
-_INT8PACK = 16
 # With fewer outputs, splitting the tokens costs more than the integer matmul saves.
 _OUTPUTS = 1024
-# So many products of two int8 fill an int32.
-_LONGEST = 1 << 17
 
 
 def obstacle(solved: Solution, _bias: Tensor | None, dtype: torch.dtype) -> str | None:
@@ -38,7 +34,7 @@ def obstacle(solved: Solution, _bias: Tensor | None, dtype: torch.dtype) -> str 
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"{dtype} is none of float32, float16, bfloat16"
     if reference.narrow(scheme):
-        block = packed.block()
+        block = packed.block_rows()
         if inputs is not None or scheme.bits != 4:
             return f"no matmul takes int{scheme.bits} weights and {inputs or 'float'} inputs"
         if dtype != torch.bfloat16:
@@ -56,7 +52,7 @@ def obstacle(solved: Solution, _bias: Tensor | None, dtype: torch.dtype) -> str 
         return f"with fewer than {_OUTPUTS} outputs in {dtype} it is no faster"
     if c == 1:
         return "a single input: torch._int_mm misreads a column"
-    if c >= _LONGEST:
+    if c >= 1 << 17:
         return f"{c} inputs: sums may not fit int32"
     return None if exact_int_mm() else "torch._int_mm is not exact on this processor"
 
@@ -76,7 +72,7 @@ def prepare(solved: Solution, _bias: Tensor | None, dtype: torch.dtype) -> dict[
 def restore(held: Mapping[str, Tensor], layout: Layout) -> Solution:
     """See :class:`.Kernel`."""
     if "packed" in held:
-        return reference.solution(packed.unpack(held["packed"], packed.block()), held, layout)
+        return reference.solution(packed.unpack(held["packed"], packed.block_rows()), held, layout)
     return reference.restore(held, layout)
 
 
@@ -96,9 +92,9 @@ def forward(x: Tensor, held: Mapping[str, Tensor], layout: Layout, bias: Tensor 
 
 def _int8(x: Tensor, held: Mapping[str, Tensor], layout: Layout, bias: Tensor | None) -> Tensor:
     codes, scale, zero_point = held["codes"], held["row_scale"], held.get("zero_point")
-    # An exported graph is made for any number of tokens.
+    # An exported graph is made for any number of tokens. Of tokens in other lengths the operator reads past the end.
     few = not torch.compiler.is_exporting() and 0 < x.shape[0] <= _FEW_INT8
-    if zero_point is None and layout.c % _INT8PACK == 0 and few:
+    if zero_point is None and layout.c % 16 == 0 and few:
         y = packed.int8pack_mm(x, codes, scale)
         return y if bias is None else y + bias
     # bfloat16 holds all integers up to 256.

@@ -20,25 +20,20 @@ from quantize.core import Solution, linear, packing
 from quantize.shell.deploy.kernels import reference
 from quantize.shell.deploy.kernels.reference import Layout
 
-_LONGEST = 65535
-_PER_WORD = 8
-# Scales are rounded to the dtype of the inputs; below its normal range they would lose more than this.
-_LOSS = 2.0**-8
-
 
 def obstacle(solved: Solution, bias: Tensor | None, dtype: torch.dtype) -> str | None:
     """See :class:`.Kernel`."""
     scheme, inputs, (n, c) = solved.weight.scheme, solved.inputs, solved.weight.codes.shape
     if dtype not in (torch.float16, torch.bfloat16):
         return f"{dtype} is neither float16 nor bfloat16"
-    if max(n, c) > _LONGEST:
-        return f"{n} outputs and {c} inputs: at most {_LONGEST} of each are taken"
+    if max(n, c) > 65535:
+        return f"{n} outputs and {c} inputs: at most 65535 of each are taken"
     if scheme.bits not in ((4, 8) if inputs is None else (8,)):
         return f"no operator takes int{scheme.bits} weights and {inputs or 'float'} inputs"
     if inputs is None:
         size = scheme.group_size
-        if scheme.bits == 4 and n % _PER_WORD:
-            return f"{n} outputs are no multiple of {_PER_WORD}"
+        if scheme.bits == 4 and n % 8:
+            return f"{n} outputs are no multiple of 8"
         if size is not None and (size % 32 or size >= c):
             return f"group_size {size} is no multiple of 32 below {c}"
         return _loss(solved.weight.scale, dtype)
@@ -76,7 +71,11 @@ def prepare(solved: Solution, _bias: Tensor | None, dtype: torch.dtype) -> dict[
     else:
         scale, unit = static.scale.flatten(), (weight.scale * static.scale).float().flatten()
         multiplier = (1 / (scale if solved.smoothing is None else scale * solved.smoothing)).float()
-        held["input_multiplier"], held["output_scale"] = multiplier, _short(unit) if dtype == torch.float16 else unit
+        if dtype == torch.float16:
+            # The operator cuts the mantissa to 10 bits; once rounded to them, nothing is left to cut.
+            mantissa, exponent = torch.frexp(unit.cpu())
+            unit = torch.ldexp(torch.round(mantissa * 2**11) / 2**11, exponent).to(unit.device)
+        held["input_multiplier"], held["output_scale"] = multiplier, unit
         if static.zero_point is not None:
             held["input_offset"] = static.zero_point.float().flatten().expand_as(multiplier).contiguous()
             held["output_offset"] = linear.integer_bias(weight, static).to(torch.int32)
@@ -132,14 +131,8 @@ def _integers(x: Tensor, held: Mapping[str, Tensor], layout: Layout, bias: Tenso
     )
 
 
-def _short(scale: Tensor) -> Tensor:
-    """``scale`` with 10 bits of mantissa: for float16 outputs the operator cuts the others, here they are rounded."""
-    mantissa, exponent = torch.frexp(scale.cpu())
-    return torch.ldexp(torch.round(mantissa * 2**11) / 2**11, exponent).to(scale.device)
-
-
 def _loss(scale: Tensor, dtype: torch.dtype) -> str | None:
-    rounded = scale.to(dtype).to(scale.dtype)
-    if bool(((rounded - scale).abs() <= _LOSS * scale).all()):
+    # Below the normal range of a dtype, rounding to it loses more than this.
+    if bool(((scale.to(dtype).to(scale.dtype) - scale).abs() <= 2.0**-8 * scale).all()):
         return None
     return f"scales from {scale.min().item():.3g} to {scale.max().item():.3g} do not fit {dtype}"

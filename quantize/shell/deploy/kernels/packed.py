@@ -1,8 +1,8 @@
 """The matmuls of torch for the CPU, in forms that they do not misread, and int4 weights as one of them takes them.
 
 ``_weight_int4pack_mm_for_cpu`` computes ``x W^T`` with ``W = code * scale + zero`` in groups of 32, 64, 128 or 256
-inputs, scale and zero in bfloat16. Its packed form depends on the processor; :func:`block` asks for it, so that codes
-come back exactly.
+inputs, scale and zero in bfloat16. Its packed form depends on the processor; :func:`block_rows` asks for it, so that
+codes come back exactly.
 """
 
 from __future__ import annotations
@@ -18,16 +18,14 @@ from quantize.core import QTensor, Scheme
 
 # The second operand of _int_mm is reordered at each call, unless there is one row: a loop wins for large weights.
 _ROWS, _LARGE = 8, 1 << 20
-# Bytes: the widest load of a processor.
-_ALIGNMENT = 64
 _SIZES = (256, 128, 64, 32)
 # What the probe of the processor found, once it ran. A compiler takes it as a constant; it cannot follow the probe.
 _found: list[int] = []
 
 
 def aligned(x: Tensor) -> Tensor:
-    """``x`` in rows, beginning at an address for the widest loads: some operators crash on others."""
-    if torch.compiler.is_exporting() or (x.is_contiguous() and x.data_ptr() % _ALIGNMENT == 0):
+    """``x`` in rows, beginning at a multiple of 64 bytes, the widest load: some operators crash on other addresses."""
+    if torch.compiler.is_exporting() or (x.is_contiguous() and x.data_ptr() % 64 == 0):
         return x.contiguous()
     return x.clone(memory_format=torch.contiguous_format)
 
@@ -55,7 +53,7 @@ def _opaque(matmul: Callable[..., Tensor]) -> Callable[..., Tensor]:
 @_opaque
 def int_mm(a: Tensor, b: Tensor) -> Tensor:
     """:func:`quantize.core.linear.int_matmul` by ``torch._int_mm``."""
-    # The operator misreads a single row with a stride of 0, as compilers make it.
+    # The operator misreads a single row with a stride of 0, as compilers make it: a graph adds a row of zeros.
     if torch.compiler.is_exporting():
         return torch._int_mm(torch.constant_pad_nd(a, (0, 0, 0, 1)), b.T)[:-1]
     a = a if a.stride(0) else a.new_empty(a.shape).copy_(a)
@@ -103,7 +101,7 @@ def unpack(words: Tensor, block: int) -> Tensor:
 def dequantize(words: Tensor, pairs: Tensor, zero_point: Tensor | None) -> Tensor:
     """The weight ``[n, c]``, a transposed view, in bfloat16: each product of a code and a scale is rounded once."""
     scale = pairs[..., 0].contiguous()
-    codes = rearrange(_columns(words, block()), "n (g k) d -> g k (n d)", g=len(scale))
+    codes = rearrange(_columns(words, block_rows()), "n (g k) d -> g k (n d)", g=len(scale))
     zero = 8 if zero_point is None else 8 + zero_point.T.expand(scale.shape)[:, None]
     return rearrange((codes - zero).to(scale.dtype) * scale[:, None], "g k n -> n (g k)")
 
@@ -114,7 +112,7 @@ def _columns(words: Tensor, block: int) -> Tensor:
     return torch.cat([columns.bitwise_and(0xF), columns.bitwise_right_shift(4)], -1).view(torch.int8)
 
 
-def block() -> int:
+def block_rows() -> int:
     """How many rows torch packs together on this processor; 0 where it is not as :func:`unpack` knows it."""
     if not _found:
         random = torch.Generator("cpu").manual_seed(0)
