@@ -67,7 +67,7 @@ def texts(parts: Parts, _names: Iterable[str]) -> dict[str, str]:
         "quantization_status": "compressed",
         "config_groups": groups,
         # vLLM wants every linear layer here or among the targets.
-        "ignore": [n for n, m in parts.model.named_modules(remove_duplicate=False) if isinstance(m, nn.Linear)],
+        "ignore": [name for name, m in parts.model.named_modules(remove_duplicate=False) if isinstance(m, nn.Linear)],
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
