@@ -250,7 +250,7 @@ def test_the_config_is_that_of_the_model_and_says_what_stays_float(tmp_path):
     assert quantization["format"] == "pack-quantized"
     assert quantization["ignore"] == ["model.layers.0.mlp.gate_proj", "model.layers.1.mlp.gate_proj", "lm_head"]
     (group,) = quantization["config_groups"].values()
-    assert group["targets"] == ["Linear"]
+    assert group["targets"] == list(quantized(model))
     assert group["weights"]["group_size"] == 32
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["bos_token_id"] == 1
     theirs = loaded(tmp_path / "out")
@@ -268,7 +268,8 @@ def test_tied_weights_are_written_once_and_a_quantized_head_is_tied_no_more(skip
     assert ("lm_head.weight_packed" in held) is not float_head
     assert settings(path)["tie_word_embeddings"] is float_head
     (group,) = settings(path)["quantization_config"]["config_groups"].values()
-    assert group["targets"] == (["Linear"] if float_head else ["lm_head", "Linear"])
+    assert group["targets"] == list(quantized(model))
+    assert ("lm_head" in group["targets"]) is not float_head
     theirs = loaded(path)
     assert (theirs.lm_head.weight is theirs.model.embed_tokens.weight) is float_head
     assert_loaded(model, theirs)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import quantize as qz
-from quantize.shell.deploy.kernels import cpu
+from quantize.shell.deploy.kernels import OWN
 from tests.models import TENSOR, TOKEN, WEIGHTS, assert_same_snapshot, config, filled, randn, snapshot
 
 INT4 = {"type": "int4", "symmetric": False, "strategy": "group", "group_size": 64}
@@ -271,7 +271,7 @@ def test_copies_hold_the_form_of_the_reference(copied, monkeypatch):
         assert torch.equal(twin(IDS), model(IDS))
     # A processor without this kernel: the codes are the same all the same.
     file = pickle.dumps(model)
-    monkeypatch.setattr(cpu, "DEVICES", frozenset())
+    monkeypatch.delitem(OWN, "cpu")
     elsewhere = pickle.loads(file)
     assert elsewhere.first.kernel == "reference"
     assert torch.equal(elsewhere.first.solution.weight.codes, model.first.solution.weight.codes)

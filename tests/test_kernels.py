@@ -11,7 +11,7 @@ from torch import nn
 
 import quantize as qz
 from quantize.core import QParams, Scheme, Solution, linear, round_to_nearest
-from quantize.shell.deploy.kernels import KERNELS, cpu, nibbles
+from quantize.shell.deploy.kernels import KERNELS, OWN, cpu, packed
 from quantize.shell.report.rows import Row
 from tests import bounds
 from tests.models import TENSOR, TOKEN, WEIGHTS, config, filled, mlp, randn, rounding_bound
@@ -146,11 +146,11 @@ def test_the_integer_matmul_is_exact_at_the_extremes():
         for a, b in ((-128, -128), (-128, 127), (127, 127)):
             left = torch.full((t, c), a, dtype=torch.int8)
             right = torch.full((n, c), b, dtype=torch.int8)
-            assert (cpu.int_mm(left, right) == a * b * c).all()
+            assert (packed.int_mm(left, right) == a * b * c).all()
     # One row that repeats itself: its stride is 0.
     numbers = torch.arange(-50, 50, dtype=torch.int8)
     row = numbers.as_strided((1, 100), (0, 1))
-    assert torch.equal(cpu.int_mm(row, numbers[None]), (row.int() ** 2).sum(1, keepdim=True).int())
+    assert torch.equal(packed.int_mm(row, numbers[None]), (row.int() ** 2).sum(1, keepdim=True).int())
 
 
 def test_a_processor_that_saturates_is_found_out(monkeypatch):
@@ -168,7 +168,9 @@ def test_a_processor_that_saturates_is_found_out(monkeypatch):
         cpu.exact_int_mm.cache_clear()
 
 
-def test_fixed_point_tokens_meet_their_bound():
+def test_fixed_point_tokens_meet_their_bound(monkeypatch):
+    # With sums that are exact on every processor: where torch's are not, the kernel is not chosen.
+    monkeypatch.setattr(packed, "int_mm", linear.int_matmul)
     for seed, outlier in ((0, 1.0), (1, 1e4), (2, 1e-4), (3, 1e35)):
         x = randn(50, 96, seed=seed)
         x[:, 3] *= outlier
@@ -176,8 +178,7 @@ def test_fixed_point_tokens_meet_their_bound():
         zero_point = 0 if weight.zero_point is None else weight.zero_point
         exact = x.double() @ ((weight.codes.double() - zero_point) * weight.scale).T
         bound = bounds.fixed_point_bound(x, weight)
-        # With sums that are exact on every processor: where torch's are not, the kernel is not chosen.
-        error = (cpu.fixed_point_linear(x, weight, None, matmul=linear.int_matmul).double() - exact).abs()
+        error = (cpu.fixed_point_linear(x, weight, None).double() - exact).abs()
         assert (error <= bound).all()
         # Rounding to steps is what is left: far below, the bound would say nothing.
         assert (error > bound / 100).any()
@@ -261,7 +262,7 @@ def test_another_device_chooses_again(monkeypatch):
     assert model[0].kernel == "cpu"
     # Another kernel for the device: what the layer held must not reach it.
     model = nn.Sequential(layer(solution, torch.bfloat16))
-    monkeypatch.setattr(cpu, "DEVICES", frozenset({"meta"}))
+    monkeypatch.delitem(OWN, "cpu")
     model.double()
     assert model[0].kernel == "reference"
     assert same(model[0].solution, solution)
@@ -356,8 +357,8 @@ def test_packed_codes_come_back_in_both_known_orders():
     for block in (64, 32):
         # Row d of a block below, row d + block / 2 above, column by column.
         rows = (codes + 8).to(torch.uint8).view(-1, 2, block // 2, 64)
-        packed = (rows[:, 0] | rows[:, 1] << 4).transpose(1, 2).reshape(128, 32)
-        assert torch.equal(nibbles.unpack(packed, block), codes)
+        words = (rows[:, 0] | rows[:, 1] << 4).transpose(1, 2).reshape(128, 32)
+        assert torch.equal(packed.unpack(words, block), codes)
 
 
 @pytest.mark.parametrize("scheme", [Scheme(), Scheme(4, True, "group", 64)], ids=scheme_id)
@@ -378,7 +379,9 @@ def test_zero_tokens_give_the_bias(dtype):
         assert torch.equal(served(torch.zeros(2, 256, dtype=dtype)), served.bias.expand(2, -1))
 
 
-def test_large_sums_cancel_without_a_trace():
+def test_large_sums_cancel_without_a_trace(monkeypatch):
+    # With sums that are exact on every processor: where torch's are not, the kernel is not chosen.
+    monkeypatch.setattr(packed, "int_mm", linear.int_matmul)
     # Codes at the zero point, -128, are weights of 0: what a token adds to the sum must go again to the last unit.
     weight = torch.zeros(1024, 256)
     weight[:, 0] = 1.0
@@ -386,6 +389,6 @@ def test_large_sums_cancel_without_a_trace():
     assert (weight.zero_point == -128).all()
     x = torch.rand(20, 256, generator=torch.Generator().manual_seed(0)) + 0.5
     assert torch.equal(weight.codes[:, :1].int() - weight.zero_point, torch.full((1024, 1), 255, dtype=torch.int32))
-    found = cpu.fixed_point_linear(x, weight, None, matmul=linear.int_matmul)
+    found = cpu.fixed_point_linear(x, weight, None)
     exact = x[:, :1].double() * (255 * weight.scale.double().T)
     assert ((found.double() - exact).abs() <= bounds.fixed_point_bound(x, weight)).all()

@@ -10,7 +10,7 @@ from torch import nn
 
 import quantize as qz
 from quantize.core import LayerSpec, QParams, Scheme, Solution, dequantize, linear, packing, round_to_nearest
-from quantize.shell.deploy.kernels import Layout, cpu, npu, reference
+from quantize.shell.deploy.kernels import OWN, Layout, npu, reference
 from tests import ascend
 from tests.models import TENSOR, TOKEN, WEIGHTS, config, filled, randn
 
@@ -318,9 +318,8 @@ def test_an_input_scale_without_reciprocal_is_told():
 @every_dtype
 def test_a_model_is_calibrated_converted_and_saved(given, dtype, monkeypatch):
     if not ascend.ON_A_DEVICE:
-        # The tensors stay on the CPU; the kernels are told otherwise.
-        monkeypatch.setattr(npu, "DEVICES", frozenset({"cpu"}))
-        monkeypatch.setattr(cpu, "DEVICES", frozenset())
+        # The tensors stay on the CPU; the choice is told otherwise.
+        monkeypatch.setitem(OWN, "cpu", "npu")
     model = filled(nn.Sequential(nn.Linear(C, N), nn.GELU(), nn.Linear(N, 40))).to(dtype).to(ascend.DEVICE)
     x = randn(64, C).to(dtype).to(ascend.DEVICE)
     qz.quantize(model, given)

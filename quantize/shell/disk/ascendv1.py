@@ -6,85 +6,77 @@ Source: msModelSlim, "AscendV1 Format Description" and ``ascendv1.py``; vllm-asc
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from quantize.core import LayerSpec
 from quantize.core.linear import integer_bias
 from quantize.shell.config import refusal
 from quantize.shell.deploy.layer import QuantizedLinear
-from quantize.shell.disk.parts import Contents, Parts, as_json, only, per_row, unsmoothed
+from quantize.shell.disk.parts import Parts, as_json, unsmoothed
 
-# From what gives the name of the whole model last to what gives it first.
-_RANKS = ("W8A16", "W8A8_DYNAMIC", "W8A8")
+FILE = "quant_model_weights.safetensors"
+# By the strategy of the inputs; the last one in a model names the whole model.
+_KINDS = {None: "W8A16", "token": "W8A8_DYNAMIC", "tensor": "W8A8"}
 
 
-def contents(parts: Parts) -> Contents:
-    """The files of the checkpoint.
+def tensors(name: str, layer: QuantizedLinear) -> dict[str, Tensor]:
+    """What the checkpoint holds of a layer.
 
     Raises:
         QuantizeError: a layer that the format, or its loaders, have no type for.
     """
-    tensors, kinds = dict(parts.others), dict.fromkeys([*parts.others, *parts.tied], "FLOAT")
-    found: set[str] = set()
-    for name, layer in parts.layers.items():
-        kind = _kind(name, layer.layout.spec)
-        found.add(kind)
-        for key, tensor in _tensors(name, layer, kind).items():
-            tensors[f"{name}.{key}"], kinds[f"{name}.{key}"] = tensor, kind
-    description = {
-        **kinds,
-        "version": "1.0.0",
-        "model_quant_type": max(found, key=_RANKS.index),
-        "group_size": 0,
-        "metadata": {},
-        "optional": {},
-    }
-    texts = {"quant_model_description.json": as_json("description", description), **parts.configs()}
-    return {"quant_model_weights.safetensors": tensors}, texts
-
-
-def _kind(name: str, spec: LayerSpec) -> str:
-    where, weight, inputs = f"layer {name!r}", spec.weight, spec.inputs
-    if weight.bits != 8:
-        found = f"int{weight.bits} weights: the loaders have no linear layer of them with inputs in floating point"
-        raise refusal(where, found, "weights of type 'int8', or format 'compressed-tensors'")
-    if not weight.symmetric:
-        # The format subtracts the offset of a weight, the operator adds it.
-        found = "asymmetric weights: format and loaders disagree on the sign of their offset"
-        raise refusal(where, found, "symmetric weights, or format 'compressed-tensors'")
-    if weight.strategy == "group":
-        found = "weights in groups: the loaders read one scale for a channel"
-        raise refusal(where, found, "strategy 'channel' or 'tensor', or format 'compressed-tensors'")
-    if inputs is None:
-        return "W8A16"
-    if inputs.strategy == "tensor":
-        return "W8A8"
-    if not inputs.symmetric:
-        found = "asymmetric inputs by token: the loaders quantize tokens symmetrically"
-        raise refusal(where, found, "symmetric inputs or strategy 'tensor', or format 'compressed-tensors'")
-    return "W8A8_DYNAMIC"
-
-
-def _tensors(name: str, layer: QuantizedLinear, kind: str) -> dict[str, Tensor]:
+    _kind(name, layer.layout.spec)
     solved = unsmoothed(name, layer)
     weight, static = solved.weight, solved.static
-    scale = per_row(weight.scale, len(weight.codes)).float()
+    scale = weight.scale.expand(len(weight.codes), -1).float()
     if static is None:
         return {"weight": weight.codes, "weight_scale": scale, "weight_offset": torch.zeros_like(scale)}
     total = integer_bias(weight, static, layer.bias)
-    limits = torch.iinfo(torch.int32)
-    if bool((total < limits.min).any() | (total > limits.max).any()):
+    bias = total.to(torch.int32)
+    if bool((bias != total).any()):
         raise refusal(f"layer {name!r}", "a bias too large for int32 beside its scales", "the layer in skip_layers")
-    deq = rearrange(static.scale.float() * scale, "n 1 -> n")
+    deq = (static.scale.float() * scale)[:, 0]
     # Elsewhere than with bfloat16 the operator takes the bits of a float32 in an int64.
     bits = deq if layer.layout.dtype == torch.bfloat16 else deq.view(torch.int32).to(torch.int64)
     offset = torch.zeros_like(static.scale) if static.zero_point is None else static.zero_point
     return {
         "weight": weight.codes,
-        "input_scale": only(static.scale).float(),
-        "input_offset": only(offset).float(),
+        "input_scale": static.scale[0].float(),
+        "input_offset": offset[0].float(),
         "deq_scale": bits,
-        "quant_bias": total.to(torch.int32),
+        "quant_bias": bias,
     }
+
+
+def texts(parts: Parts, names: Iterable[str]) -> dict[str, str]:
+    """The type of every tensor, and the ``config.json`` of the model."""
+    found = {name: _kind(name, layer.layout.spec) for name, layer in parts.layers.items()}
+    kinds = {
+        name: "FLOAT" if name in parts.others else found.get(name.rpartition(".")[0], "FLOAT")
+        for name in (*names, *parts.tied)
+    }
+    whole = max(found.values(), key=list(_KINDS.values()).index)
+    general = {"version": "1.0.0", "model_quant_type": whole, "group_size": 0, "metadata": {}, "optional": {}}
+    return {"quant_model_description.json": as_json("description", {**kinds, **general}), **parts.configs()}
+
+
+def _kind(name: str, spec: LayerSpec) -> str:
+    weight, inputs = spec.weight, spec.inputs
+    if weight.bits != 8:
+        found = f"int{weight.bits} weights: the loaders have no linear layer of them with inputs in floating point"
+        wanted = "weights of type 'int8'"
+    elif not weight.symmetric:
+        # The format subtracts the offset of a weight, the operator adds it.
+        found = "asymmetric weights: format and loaders disagree on the sign of their offset"
+        wanted = "symmetric weights"
+    elif weight.strategy == "group":
+        found, wanted = "weights in groups: the loaders read one scale for a channel", "strategy 'channel' or 'tensor'"
+    elif inputs is not None and inputs.strategy == "token" and not inputs.symmetric:
+        found = "asymmetric inputs by token: the loaders quantize tokens symmetrically"
+        wanted = "symmetric inputs or strategy 'tensor'"
+    else:
+        return _KINDS[None if inputs is None else inputs.strategy]
+    raise refusal(f"layer {name!r}", found, f"{wanted}, or format 'compressed-tensors'")

@@ -6,112 +6,90 @@ which of them a loader takes for which scheme: vLLM, ``compressed_tensors.py``.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from quantize.core import LayerSpec, Scheme
 from quantize.core.packing import pack_offset
 from quantize.shell.config import refusal
 from quantize.shell.deploy.layer import QuantizedLinear
-from quantize.shell.disk.parts import Contents, Parts, only, per_row, unsmoothed
+from quantize.shell.disk.parts import Parts, unsmoothed
+
+FILE = "model.safetensors"
 
 
-def contents(parts: Parts) -> Contents:
-    """The files of the checkpoint.
-
-    Weights alone are ``pack-quantized``, int8 ones too: vLLM takes no other format without inputs. With inputs they are
-    ``int-quantized``. One scale for a tensor becomes the same scale for each channel.
+def tensors(name: str, layer: QuantizedLinear) -> dict[str, Tensor]:
+    """What the checkpoint holds of a layer. One scale for a tensor becomes the same scale for each channel.
 
     Raises:
         QuantizeError: a layer with smoothing, or with a last group that is shorter than the others.
     """
-    tensors = dict(parts.others)
-    for name, layer in parts.layers.items():
-        held = _tensors(name, layer)
-        tensors.update({f"{name}.{key}": tensor for key, tensor in held.items()})
-    return {"model.safetensors": tensors}, parts.configs(quantization_config=_config(parts))
-
-
-def _tensors(name: str, layer: QuantizedLinear) -> dict[str, Tensor]:
     solved = unsmoothed(name, layer)
-    weight, static = solved.weight, solved.static
+    weight, static, dtype = solved.weight, solved.static, layer.layout.dtype
     n, c = weight.codes.shape
-    size = weight.scheme.group_size
+    size, scale = weight.scheme.group_size, weight.scale.expand(n, -1)
     if size is not None and c % size:
         found = f"in_features {c} in groups of {size}, the last one shorter, which the format cannot hold"
         raise refusal(f"layer {name!r}", found, "a group_size that divides in_features, or the layer in skip_layers")
-    scale = per_row(weight.scale, n)
-    if solved.inputs is None:
-        # All loaders compute with these scales in the dtype of the model.
-        if not bool(scale.to(layer.layout.dtype).all()):
-            found = f"a scale too small for {layer.layout.dtype}, in which the format holds it"
-            raise refusal(f"layer {name!r}", found, "a model in bfloat16 or float32, or the layer in skip_layers")
-        held = {
-            "weight_packed": pack_offset(weight.codes, weight.scheme.bits),
-            "weight_scale": scale.to(layer.layout.dtype),
-        }
-        if weight.zero_point is not None:
-            zeros = pack_offset(rearrange(per_row(weight.zero_point, n), "n g -> g n"), weight.scheme.bits)
-            held["weight_zero_point"] = rearrange(zeros, "g n -> n g")
-        return {**held, "weight_shape": torch.tensor([n, c])}
-    held = {"weight": weight.codes, "weight_scale": scale}
-    if static is not None:
-        held["input_scale"] = only(static.scale)
-        if static.zero_point is not None:
-            held["input_zero_point"] = only(static.zero_point)
-    return held
+    if solved.inputs is not None:
+        held = {"weight": weight.codes, "weight_scale": scale}
+        if static is not None:
+            held["input_scale"] = static.scale[0]
+            if static.zero_point is not None:
+                held["input_zero_point"] = static.zero_point[0]
+        return held
+    # All loaders compute with these scales in the dtype of the model.
+    if not bool(scale.to(dtype).all()):
+        found = f"a scale too small for {dtype}, in which the format holds it"
+        raise refusal(f"layer {name!r}", found, "a model in bfloat16 or float32, or the layer in skip_layers")
+    held = {"weight_packed": pack_offset(weight.codes, weight.scheme.bits), "weight_scale": scale.to(dtype)}
+    if weight.zero_point is not None:
+        held["weight_zero_point"] = pack_offset(weight.zero_point.expand(n, -1).T, weight.scheme.bits).T
+    return {**held, "weight_shape": torch.tensor([n, c])}
 
 
-def _config(parts: Parts) -> dict[str, Any]:
+def texts(parts: Parts, _names: Iterable[str]) -> dict[str, str]:
+    """``config.json`` with the formats of all layers.
+
+    Targets are full names: vLLM looks for a class in parts of the names of classes, where it finds routers and experts.
+    """
     names: dict[LayerSpec, list[str]] = {}
     for name, layer in parts.layers.items():
         names.setdefault(layer.layout.spec, []).append(name)
-    groups = {
-        f"group_{i}": {
-            "targets": _targets(parts, held) if len(names) == 1 else held,
-            "weights": _arguments(spec.weight, tensor="channel"),
-            "input_activations": None if spec.inputs is None else _arguments(spec.inputs),
-            "output_activations": None,
-            "format": _format(spec),
-        }
-        for i, (spec, held) in enumerate(names.items())
-    }
-    formats = {_format(spec) for spec in names}
-    return {
+    groups = {f"group_{i}": {"targets": held, **_group(spec)} for i, (spec, held) in enumerate(names.items())}
+    formats = {group["format"] for group in groups.values()}
+    quantization = {
         "quant_method": "compressed-tensors",
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": groups,
-        # Whatever a target 'Linear' would match by the name of its class.
-        "ignore": [
-            name
-            for name, module in parts.model.named_modules(remove_duplicate=False)
-            if any(kind.__name__ == "Linear" for kind in type(module).__mro__)
-        ],
+        # vLLM wants every linear layer here or among the targets.
+        "ignore": [name for name, m in parts.model.named_modules(remove_duplicate=False) if isinstance(m, nn.Linear)],
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
+    return parts.configs(quantization_config=quantization)
 
 
-def _targets(parts: Parts, names: list[str]) -> list[str]:
-    head = getattr(parts.model, "get_output_embeddings", lambda: None)()
-    # In vLLM the output head is no linear layer by class. The first target that matches is the one that counts.
-    return [*(name for name in names if isinstance(head, nn.Module) and parts.layers[name] is head), "Linear"]
+def _group(spec: LayerSpec) -> dict[str, Any]:
+    return {
+        "weights": _arguments(spec.weight, "channel" if spec.weight.group_size is None else "group"),
+        "input_activations": None if spec.inputs is None else _arguments(spec.inputs, spec.inputs.strategy),
+        "output_activations": None,
+        # Weights alone are packed, int8 ones too: vLLM takes no other format without inputs.
+        "format": "pack-quantized" if spec.inputs is None else "int-quantized",
+    }
 
 
-def _format(spec: LayerSpec) -> str:
-    return "pack-quantized" if spec.inputs is None else "int-quantized"
-
-
-def _arguments(scheme: Scheme, *, tensor: str = "tensor") -> dict[str, Any]:
+def _arguments(scheme: Scheme, strategy: str) -> dict[str, Any]:
     return {
         "num_bits": scheme.bits,
         "type": "int",
         "symmetric": scheme.symmetric,
-        "strategy": tensor if scheme.strategy == "tensor" else scheme.strategy,
+        "strategy": strategy,
         "group_size": scheme.group_size,
-        "dynamic": scheme.strategy == "token",
+        "dynamic": strategy == "token",
     }

@@ -7,12 +7,10 @@ import os
 from torch import nn
 
 from quantize.shell.config import refusal, shown
-from quantize.shell.disk import ascendv1 as ascend
-from quantize.shell.disk import compressed_tensors as compressed
-from quantize.shell.disk import files
+from quantize.shell.disk import ascendv1, compressed_tensors, files
 from quantize.shell.disk.parts import Parts
 
-FORMATS = {"compressed-tensors": compressed, "ascendv1": ascend}
+FORMATS = {"compressed-tensors": compressed_tensors, "ascendv1": ascendv1}
 
 
 def export(model: nn.Module, directory: str | os.PathLike[str], *, format: str) -> None:  # noqa: A002 - the usual word
@@ -43,6 +41,9 @@ def export(model: nn.Module, directory: str | os.PathLike[str], *, format: str) 
     """
     if not (isinstance(format, str) and format in FORMATS):
         raise refusal("format", shown(format), f"one of {', '.join(map(repr, FORMATS))}")
-    parts = Parts(model)
+    parts, written = Parts(model), FORMATS[format]
     files.check_new(directory)
-    files.write(directory, *FORMATS[format].contents(parts))
+    tensors = dict(parts.others)
+    for name, layer in parts.layers.items():
+        tensors.update({f"{name}.{key}": tensor for key, tensor in written.tensors(name, layer).items()})
+    files.write(directory, {written.FILE: tensors}, written.texts(parts, tensors))

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from quantize.core import Solution
@@ -14,9 +12,6 @@ from quantize.shell.calibrate.layer import CalibrationLinear
 from quantize.shell.config import QuantizeError, refusal, shown
 from quantize.shell.deploy import state as saved
 from quantize.shell.deploy.layer import QuantizedLinear
-
-# What a format makes of a model: tensors by file and by name, and texts by file.
-Contents = tuple[dict[str, dict[str, Tensor]], dict[str, str]]
 
 
 def quantized(model: object) -> dict[str, QuantizedLinear]:
@@ -38,30 +33,13 @@ def quantized(model: object) -> dict[str, QuantizedLinear]:
 
 
 def unsmoothed(name: str, layer: QuantizedLinear) -> Solution:
-    """The solution of a layer that divides its inputs by nothing.
-
-    Raises:
-        QuantizeError: a layer with smoothing: no format has a place for it.
-    """
+    """The solution of a layer; one that smooths its inputs is refused, as no format has a place for that."""
     solved = layer.solution
     if solved.smoothing is not None:
         fold = f"algorithm {{{layer.row.algorithm!r}: {{'fold': True}}}}"
         how = f"{fold}, which smooths in the module before (report says why it did not), or the layer in skip_layers"
         raise refusal(f"layer {name!r}", "its inputs are smoothed at run time, which the format cannot hold", how)
     return solved
-
-
-def per_row(params: Tensor, n: int) -> Tensor:
-    """Scales or zero points ``[1, 1]``, ``[n, 1]`` or ``[n, g]`` with a row for each output: ``[n, 1]`` or ``[n, g]``.
-
-    One scale for a tensor is the same scale for all of its channels, which more loaders know.
-    """
-    return params.expand(n, -1)
-
-
-def only(param: Tensor) -> Tensor:
-    """A parameter ``[1, 1]`` of the inputs as ``[1]``."""
-    return rearrange(param, "1 1 -> 1")
 
 
 class Parts:
@@ -76,16 +54,13 @@ class Parts:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.model, self.layers = model, quantized(model)
-        state = model.state_dict()
+        self.model, self.layers, state = model, quantized(model), model.state_dict()
         tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
         # A weight that was quantized is no longer the embedding's.
         self.untied = any(key.rpartition(".")[0] in self.layers for pair in tied.items() for key in pair)
-        self.tied = {
-            key
-            for key, source in tied.items()
-            if not self.untied and key in state and source in state and _same(state[key], state[source])
-        }
+        named = dict(model.named_parameters(remove_duplicate=False))
+        pairs = () if self.untied else tied.items()
+        self.tied = {key for key, source in pairs if key in named and named[key] is named.get(source)}
         self.others: dict[str, Tensor] = {}
         for key, value in state.items():
             owner, _, last = key.rpartition(".")
@@ -97,29 +72,21 @@ class Parts:
                 raise refusal(f"{key!r} in the state", "on the meta device", "a tensor with data")
             self.others[key] = value
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the model, as its first quantized layer has it."""
-        return next(iter(self.layers.values())).layout.dtype
-
     def configs(self, **extra: Any) -> dict[str, str]:
         """``config.json`` with ``extra`` in it, and ``generation_config.json``, where the model has such configs.
 
         Raises:
             QuantizeError: a config that JSON cannot hold.
         """
-        texts: dict[str, str] = {}
         config: Any = getattr(self.model, "config", None)
-        told = config.to_dict() if callable(getattr(config, "to_dict", None)) else None
-        if isinstance(told, dict):
+        told: dict[str, Any] = {}
+        if callable(getattr(config, "to_dict", None)):
             # As transformers does on saving: the class, and the dtype that the model has by now.
-            told = {**told, "architectures": [type(self.model).__name__]}
-            told["torch_dtype" if "torch_dtype" in told else "dtype"] = str(self.dtype).removeprefix("torch.")
-            if self.untied:
-                told = _without_ties(told)
-            texts["config.json"] = as_json("model.config", {**told, **extra})
-        elif extra:
-            texts["config.json"] = as_json("model.config", extra)
+            told = {**config.to_dict(), "architectures": [type(self.model).__name__]}
+            dtype = next(iter(self.layers.values())).layout.dtype
+            told["torch_dtype" if "torch_dtype" in told else "dtype"] = str(dtype).removeprefix("torch.")
+            told = _without_ties(told) if self.untied else told
+        texts = {"config.json": as_json("model.config", {**told, **extra})} if told or extra else {}
         generation: Any = getattr(self.model, "generation_config", None)
         if callable(getattr(generation, "to_json_string", None)):
             texts["generation_config.json"] = generation.to_json_string()
@@ -136,10 +103,6 @@ def as_json(where: str, value: object) -> str:
         return json.dumps(value, indent=2) + "\n"
     except (TypeError, ValueError) as error:
         raise QuantizeError(f"{where}: {error}; accepted: what JSON can hold") from error
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
 
 
 def _without_ties(config: dict[str, Any]) -> dict[str, Any]:

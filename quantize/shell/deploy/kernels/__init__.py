@@ -1,21 +1,39 @@
-"""Kernels, and the choice between them."""
+"""Kernels, and the choice between them. Each keeps a solved layer in the form that it computes with."""
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from quantize.core import Solution
 from quantize.shell.deploy.kernels import cpu, npu, reference
-from quantize.shell.deploy.kernels.contract import Kernel, Layout
+from quantize.shell.deploy.kernels.reference import Layout
 
-__all__ = ["KERNELS", "Kernel", "Layout", "choose"]
+__all__ = ["KERNELS", "OWN", "Kernel", "Layout", "choose"]
 
-KERNELS: dict[str, Kernel] = {
-    name: cast("Kernel", module) for name, module in (("reference", reference), ("cpu", cpu), ("npu", npu))
-}
+
+class Kernel(Protocol):
+    """A module in this folder. ``held`` are the tensors of :meth:`prepare`."""
+
+    def obstacle(self, solved: Solution, bias: Tensor | None, dtype: torch.dtype, /) -> str | None:
+        """Why the kernel cannot serve this layer, or None: shapes, formats, dtypes, values; not the device."""
+
+    def prepare(self, solved: Solution, bias: Tensor | None, dtype: torch.dtype, /) -> dict[str, Tensor]:
+        """The tensors to keep, by name; ``bias`` itself is kept by the layer."""
+
+    def restore(self, held: Mapping[str, Tensor], layout: Layout) -> Solution:
+        """Undo :meth:`prepare`: the same codes and parameters, bit for bit."""
+
+    def forward(self, x: Tensor, held: Mapping[str, Tensor], layout: Layout, bias: Tensor | None) -> Tensor:
+        """``[..., c]`` to ``[..., n]`` in the dtype of ``x``, as :func:`quantize.core.linear.quantized_linear`."""
+
+
+KERNELS: dict[str, Kernel] = {"reference": reference, "cpu": cpu, "npu": npu}
+# The kernel for a type of device; all others have ``reference``, which runs everywhere.
+OWN = {"cpu": "cpu", "npu": "npu"}
 
 
 def choose(
@@ -26,17 +44,14 @@ def choose(
     The kernel ``wanted`` if it can serve; else the one for the device; else ``reference``, which can always.
     """
     device = solved.weight.codes.device.type
-    own = [name for name, kernel in KERNELS.items() if kernel.DEVICES is not None and device in kernel.DEVICES]
+    own = OWN.get(device, "reference")
     reasons: list[str] = []
-    for name in [*([] if wanted is None else [wanted]), *own]:
-        reason = _obstacle(KERNELS[name], device, solved, bias, dtype)
+    for name in dict.fromkeys((wanted or own, own)):
+        if name in (own, "reference"):
+            reason = KERNELS[name].obstacle(solved, bias, dtype)
+        else:
+            reason = f"its tensors are on {device!r}, not on {name!r}"
         if reason is None:
             return name, "; ".join(reasons) or None
         reasons.append(f"{name}: {reason}")
-    return "reference", "; ".join(dict.fromkeys(reasons)) or None
-
-
-def _obstacle(kernel: Kernel, device: str, solved: Solution, bias: Tensor | None, dtype: torch.dtype) -> str | None:
-    if kernel.DEVICES is not None and device not in kernel.DEVICES:
-        return f"its tensors are on {device!r}, not on {' or '.join(map(repr, sorted(kernel.DEVICES)))}"
-    return kernel.obstacle(solved, bias, dtype)
+    return "reference", "; ".join(reasons)

@@ -13,75 +13,72 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from einops import rearrange, reduce
+from einops import rearrange
 from torch import Tensor
 
-from quantize.core import QTensor, Solution, linear, packing
+from quantize.core import Solution, linear, packing
 from quantize.shell.deploy.kernels import reference
-from quantize.shell.deploy.kernels.contract import Layout
-
-DEVICES = frozenset({"npu"})
-_LONGEST = 65535
-_PER_WORD = 8
-# Scales are rounded to the dtype of the inputs; below its normal range they would lose more than this.
-_LOSS = 2.0**-8
+from quantize.shell.deploy.kernels.reference import Layout
 
 
 def obstacle(solved: Solution, bias: Tensor | None, dtype: torch.dtype) -> str | None:
     """See :class:`.Kernel`."""
-    weight, inputs = solved.weight, solved.inputs
-    n, c = weight.codes.shape
+    scheme, inputs, (n, c) = solved.weight.scheme, solved.inputs, solved.weight.codes.shape
     if dtype not in (torch.float16, torch.bfloat16):
         return f"{dtype} is neither float16 nor bfloat16"
-    if max(n, c) > _LONGEST:
-        return f"{n} outputs and {c} inputs: at most {_LONGEST} of each are taken"
-    if weight.scheme.bits not in (4, 8) or (inputs is not None and weight.scheme.bits != 8):
-        return f"no operator takes int{weight.scheme.bits} weights and {inputs or 'float'} inputs"
+    if max(n, c) > 65535:
+        return f"{n} outputs and {c} inputs: at most 65535 of each are taken"
+    if scheme.bits not in ((4, 8) if inputs is None else (8,)):
+        return f"no operator takes int{scheme.bits} weights and {inputs or 'float'} inputs"
     if inputs is None:
-        return _obstacle_of_weights(weight, dtype)
-    if solved.static is not None:
-        folded = _folded_bias(solved, bias, dtype)
-        # The sum of the products may come on top.
-        low, high = -(2**31) + c * 2**14, 2**31 - 1 - c * 2**14
-        fits = bool((folded >= low).all() & (folded <= high).all())
-        if not fits:
-            return "bias and zero point of the inputs do not fit the int32 bias of npu_quant_matmul"
-        multiplier = _multiplier(solved)
-        return None if bool(multiplier.isfinite().all()) else "an input scale too small to be divided by in float32"
-    if not inputs.symmetric:
-        return "npu_dynamic_quant is symmetric"
-    return None if solved.smoothing is None else _loss(1 / solved.smoothing, dtype)
-
-
-def _obstacle_of_weights(weight: QTensor, dtype: torch.dtype) -> str | None:
-    scheme, (n, c) = weight.scheme, weight.codes.shape
-    if scheme.bits == 4 and n % _PER_WORD:
-        return f"{n} outputs are no multiple of {_PER_WORD}"
-    size = scheme.group_size
-    if size is not None and (size % 32 or not 32 <= size < c):
-        return f"group_size {size} is no multiple of 32 below {c}"
-    return _loss(weight.scale, dtype)
+        size = scheme.group_size
+        if scheme.bits == 4 and n % 8:
+            return f"{n} outputs are no multiple of 8"
+        if size is not None and (size % 32 or size >= c):
+            return f"group_size {size} is no multiple of 32 below {c}"
+        return _loss(solved.weight.scale, dtype)
+    if solved.static is None:
+        if not inputs.symmetric:
+            return "npu_dynamic_quant is symmetric"
+        return None if solved.smoothing is None else _loss(1 / solved.smoothing, dtype)
+    held, folded = prepare(solved, bias, dtype), linear.integer_bias(solved.weight, solved.static).cpu().double()
+    if bias is not None:
+        # In float64: there an overflow shows.
+        folded = folded + torch.round(bias.detach().cpu().double() / held["output_scale"].cpu().double())
+    # The sum of the products may come on top.
+    reach = 2**31 - c * 2**14
+    if not bool(((folded >= -reach) & (folded < reach)).all()):
+        return "bias and zero point of the inputs do not fit the int32 bias of npu_quant_matmul"
+    finite = bool(held["input_multiplier"].isfinite().all())
+    return None if finite else "an input scale too small to be divided by in float32"
 
 
 def prepare(solved: Solution, _bias: Tensor | None, dtype: torch.dtype) -> dict[str, Tensor]:
     """See :class:`.Kernel`; the exact parameters stay beside the operators' own."""
-    weight, held = solved.weight, reference.prepare(solved)
-    if solved.static is not None:
-        held["input_multiplier"] = multiplier = _multiplier(solved)
-        if solved.static.zero_point is not None:
-            held["input_offset"] = solved.static.zero_point.float().flatten().expand_as(multiplier).contiguous()
-            held["output_offset"] = _folded_bias(solved, None, dtype).to(torch.int32).to(weight.codes.device)
-        held["output_scale"] = _output_scale(solved, dtype).to(weight.codes.device)
-    elif solved.inputs is None:
+    weight, static, held = solved.weight, solved.static, reference.prepare(solved)
+    if solved.inputs is None:
         if weight.scheme.bits == 4:
             held["codes"] = packing.pack_int4(weight.codes.T, torch.int32).contiguous()
-        held["antiquant_scale"] = _antiquant(weight.scale, dtype)
+        rows = {"antiquant_scale": weight.scale.to(dtype)}
         if weight.zero_point is not None:
-            held["antiquant_offset"] = -_antiquant(weight.zero_point, dtype)
-    else:
+            rows["antiquant_offset"] = -weight.zero_point.to(dtype)
+        # [1], [1, n] or [g, n].
+        held.update({name: row.flatten() if row.numel() == 1 else row.T.contiguous() for name, row in rows.items()})
+    elif static is None:
         held["output_scale"] = weight.scale.float().flatten()
         if solved.smoothing is not None:
             held["smooth_scales"] = (1 / solved.smoothing).to(dtype)
+    else:
+        scale, unit = static.scale.flatten(), (weight.scale * static.scale).float().flatten()
+        multiplier = (1 / (scale if solved.smoothing is None else scale * solved.smoothing)).float()
+        if dtype == torch.float16:
+            # The operator cuts the mantissa to 10 bits; once rounded to them, nothing is left to cut.
+            mantissa, exponent = torch.frexp(unit.cpu())
+            unit = torch.ldexp(torch.round(mantissa * 2**11) / 2**11, exponent).to(unit.device)
+        held["input_multiplier"], held["output_scale"] = multiplier, unit
+        if static.zero_point is not None:
+            held["input_offset"] = static.zero_point.float().flatten().expand_as(multiplier).contiguous()
+            held["output_offset"] = linear.integer_bias(weight, static).to(torch.int32)
     return held
 
 
@@ -99,97 +96,43 @@ def forward(x: Tensor, held: Mapping[str, Tensor], layout: Layout, bias: Tensor 
     # The operators refuse tensors without elements.
     if x.numel() == 0:
         return x.new_zeros(*x.shape[:-1], layout.n)
-    tokens = rearrange(x, "... c -> (...) c")
-    if layout.spec.inputs is None:
-        y = _weight_only(tokens, held, layout, bias)
-    elif "input_scale" in held:
-        y = _static(tokens, held, layout, bias)
-    else:
-        y = _dynamic(tokens, held, layout, bias)
-    return y.reshape(*x.shape[:-1], layout.n)
+    matmul = _weights_alone if layout.spec.inputs is None else _integers
+    return matmul(rearrange(x, "... c -> (...) c"), held, layout, bias).reshape(*x.shape[:-1], layout.n)
 
 
-def _weight_only(x: Tensor, held: Mapping[str, Tensor], layout: Layout, bias: Tensor | None) -> Tensor:
-    codes, scale = held["codes"], held["antiquant_scale"]
-    tokens = linear.smooth(x, held.get("smoothing")).to(x.dtype)
-    # The documented bias is float32 for bfloat16, and float16 for float16.
-    bias = bias if bias is None or scale.dtype == torch.float16 else bias.float()
+def _weights_alone(x: Tensor, held: Mapping[str, Tensor], layout: Layout, bias: Tensor | None) -> Tensor:
     return torch.ops.npu.npu_weight_quant_batchmatmul(  # type: ignore[no-any-return] # operators are untyped
-        tokens,
-        codes if codes.dtype == torch.int32 else codes.T,
-        scale,
+        linear.smooth(x, held.get("smoothing")).to(x.dtype),
+        held["codes"] if held["codes"].dtype == torch.int32 else held["codes"].T,
+        held["antiquant_scale"],
         antiquant_offset=held.get("antiquant_offset"),
-        bias=bias,
+        # The documented bias is float32 for bfloat16, and float16 for float16.
+        bias=bias if bias is None or x.dtype == torch.float16 else bias.float(),
         antiquant_group_size=layout.spec.weight.group_size or 0,
     )
 
 
-def _static(x: Tensor, held: Mapping[str, Tensor], layout: Layout, bias: Tensor | None) -> Tensor:
-    multiplier, offset = held["input_multiplier"], held.get("input_offset")
-    # In float32: scales of 16 bits would move codes.
-    codes = torch.ops.npu.npu_quantize(x.float(), multiplier, offset, torch.qint8, -1, False)
-    total = held.get("output_offset")
-    if bias is not None:
-        # In units of the sum; anew at each call, since a bias may be written to.
-        units = torch.round(bias.float() / held["output_scale"]).to(torch.int32)
-        total = units if total is None else units + total
-    return _quant_matmul(codes, held, layout, bias=total)
-
-
-def _dynamic(x: Tensor, held: Mapping[str, Tensor], layout: Layout, bias: Tensor | None) -> Tensor:
-    codes, scale = torch.ops.npu.npu_dynamic_quant(x, smooth_scales=held.get("smooth_scales"))
-    return _quant_matmul(codes, held, layout, pertoken_scale=scale, bias=None if bias is None else bias.float())
-
-
-def _quant_matmul(codes: Tensor, held: Mapping[str, Tensor], layout: Layout, **more: Tensor | None) -> Tensor:
-    # A transposed view: made contiguous, the operator would no longer see the transpose.
+def _integers(x: Tensor, held: Mapping[str, Tensor], layout: Layout, bias: Tensor | None) -> Tensor:
+    if "input_multiplier" in held:
+        # In float32: scales of 16 bits would move codes.
+        multiplier, offset = held["input_multiplier"], held.get("input_offset")
+        codes, scale = torch.ops.npu.npu_quantize(x.float(), multiplier, offset, torch.qint8, -1, False), None
+        total = held.get("output_offset")
+        if bias is not None:
+            # In units of the sum; anew at each call, since a bias may be written to.
+            units = torch.round(bias.float() / held["output_scale"]).to(torch.int32)
+            total = units if total is None else units + total
+    else:
+        codes, scale = torch.ops.npu.npu_dynamic_quant(x, smooth_scales=held.get("smooth_scales"))
+        total = None if bias is None else bias.float()
+    # The weight is a transposed view: made contiguous, the operator would no longer see the transpose.
     return torch.ops.npu.npu_quant_matmul(  # type: ignore[no-any-return] # operators are untyped
-        codes, held["codes"].T, held["output_scale"], output_dtype=layout.dtype, **more
+        codes, held["codes"].T, held["output_scale"], pertoken_scale=scale, bias=total, output_dtype=layout.dtype
     )
 
 
-def _multiplier(solved: Solution) -> Tensor:
-    """``1 / (input scale * smoothing)``, float32 ``[c]`` or ``[1]``."""
-    assert solved.static is not None
-    scale = solved.static.scale.flatten()
-    return (1 / (scale if solved.smoothing is None else scale * solved.smoothing)).float()
-
-
-def _output_scale(solved: Solution, dtype: torch.dtype) -> Tensor:
-    """``[n]`` or ``[1]`` float32, on the CPU: what a unit of the integer sum is worth with static inputs.
-
-    For float16 outputs the operator cuts the mantissa to 10 bits; rounded to them here, nothing is left to cut, and
-    the error is at most 2^-11 of the scale.
-    """
-    assert solved.static is not None
-    scale = (solved.weight.scale * solved.static.scale).float().flatten().cpu()
-    if dtype != torch.float16:
-        return scale
-    mantissa, exponent = torch.frexp(scale)
-    return torch.ldexp(torch.round(mantissa * 2**11) / 2**11, exponent)
-
-
-def _folded_bias(solved: Solution, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """``round(bias / scale) - zero_point * sum_c codes``, ``[n]``, in float64 on the CPU: there an overflow shows."""
-    assert solved.static is not None
-    codes, zero_point = solved.weight.codes, solved.static.zero_point
-    folded = torch.zeros(codes.shape[0], dtype=torch.float64)
-    if bias is not None:
-        folded = torch.round(bias.detach().cpu().double() / _output_scale(solved, dtype).double())
-    if zero_point is None:
-        return folded
-    sums = reduce(codes.to(torch.int32), "n c -> n", "sum").cpu()
-    return folded - zero_point.cpu().double().flatten() * sums
-
-
 def _loss(scale: Tensor, dtype: torch.dtype) -> str | None:
-    rounded = scale.to(dtype).to(scale.dtype)
-    if bool(((rounded - scale).abs() <= _LOSS * scale).all()):
+    # Below the normal range of a dtype, rounding to it loses more than this.
+    if bool(((scale.to(dtype).to(scale.dtype) - scale).abs() <= 2.0**-8 * scale).all()):
         return None
     return f"scales from {scale.min().item():.3g} to {scale.max().item():.3g} do not fit {dtype}"
-
-
-def _antiquant(parameter: Tensor, dtype: torch.dtype) -> Tensor:
-    """``[1]``, ``[1, n]`` or ``[g, n]``, as ``npu_weight_quant_batchmatmul`` takes scales and offsets."""
-    rows = parameter.to(dtype).T.contiguous()
-    return rows.flatten() if rows.numel() == 1 else rows

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from quantize.core import QParams, QTensor, Scheme, Solution, linear, packing
-from quantize.shell.deploy.kernels.contract import Layout
+from quantize.core import LayerSpec, QParams, QTensor, Scheme, Solution, linear, packing
 
-DEVICES = None
+
+@dataclass(frozen=True)
+class Layout:
+    """What is known of a deployed layer apart from its tensors.
+
+    ``n`` outputs and ``c`` inputs, in the format ``spec``; ``dtype`` is that of the float layer, and of its inputs.
+    """
+
+    spec: LayerSpec
+    n: int
+    c: int
+    dtype: torch.dtype
 
 
 def obstacle(_solved: Solution, _bias: Tensor | None, _dtype: torch.dtype) -> None:
@@ -19,34 +30,34 @@ def obstacle(_solved: Solution, _bias: Tensor | None, _dtype: torch.dtype) -> No
 
 def prepare(solved: Solution, _bias: Tensor | None = None, _dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """Codes and zero points of at most 4 bits two to a byte, and the other parameters as they are."""
-    weight, static = solved.weight, solved.static or QParams(None, None)  # type: ignore[arg-type]
+    weight, static = solved.weight, solved.static
+    pack: Callable[[Tensor], Tensor] = packing.pack_int4 if narrow(weight.scheme) else Tensor.contiguous
     kept = {
-        "codes": _pack(weight.codes, weight.scheme),
+        "codes": pack(weight.codes),
         "scale": weight.scale,
-        "zero_point": None if weight.zero_point is None else _pack(weight.zero_point, weight.scheme),
+        "zero_point": None if weight.zero_point is None else pack(weight.zero_point),
         "smoothing": solved.smoothing,
-        "input_scale": static.scale,
-        "input_zero_point": static.zero_point,
+        "input_scale": None if static is None else static.scale,
+        "input_zero_point": None if static is None else static.zero_point,
     }
     return {name: tensor.contiguous() for name, tensor in kept.items() if tensor is not None}
 
 
 def restore(held: Mapping[str, Tensor], layout: Layout) -> Solution:
     """Undo :func:`prepare`."""
-    return solution(_unpack(held["codes"], layout.spec.weight, layout.c), held, layout)
+    return solution(_unpacked(held["codes"], layout.c), held, layout)
 
 
 def solution(codes: Tensor, held: Mapping[str, Tensor], layout: Layout) -> Solution:
     """The value of the int8 ``codes`` ``[n, c]`` and of all else that :func:`prepare` keeps."""
-    weight = QTensor(codes, held["scale"], zero_point(held, layout), layout.spec.weight)
+    weight = QTensor(codes, held["scale"], zero_point(held), layout.spec.weight)
     static = QParams(held["input_scale"], held.get("input_zero_point")) if "input_scale" in held else None
     return Solution(weight, layout.spec.inputs, held.get("smoothing"), static)
 
 
-def zero_point(held: Mapping[str, Tensor], layout: Layout) -> Tensor | None:
+def zero_point(held: Mapping[str, Tensor]) -> Tensor | None:
     """The zero points that :func:`prepare` keeps, in the shape of the scales."""
-    kept = held.get("zero_point")
-    return None if kept is None else _unpack(kept, layout.spec.weight, held["scale"].shape[1])
+    return _unpacked(held["zero_point"], held["scale"].shape[1]) if "zero_point" in held else None
 
 
 def forward(x: Tensor, held: Mapping[str, Tensor], layout: Layout, bias: Tensor | None) -> Tensor:
@@ -68,9 +79,5 @@ def narrow(scheme: Scheme) -> bool:
     return scheme.bits <= 4
 
 
-def _pack(codes: Tensor, scheme: Scheme) -> Tensor:
-    return packing.pack_int4(codes) if narrow(scheme) else codes
-
-
-def _unpack(codes: Tensor, scheme: Scheme, length: int) -> Tensor:
-    return packing.unpack_int4(codes, length) if narrow(scheme) else codes
+def _unpacked(codes: Tensor, length: int) -> Tensor:
+    return codes if codes.dtype == torch.int8 else packing.unpack_int4(codes, length)
