@@ -58,7 +58,21 @@ def test_nothing_rebinds_the_function_to_a_module():
 
 
 # Each may import from those before it. The docstring of the shell draws the same picture.
-ROOMS = ["config", "progress", "modes", "values", "report", "plan", "deploy", "fold", "calibrate", "disk", "api", "cli"]
+ROOMS = [
+    "config",
+    "progress",
+    "modes",
+    "values",
+    "views",
+    "report",
+    "plan",
+    "deploy",
+    "fold",
+    "calibrate",
+    "disk",
+    "api",
+    "cli",
+]
 
 
 def room(name):

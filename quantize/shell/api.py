@@ -50,6 +50,7 @@ def quantize(model: nn.Module, config: object = None) -> None:
         layer: CalibrationLinear(layer, names, session) for layer, names in planned.layers.items()
     }
     restart(layers.values())
+    swap(model, planned.views)
     swap(model, layers)
     counting.attach(model, session)
     if parsed.algorithm.data_free:
@@ -58,7 +59,7 @@ def quantize(model: nn.Module, config: object = None) -> None:
         except BaseException:
             counting.detach(model)
             del model.__dict__[KEY]
-            swap(model, {new: old for old, new in layers.items()})
+            swap(model, {new: old for old, new in (*layers.items(), *planned.views.items())})
             raise
 
 

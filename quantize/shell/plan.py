@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ from torch import nn
 
 from quantize.shell.config import Config, refusal
 from quantize.shell.report.rows import Skipped
+from quantize.shell.views import view
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Children whose weight their owner reads without calling them.
@@ -21,12 +22,14 @@ _READ_DIRECTLY: dict[type[nn.Module], tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Plan:
-    """What :func:`plan` found: the ``layers`` to quantize, each with all names that it has in the model.
+    """What :func:`plan` found: the ``layers`` to quantize, each with all names that it will have in the model.
 
+    ``views``: what to put in the place of modules first, so that their weights are such layers; see :mod:`.views`.
     ``unmatched``: entries of ``skip_layers`` that match no module with a weight matrix.
     """
 
     layers: Mapping[nn.Linear, tuple[str, ...]]
+    views: Mapping[nn.Module, nn.Module]
     skipped: tuple[Skipped, ...]
     unmatched: tuple[str, ...]
 
@@ -39,7 +42,8 @@ def plan(model: nn.Module, config: Config) -> Plan:
     """
     names: dict[nn.Module, list[str]] = {}
     direct: dict[nn.Module, str] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
+    views: dict[nn.Module, nn.Module] = {}
+    for name, module in _modules(model, views):
         names.setdefault(module, []).append(name)
         for owner, children in _READ_DIRECTLY.items():
             if isinstance(module, owner):
@@ -63,7 +67,23 @@ def plan(model: nn.Module, config: Config) -> Plan:
         raise refusal("model", f"nothing to quantize ({found})", "a model that contains an nn.Linear")
     for layer, (name, *_) in layers.items():
         check_weight(name, layer.weight)
-    return Plan(layers, tuple(skipped), unmatched)
+    # A module of which nothing is quantized stays as it is.
+    views = {old: new for old, new in views.items() if any(module in layers for module in new.modules())}
+    return Plan(layers, views, tuple(skipped), unmatched)
+
+
+def _modules(model: nn.Module, views: dict[nn.Module, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    """All modules under all names, as they will be with ``views``, which are found on the way."""
+    inside = ""
+    for name, module in model.named_modules(remove_duplicate=False):
+        if inside and name.startswith(inside):
+            continue
+        seen = views[module] if module in views else view(name, module)
+        if seen is None or not name:
+            yield name, module
+        else:
+            views[module], inside = seen, f"{name}."
+            yield from seen.named_modules(prefix=name, remove_duplicate=False)
 
 
 def swap(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
