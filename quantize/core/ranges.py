@@ -37,7 +37,7 @@ def search(x: Tensor, scheme: Scheme, importance: Tensor, *, steps: int = 40, sm
     """
     rows = max(1, _TOGETHER // max(1, x.shape[1]))
     if scheme.strategy != "tensor" and len(x) > rows:
-        parts = [search(part, scheme, importance, steps=steps, smallest=smallest) for part in x.split(rows)]
+        parts = [search(part, scheme, importance, steps=steps, smallest=smallest) for part in torch.split(x, rows)]
         return QParams(*map(torch.cat, zip(*map(present, parts), strict=True)))
     low, high = affine.group_ranges(x, scheme)
     shares = [1 - (1 - smallest) * i / max(steps - 1, 1) for i in range(steps)]

@@ -35,7 +35,8 @@ def intensity(gram: SumState, strength: float) -> Tensor:
     found = squares.sum() - squares.diagonal().sum()
     active = (diagonal > 0).sum()
     pairs = active * (active - 1)
-    chance = (pairs + found) * (strength + len(total) / tokens) / tokens
+    number = tokens.to(total.dtype)
+    chance = (pairs + found) * (strength + len(total) / number) / number
     return torch.where(found > chance, chance / found, 1.0)
 
 
