@@ -89,9 +89,11 @@ def factor(gram: Tensor, damp: float) -> tuple[Tensor, Tensor, Tensor]:
     dead = (diagonal == 0).to(gram.dtype)
     used = torch.full_like(mean, damp)
     while True:
-        more = (used * mean)[..., None] + dead
-        lower, failed = torch.linalg.cholesky_ex((gram + torch.diag_embed(more)).flip(-2, -1))
-        failed = (failed != 0) | ~torch.isfinite(lower).all(-1).all(-1)
+        damped = gram.flip(-2, -1)
+        damped.diagonal(dim1=-2, dim2=-1).add_(((used * mean)[..., None] + dead).flip(-1))
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        # A pivot is made of all numbers in its row.
+        failed = (failed != 0) | ~torch.isfinite(lower.diagonal(dim1=-2, dim2=-1)).all(-1)
         if not failed.any():
             break
         if damp > 1e30:
@@ -123,7 +125,9 @@ def corrected(weight: Tensor, statistic: observers.PairedState, strength: float)
     (gram, _), cross = statistic
     unit = torch.where(gram.diagonal() > 0, gram.diagonal(), 1.0).rsqrt()
     ridge = (cross.diagonal().abs() * unit.square()).clamp(min=1)
-    lower, _ = torch.linalg.cholesky_ex(gram * unit * unit[:, None] + torch.diag(ridge))
+    scaled = (gram * unit).mul_(unit[:, None])
+    scaled.diagonal().add_(ridge)
+    lower, _ = torch.linalg.cholesky_ex(scaled)
     # W D H^-1 from the left or from the right: whichever has the smaller matrix to solve for.
     few = len(weight) <= len(gram)
     pull = weight @ cross if few else cross
