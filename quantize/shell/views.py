@@ -92,11 +92,11 @@ class Experts(nn.Module):
         rows = dict(zip(("gate_proj", "up_proj"), halves, strict=True)) if self.has_gate else {"up_proj": slice(None)}
         for number in range(e):
             up_bias, down_bias = (None if bias is None else bias[number] for bias in biases)
-            expert: dict[str, nn.Module] = {key: _linear(ups[number, at], None if up_bias is None else up_bias[at], original)
-                      for key, at in rows.items()}  # fmt: skip
-            self.add_module(
-                str(number), nn.ModuleDict({**expert, "down_proj": _linear(downs[number], down_bias, original)})
-            )
+            expert = nn.ModuleDict()
+            for key, at in rows.items():
+                expert[key] = _linear(ups[number, at], None if up_bias is None else up_bias[at], original)
+            expert["down_proj"] = _linear(downs[number], down_bias, original)
+            self.add_module(str(number), expert)
         self.train(original.training)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
