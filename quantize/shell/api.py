@@ -19,6 +19,7 @@ from quantize.shell.deploy import loading
 from quantize.shell.deploy.layer import QuantizedLinear
 from quantize.shell.plan import Plan, plan, swap
 from quantize.shell.report.text import Report
+from quantize.shell.views import release
 
 
 def quantize(model: nn.Module, config: object = None) -> None:
@@ -109,6 +110,7 @@ def convert(model: nn.Module, *, kernel: str | None = None, from_state: Mapping[
     layers = _deployed(model, kernel)
     loading.check_served(layers.values(), kernel)
     swap(model, layers)
+    release(model)
     counting.detach(model)
 
 

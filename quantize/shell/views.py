@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -18,24 +17,6 @@ from quantize.shell.config import refusal
 _MARKS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm", "num_experts")
 
 
-def modules(model: nn.Module, views: dict[nn.Module, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
-    """All modules under all names, as they will be with the views, which are written into ``views`` on the way.
-
-    Raises:
-        QuantizeError: as :func:`view`.
-    """
-    inside = ""
-    for name, module in model.named_modules(remove_duplicate=False):
-        if inside and name.startswith(inside):
-            continue
-        seen = views[module] if module in views else view(name, module)
-        if seen is None or not name:
-            yield name, module
-        else:
-            views[module], inside = seen, f"{name}."
-            yield from seen.named_modules(prefix=name, remove_duplicate=False)
-
-
 def view(name: str, module: nn.Module) -> nn.Module | None:
     """What to put in the place of ``module`` so that its weights are linear layers; None if it needs no other form.
 
@@ -43,14 +24,26 @@ def view(name: str, module: nn.Module) -> nn.Module | None:
         QuantizeError: experts whose attributes do not fit their parameters; it names the module.
     """
     kind = type(module)
+    if "forward" in module.__dict__:
+        return None
     if kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers."):
-        weight, bias = module._parameters["weight"], module._parameters["bias"]
-        layer = _linear(cast("Tensor", weight).T, bias, module)
+        weight, bias = (module._parameters.get(key) for key in ("weight", "bias"))
+        if weight is None:
+            return None
+        layer = _linear(weight.T, bias, module)
         layer.__dict__.update({key: value for key, value in module.__dict__.items() if "_hook" in key})
         return layer
-    if all(hasattr(module, mark) for mark in _MARKS) and "down_proj" in module._parameters:
-        return Experts(name, module)
-    return None
+    # Where a subclass has a forward of its own, that of the decorator is not what runs.
+    decorated = hasattr(kind.forward, "__wrapped__") and all(hasattr(module, mark) for mark in _MARKS)
+    return Experts(name, module) if decorated and module._parameters.get("down_proj") is not None else None
+
+
+def release(model: nn.Module) -> None:
+    """Give weights of experts that stay in floating point memory of their own, so that the rest of it is freed."""
+    for module in model.modules():
+        for p in module.parameters() if isinstance(module, Experts) else ():
+            if p.nbytes < p.untyped_storage().nbytes():
+                p.data = p.data.clone()
 
 
 class Experts(nn.Module):
@@ -73,31 +66,34 @@ class Experts(nn.Module):
         self.__dict__.update(original.__dict__)
         self._modules, self._parameters = dict(original._modules), dict(original._parameters)
         self.name, self.original = name, cast("Any", type(original))
-        up = "gate_up_proj" if self.has_gate else "up_proj"
-        held = {key: self._parameters.pop(key, None) for key in (up, "down_proj", f"{up}_bias", "down_proj_bias")}
-        turned = {key: p.mT if p is not None and p.ndim == 3 and self.is_transposed else p for key, p in held.items()}
-        ups, downs, *biases = turned.values()
-        e, (h, i) = self.num_experts, (0, 0) if downs is None or downs.ndim != 3 else downs.shape[1:]
-        wide = 2 * i if self.has_gate else i
-        for (key, p), shape in zip(turned.items(), ((e, wide, h), (e, h, i), (e, wide), (e, h)), strict=True):
-            if "bias" in key and p is None and not self.has_bias:
-                continue
-            if p is None or p.shape != shape:
-                found = f"no parameter {key!r}" if p is None else f"{key!r} as {list(p.shape)}"
-                raise refusal(f"module {name!r}", found, f"{list(shape)}, as its attributes say")
-        assert ups is not None
-        assert downs is not None
+        up, down, e = (
+            "gate_up_proj" if self.has_gate else "up_proj",
+            original._parameters["down_proj"],
+            self.num_experts,
+        )
+        assert down is not None
+        if down.ndim != 3:
+            raise refusal(f"module {name!r}", f"'down_proj' as {list(down.shape)}", "[experts, hidden, inner]")
+        h, i = (down.mT if self.is_transposed else down).shape[1:]
+        wide, held = 2 * i if self.has_gate else i, dict[str, Tensor]()
+        shapes = {up: (e, wide, h), "down_proj": (e, h, i), f"{up}_bias": (e, wide), "down_proj_bias": (e, h)}
+        for key, (_, *shape) in shapes.items():
+            p = self._parameters.pop(key, None)
+            wanted = None if "bias" in key and not self.has_bias else [e, *shape[:: -1 if self.is_transposed else 1]]
+            if (found := None if p is None else list(p.shape)) != wanted:
+                raise refusal(f"module {name!r}", f"{key!r} as {found}", f"{wanted}, as its attributes say")
+            if p is not None:
+                held[key] = p.mT if self.is_transposed and p.ndim == 3 else p
         # Concatenated: [gate; up]. Interleaved: gate, up, gate, up, ...
         halves = (slice(i), slice(i, None)) if self.is_concatenated else (slice(0, None, 2), slice(1, None, 2))
         rows = dict(zip(("gate_proj", "up_proj"), halves, strict=True)) if self.has_gate else {"up_proj": slice(None)}
         for number in range(e):
-            up_bias, down_bias = (None if bias is None else bias[number] for bias in biases)
-            expert = nn.ModuleDict()
+            part, expert = {key: p[number] for key, p in held.items()}, nn.ModuleDict().train(original.training)
+            up_bias = part.get(f"{up}_bias")
             for key, at in rows.items():
-                expert[key] = _linear(ups[number, at], None if up_bias is None else up_bias[at], original)
-            expert["down_proj"] = _linear(downs[number], down_bias, original)
+                expert[key] = _linear(part[up][at], None if up_bias is None else up_bias[at], original)
+            expert["down_proj"] = _linear(part["down_proj"], part.get("down_proj_bias"), original)
             self.add_module(str(number), expert)
-        self.train(original.training)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """``[t, h]`` by way of the experts ``[t, k]`` with their weights ``[t, k]``: ``[t, h]``.
