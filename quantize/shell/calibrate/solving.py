@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from quantize.shell.calibrate import sequential
-from quantize.shell.calibrate.layer import CalibrationLinear, calibrated, siblings
+from quantize.shell.calibrate.layer import CalibrationLinear, calibrated
 from quantize.shell.calibrate.ranks import Ranks
 from quantize.shell.calibrate.session import KEY, Session
+from quantize.shell.calibrate.stacks import siblings
 from quantize.shell.config import QuantizeWarning, refusal
 from quantize.shell.fold import folding
 from quantize.shell.fold.producers import Foldable
