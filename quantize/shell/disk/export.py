@@ -16,7 +16,8 @@ FORMATS = {"compressed-tensors": compressed_tensors, "ascendv1": ascendv1}
 def export(model: nn.Module, directory: str | os.PathLike[str], *, format: str) -> None:  # noqa: A002 - the usual word
     """Write a converted model as a checkpoint in the ``format`` of another program; the model stays as it is.
 
-    All parameters and persistent buffers are written, tied weights once; with the ``config`` and ``generation_config``
+    All parameters and persistent buffers are written, tied weights once, under the names that checkpoints of the model
+    have; with the ``config`` and ``generation_config``
     of a model of transformers also its ``config.json`` and ``generation_config.json``. Tokenizers are not.
 
     - ``'compressed-tensors'``: for transformers and vLLM. ``model.safetensors``, and the format in ``config.json``. All
@@ -45,5 +46,5 @@ def export(model: nn.Module, directory: str | os.PathLike[str], *, format: str) 
     files.check_new(directory)
     tensors = dict(parts.others)
     for name, layer in parts.layers.items():
-        tensors.update({f"{name}.{key}": tensor for key, tensor in written.tensors(name, layer).items()})
+        tensors.update({f"{parts.names[name]}.{key}": tensor for key, tensor in written.tensors(name, layer).items()})
     files.write(directory, {written.FILE: tensors}, written.texts(parts, tensors))
