@@ -123,7 +123,7 @@ def test_skipped_layers_are_there_with_their_reasons_or_counted():
     figure = draw(report(6))
     assert {"lm_head", "wte", "floating point: skip_layers: 'lm_head'"} <= set(words(figure))
     figure = draw(report(210))
-    assert "not shown: 154 others, 2 modules left in floating point" in figure.get_supxlabel()
+    assert "the worst are shown, 154 others and 2 modules in floating point are not" in figure.get_supxlabel()
     assert not {"lm_head", "wte"} & set(words(figure))
 
 
@@ -133,7 +133,7 @@ def test_of_many_layers_the_worst_are_drawn_in_the_order_of_the_model():
     worst = sorted(range(100), key=lambda i: -rows[i].ratio)[:56]
     assert [word for word in words(figure) if word] == [rows[i].name for i in sorted(worst)]
     assert points(figure.axes[1])["after: as quantized"] == {k: rows[i].ratio for k, i in enumerate(sorted(worst))}
-    assert "102 layers, in the order of the model; not shown: 46 others, 0 modules" in figure.get_supxlabel()
+    assert "102 layers, in the order of the model; the worst are shown, 46 others" in figure.get_supxlabel()
 
 
 def test_experts_have_one_line_with_the_worst_of_them():

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from quantize.shell.config import Config, refusal
-from quantize.shell.report.rows import Skipped
+from quantize.shell.report.rows import Skipped, share
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Children whose weight their owner reads without calling them.
@@ -23,12 +23,14 @@ _READ_DIRECTLY: dict[type[nn.Module], tuple[str, ...]] = {
 class Plan:
     """What :func:`plan` found: the ``layers`` to quantize, each with all names that it has in the model.
 
-    ``unmatched``: entries of ``skip_layers`` that match no module with a weight matrix.
+    ``unmatched``: entries of ``skip_layers`` that match no module with a weight matrix. ``elements``: those of all
+    weight matrices of the model, each tensor counted once.
     """
 
     layers: Mapping[nn.Linear, tuple[str, ...]]
     skipped: tuple[Skipped, ...]
     unmatched: tuple[str, ...]
+    elements: int
 
 
 def plan(model: nn.Module, config: Config) -> Plan:
@@ -38,23 +40,29 @@ def plan(model: nn.Module, config: Config) -> Plan:
         QuantizeError: nothing to quantize, or a weight with NaN or inf.
     """
     names: dict[nn.Module, list[str]] = {}
-    direct: dict[nn.Module, str] = {}
+    owners: dict[nn.Module, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
         for owner, children in _READ_DIRECTLY.items():
             if isinstance(module, owner):
-                direct.update({module.get_submodule(child): owner.__name__ for child in children})
+                owners.update({module.get_submodule(child): owner.__name__ for child in children})
+    total = sum(p.numel() for p in model.parameters() if p.ndim >= 2)
     layers: dict[nn.Linear, tuple[str, ...]] = {}
     skipped: list[Skipped] = []
-    matched: set[str] = set()
+    matched, counted = set[str](), set[nn.Parameter]()
     for module, all_names in names.items():
-        reason = _reason(module, all_names, config, direct.get(module))
+        matrices = {p for p in module.parameters(recurse=False) if p.ndim >= 2}
+        if not matrices and not isinstance(module, nn.Linear):
+            continue
         asked = [word for word in config.skip_layers if any(word in name for name in all_names)]
-        if asked and (reason is not None or isinstance(module, nn.Linear)):
+        matched.update(asked)
+        reason = _reason(module, all_names, config, owners.get(module), total)
+        if asked:
             reason = f"skip_layers: {asked[0]!r}"
-            matched.update(asked)
         if reason is not None:
-            skipped += (Skipped(name, reason, asked=bool(asked)) for name in all_names)
+            for name in all_names:
+                skipped.append(Skipped(name, reason, bool(asked), sum(p.numel() for p in matrices - counted)))
+                counted |= matrices
         elif isinstance(module, nn.Linear):
             layers[module] = tuple(all_names)
     unmatched = tuple(word for word in config.skip_layers if word not in matched)
@@ -63,7 +71,7 @@ def plan(model: nn.Module, config: Config) -> Plan:
         raise refusal("model", f"nothing to quantize ({found})", "a model that contains an nn.Linear")
     for layer, (name, *_) in layers.items():
         check_weight(name, layer.weight)
-    return Plan(layers, tuple(skipped), unmatched)
+    return Plan(layers, tuple(skipped), unmatched, total)
 
 
 def swap(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
@@ -84,12 +92,15 @@ def check_weight(name: str, weight: torch.Tensor) -> None:
         raise refusal(f"layer {name!r}", "a weight with NaN or inf", "finite weights, or the layer in skip_layers")
 
 
-def _reason(module: nn.Module, names: list[str], config: Config, owner: str | None) -> str | None:
+def _reason(module: nn.Module, names: list[str], config: Config, owner: str | None, total: int) -> str | None:
     if owner is not None:
         return f"its owner, {owner}, reads the weight without calling the layer"
     kind = type(module).__name__
     if not isinstance(module, nn.Linear):
-        return f"{kind} is not an nn.Linear" if any(p.ndim >= 2 for p in module.parameters(recurse=False)) else None
+        # Experts of a class of their own are most of a model; a convolution of torch's is none.
+        stacked = sum(p.numel() for p in module.parameters(recurse=False) if p.ndim == 3)
+        theirs = stacked and not type(module).__module__.startswith("torch.")
+        return f"{kind} is not an nn.Linear" + (f": its 3-D parameters are {share(stacked, total)}" if theirs else "")
     if type(module) is not nn.Linear:
         return f"{kind} is a subclass of nn.Linear: its forward may do something else"
     if "" in names:

@@ -79,7 +79,7 @@ def draw(rows: Sequence[Row], skipped: Sequence[Skipped]) -> Figure:
                   for left in skipped]  # fmt: skip
     else:
         others = len(rows) - sum(len(groups[i][1]) for i in chosen)
-        note[0] += f"; not shown: {others} others, {len(skipped)} modules left in floating point"
+        note[0] += f"; the worst are shown, {others} others and {len(skipped)} modules in floating point are not"
 
     figure = Figure(figsize=(3.7 + 3.2 * len(panels), 0.24 * len(lines) + 1.6 + 0.15 * len(note)))
     figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.08)
