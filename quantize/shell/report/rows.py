@@ -96,6 +96,6 @@ def from_plain(held: Mapping[str, Any]) -> Row:
     Raises:
         KeyError, TypeError, ValueError: something else made ``held``.
     """
-    (n, c), weights, inputs = held["shape"], Scheme(**held["weights"]), held["inputs"]
-    known = {"shape": (n, c), "weights": weights, "inputs": None if inputs is None else Scheme(**inputs)}
-    return Row(**{**held, **known, "names": tuple(held["names"])})
+    inputs = None if held["inputs"] is None else Scheme(**held["inputs"])
+    known = {"names": tuple(held["names"]), "shape": tuple(held["shape"]), "inputs": inputs}
+    return Row(**{**held, **known, "weights": Scheme(**held["weights"])})
