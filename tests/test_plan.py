@@ -105,7 +105,8 @@ def test_it_is_said_how_much_stays_in_floating_point():
     model["head"].weight = model["embed"].weight
     model["shared"] = model["experts"]
     total = 20 * 8 + 8 * 5 + 2 * 4 * 16 * 8
-    told = f"Experts is not an nn.Linear: its 3-D parameters are {100 * 1024 / total:.1f} % of the model's weights"
+    stacked = f"{100 * 1024 / total:.1f} % of the model's weights"
+    told = f"Experts is not an nn.Linear: its 3-D parameters, such as those of experts, are {stacked}"
     with pytest.warns(qz.QuantizeWarning) as warned:
         qz.quantize(model, config(skip_layers="head"))
     report = qz.report(model)

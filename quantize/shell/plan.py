@@ -40,12 +40,11 @@ def plan(model: nn.Module, config: Config) -> Plan:
         QuantizeError: nothing to quantize, or a weight with NaN or inf.
     """
     names: dict[nn.Module, list[str]] = {}
-    owners: dict[nn.Module, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
-        for owner, children in _READ_DIRECTLY.items():
-            if isinstance(module, owner):
-                owners.update({module.get_submodule(child): owner.__name__ for child in children})
+    owners = {module.get_submodule(child): owner.__name__ for module in names
+              for owner, children in _READ_DIRECTLY.items() if isinstance(module, owner)
+              for child in children}  # fmt: skip
     total = sum(p.numel() for p in model.parameters() if p.ndim >= 2)
     layers: dict[nn.Linear, tuple[str, ...]] = {}
     skipped: list[Skipped] = []
@@ -97,10 +96,10 @@ def _reason(module: nn.Module, names: list[str], config: Config, owner: str | No
         return f"its owner, {owner}, reads the weight without calling the layer"
     kind = type(module).__name__
     if not isinstance(module, nn.Linear):
-        # Experts of a class of their own are most of a model; a convolution of torch's is none.
+        # Experts of a class of their own may be most of a model; those of torch's convolutions are no experts.
         stacked = sum(p.numel() for p in module.parameters(recurse=False) if p.ndim == 3)
-        theirs = stacked and not type(module).__module__.startswith("torch.")
-        return f"{kind} is not an nn.Linear" + (f": its 3-D parameters are {share(stacked, total)}" if theirs else "")
+        told = f": its 3-D parameters, such as those of experts, are {share(stacked, total)}"
+        return f"{kind} is not an nn.Linear{told * (stacked > 0 and not module.__module__.startswith('torch.'))}"
     if type(module) is not nn.Linear:
         return f"{kind} is a subclass of nn.Linear: its forward may do something else"
     if "" in names:
