@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantize.shell.config import refusal
 from quantize.shell.views import Experts
 
 
@@ -19,6 +20,9 @@ def of_checkpoint(
 
     transformers finds the names itself: for every layer it is given a number in place of the weight. An expert's are
     those of its part of the 3-D parameter that the model was made with.
+
+    Raises:
+        QuantizeError: experts that checkpoints of the model keep in one tensor.
     """
     loading: Any = sys.modules.get("transformers.core_model_loading")
     revert = getattr(loading, "revert_weight_conversion", None)
@@ -40,7 +44,10 @@ def of_checkpoint(
         mark = tensor.dtype == torch.int64 and key.endswith((".weight", *fused)) and key not in others
         if not mark:
             kept[key] = tensor
-        elif tensor.numel() == 1 and tensor.item() >= 0:
+        elif tensor.numel() > 1:
+            told = f"{key!r} is one tensor in its checkpoints, which no format has in codes"
+            raise refusal("model", told, "the experts in skip_layers")
+        elif tensor.item() >= 0:
             names[given[int(tensor)]] = key.removesuffix(".weight")
     return names, kept
 
