@@ -159,7 +159,7 @@ def test_the_report_is_plain_data():
     assert layer.keys() == {*vars(qz.report(model).rows[0])} - {"fell_back"}
     assert layer["tokens"] == 0
     assert layer["weight_sqnr"] > 40
-    assert data["skipped"] == [{"name": "b", "reason": "skip_layers: 'b'", "asked": True}]
+    assert data["skipped"] == [{"name": "b", "reason": "skip_layers: 'b'", "asked": True, "elements": 64}]
     exact = nn.Sequential(nn.Linear(4, 4))
     nn.init.zeros_(exact[0].weight)
     qz.quantize(exact, config())

@@ -18,6 +18,7 @@ from quantize.shell.config import QuantizeWarning, parse, refusal, shown
 from quantize.shell.deploy import loading
 from quantize.shell.deploy.layer import QuantizedLinear
 from quantize.shell.plan import Plan, plan, swap
+from quantize.shell.report.rows import share
 from quantize.shell.report.text import Report
 from quantize.shell.views import release
 
@@ -147,6 +148,7 @@ def report(model: nn.Module) -> Report:
         tuple(skipped for each in found for skipped in each.skipped),
         tuple(word for each in found for word in each.unmatched),
         tuple(remark for each in found for remark in each.remarks),
+        sum(each.elements for each in found),
     )
 
 
@@ -159,5 +161,6 @@ def _warn(planned: Plan) -> None:
     left = [f"{skipped.name!r} ({skipped.reason})" for skipped in planned.skipped if not skipped.asked]
     left += [f"skip_layers entry {word!r} matched nothing" for word in planned.unmatched]
     if left:
-        message = f"left in floating point, see report(model): {'; '.join(left)}"
+        told = share(sum(skipped.elements for skipped in planned.skipped), planned.elements)
+        message = f"{told} stay in floating point, see report(model): {'; '.join(left)}"
         warnings.warn(message, QuantizeWarning, stacklevel=3)

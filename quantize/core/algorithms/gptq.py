@@ -17,7 +17,6 @@ from torch import Tensor
 
 from quantize.core import affine, observers, ranges, refine, shrinkage
 from quantize.core.algorithms.base import FEWEST_FOR_GRAM, Algorithm, BaseOptions, LayerSpec, Solution, option
-from quantize.core.qtensor import QParams, present
 
 QUANTIZES_INPUTS = frozenset({False})
 
@@ -221,7 +220,8 @@ def _solve(
     if isinstance(statistic, observers.PairedState):
         target = refine.each(partial(corrected, strength=options.asymmetric), stacked)(wide, statistic)
     rounded = refine.each(partial(affine.round_to_nearest, scheme=spec.weight), stacked)(wide)
-    params = _search(spec, options, target, gram.diagonal(dim1=-2, dim2=-1))
+    importance, steps = gram.diagonal(dim1=-2, dim2=-1), 40 if options.search_range else 1
+    params = ranges.search(target, spec.weight, importance, steps=steps)
     q = refine.sweep(target, target, prepared.upper, params, spec.weight, prepared.order, block_size=options.block_size)
     for _ in range(options.sweeps):
         q = refine.each(refine.refit, stacked)(
@@ -244,14 +244,3 @@ def _solve(
             Solution(part, error=mine[..., rows].sum(-1), baseline_error=baseline[..., rows].sum(-1), notes=notes)
         )
     return solutions
-
-
-def _search(spec: LayerSpec, options: Options, target: Tensor, importance: Tensor) -> QParams:
-    steps = 40 if options.search_range else 1
-    if target.ndim == 2:
-        return ranges.search(target, spec.weight, importance, steps=steps)
-    # One after the other: more than one does not stay in the cache.
-    found = [
-        ranges.search(*each, steps=steps) for each in zip(target, [spec.weight] * len(target), importance, strict=True)
-    ]
-    return QParams(*map(torch.stack, zip(*map(present, found), strict=True)))

@@ -12,7 +12,8 @@ import torch.distributed as dist
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from quantize.shell.calibrate.layer import CalibrationLinear, siblings, solve_together, stacks
+from quantize.shell.calibrate.layer import CalibrationLinear
+from quantize.shell.calibrate.stacks import siblings, solve_together, stacks
 from quantize.shell.config import QuantizeError, refusal
 
 Stack = list[list[CalibrationLinear]]

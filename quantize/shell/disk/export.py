@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from torch import nn
+from torch import Tensor, nn
 
 from quantize.shell.config import refusal, shown
 from quantize.shell.disk import ascendv1, compressed_tensors, files
@@ -16,7 +16,8 @@ FORMATS = {"compressed-tensors": compressed_tensors, "ascendv1": ascendv1}
 def export(model: nn.Module, directory: str | os.PathLike[str], *, format: str) -> None:  # noqa: A002 - the usual word
     """Write a converted model as a checkpoint in the ``format`` of another program; the model stays as it is.
 
-    All parameters and persistent buffers are written, tied weights once; with the ``config`` and ``generation_config``
+    All parameters and persistent buffers are written, tied weights once, under the names that checkpoints of the model
+    have; with the ``config`` and ``generation_config``
     of a model of transformers also its ``config.json`` and ``generation_config.json``. Tokenizers are not.
 
     - ``'compressed-tensors'``: for transformers and vLLM. ``model.safetensors``, and the format in ``config.json``. All
@@ -41,9 +42,14 @@ def export(model: nn.Module, directory: str | os.PathLike[str], *, format: str) 
     """
     if not (isinstance(format, str) and format in FORMATS):
         raise refusal("format", shown(format), f"one of {', '.join(map(repr, FORMATS))}")
-    parts, written = Parts(model), FORMATS[format]
+    parts = Parts(model)
     files.check_new(directory)
-    tensors = dict(parts.others)
+    files.write(directory, *contents(parts, format))
+
+
+def contents(parts: Parts, format: str) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:  # noqa: A002 - as above
+    """What :func:`export` writes: tensors by file and by name, and texts by file."""
+    written, tensors = FORMATS[format], dict(parts.others)
     for name, layer in parts.layers.items():
-        tensors.update({f"{name}.{key}": tensor for key, tensor in written.tensors(name, layer).items()})
-    files.write(directory, {written.FILE: tensors}, written.texts(parts, tensors))
+        tensors.update({f"{parts.names[name]}.{key}": tensor for key, tensor in written.tensors(name, layer).items()})
+    return {written.FILE: tensors}, written.texts(parts, tensors)
