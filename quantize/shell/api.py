@@ -109,6 +109,7 @@ def convert(model: nn.Module, *, kernel: str | None = None, from_state: Mapping[
     loading.check_served(layers.values(), kernel)
     swap(model, layers)
     counting.detach(model)
+    loading.carry_hidden(model)
 
 
 def _deployed(model: nn.Module, kernel: str | None) -> dict[nn.Module, QuantizedLinear]:

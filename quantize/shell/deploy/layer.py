@@ -57,17 +57,15 @@ class QuantizedLinear(nn.Module):
         self._hold(solved, dtype)
 
     def _hold(self, solved: Solution, dtype: torch.dtype) -> None:
+        """Choose a kernel for ``solved``, and make what it keeps the buffers, instead of those before."""
         self.kernel, self.reason = choose(solved, self.bias, dtype, self.wanted)
         self.out_features, self.in_features = n, c = solved.weight.codes.shape
         self.layout = Layout(LayerSpec(solved.weight.scheme, solved.inputs), n, c, dtype)
         with torch.no_grad():
-            self._put(KERNELS[self.kernel].prepare(solved, self.bias, dtype))
-
-    def _put(self, held: dict[str, Tensor]) -> None:
-        """Make ``held`` the buffers of the kernel, instead of those before."""
+            held = KERNELS[self.kernel].prepare(solved, self.bias, dtype)
         for name in self._kept:
             del self._buffers[name]
-            self._non_persistent_buffers_set.discard(name)
+        self._non_persistent_buffers_set.difference_update(self._kept)
         for name, tensor in held.items():
             self.register_buffer(name, tensor, persistent=False)
         self._kept = tuple(held)
@@ -109,37 +107,32 @@ class QuantizedLinear(nn.Module):
         return f"{shape}, {spec.weight}, inputs {spec.inputs or 'float'}, kernel {self.kernel}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
+        held, solved = self._held(), self.solution
+        dtype, device = self.layout.dtype, held["scale"].device
         # A cast of the model moves the bias; scales keep the precision in which they were computed.
+        kept = {id(tensor) for tensor in pytree.tree_leaves((held, solved))}
+
         def moved(tensor: Tensor) -> Tensor:
             new = fn(tensor)
-            return new if new.dtype == tensor.dtype else tensor.to(new.device)
+            return tensor.to(new.device) if id(tensor) in kept and new.dtype != tensor.dtype else new
 
-        held, dtype = self._held(), self.layout.dtype
-        probe = fn(torch.empty(0, dtype=dtype, device=held["scale"].device))
-        stays = (probe.dtype, probe.device) == (dtype, held["scale"].device)
-        new: Any = pytree.tree_map_only(Tensor, moved, held if stays else self.solution)
-        self._put({})
-        try:
-            super()._apply(fn, recurse)  # type: ignore[no-untyped-call] # torch leaves it bare
-        finally:
-            self._put(held)
-        if stays:
-            self._put(new)
-        else:
-            self._hold(new, probe.dtype)
+        probe = fn(torch.empty(0, dtype=dtype, device=device))
+        stays = (probe.dtype, probe.device) == (dtype, device)
+        solved = solved if stays else pytree.tree_map_only(Tensor, moved, solved)
+        super()._apply(moved, recurse)  # type: ignore[no-untyped-call] # torch leaves it bare
+        if not stays:
+            self._hold(solved, probe.dtype)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         # What a kernel holds may be of use on this processor only.
         others = {name: buffer for name, buffer in self._buffers.items() if name not in self._kept}
-        hidden = self._non_persistent_buffers_set - {*self._kept}
-        replaced = {"_buffers": others, "_non_persistent_buffers_set": hidden, "_kept": (), "_saved": None}
-        return {**self.__dict__, **replaced, "_held": reference.prepare(self.solution)}
+        form = reference.prepare(self.solution)
+        return {**self.__dict__, "_buffers": others | form, "_kept": tuple(form), "_saved": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        held = state.pop("_held")
         super().__setstate__(state)  # type: ignore[no-untyped-call] # torch leaves it bare
-        self._hold(reference.restore(held, self.layout), self.layout.dtype)
+        self._hold(reference.restore(self._held(), self.layout), self.layout.dtype)
 
     def get_extra_state(self) -> Tensor:
         """The format and the row of the report, as :func:`.state.describe` writes them."""
@@ -150,7 +143,12 @@ class QuantizedLinear(nn.Module):
         _, self.row = saved.read(self.row.name, state)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        outline = destination if isinstance(destination, saved.Outline) else None
+        if outline is not None and outline.layers.setdefault(self, prefix) != prefix:
+            return
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if outline is not None:
+            return
         mark, first = self._saved or (object, "")
         if destination.get(first + saved.EXTRA, self) is mark():
             # Under a second name the very same tensors: savers that drop shared ones drop all of them, or none.

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import math
 import os
+import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from quantize.shell.config import refusal
+from quantize.shell.config import refusal, shown
 
 
 def check_new(directory: str | os.PathLike[str]) -> None:
@@ -40,27 +43,81 @@ def safetensors() -> Any:
     return safetensors.torch
 
 
+def shard_size(given: object) -> float:
+    """The bytes of ``given``: an int, a string such as ``'5GB'`` or ``'500MiB'``, or None for no limit.
+
+    Raises:
+        QuantizeError: it is something else.
+    """
+    text = f"{given}B" if isinstance(given, int) and not isinstance(given, bool) else given
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)(I?)B", text.upper()) if isinstance(text, str) else None
+    size = float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2] or " ") if found else 0.0
+    if given is not None and size < 1:
+        raise refusal("max_shard_size", shown(given), "bytes as an int, or a string such as '5GB' or '500MiB'")
+    return math.inf if given is None else size
+
+
 def write(
     directory: str | os.PathLike[str],
-    tensors: Mapping[str, Mapping[str, Tensor]],
+    tensors: Mapping[str, Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]],
     texts: Mapping[str, str],
     header: Mapping[str, str] | None = None,
+    *,
+    limit: float = math.inf,
+    index: str = "{}.index.json",
 ) -> None:
     """Make ``directory`` of files: the safetensors ``tensors``, by file and by name, and ``texts``, by file.
 
-    ``header`` is added to the metadata of every file of tensors.
+    Args:
+        directory: a new or an empty one.
+        tensors: those of each file; from pairs of names and tensors, no more than one shard is held at a time.
+        texts: by file.
+        header: added to the metadata of every file of tensors.
+        limit: the bytes of tensors in a file; with more, ``a.safetensors`` is ``a-00001-of-00002.safetensors`` and so
+            on, and an index says which tensor is where, as transformers reads it.
+        index: the name of the index of a file.
 
     Raises:
         QuantizeError: as :func:`check_new`.
         OSError: it cannot be written; nothing is left.
     """
     check_new(directory)
+    metadata = {"format": "pt", **(header or {})}
     with replacing(directory) as temporary:
         temporary.mkdir()
-        for name, held in tensors.items():
-            safetensors().save_file(_apart(held), temporary / name, metadata={"format": "pt", **(header or {})})
+        for file, held in tensors.items():
+            path, shards, total = temporary / file, list[list[str]](), 0
+            for shard in _shards(held.items() if isinstance(held, Mapping) else held, limit):
+                safetensors().save_file(_apart(shard), temporary / str(len(shards)), metadata=metadata)
+                shards.append([*shard])
+                total += sum(tensor.nbytes for tensor in shard.values())
+            many, where = len(shards), dict[str, str]()
+            for i, keys in enumerate(shards):
+                name = file if many == 1 else f"{path.stem}-{i + 1:05}-of-{many:05}{path.suffix}"
+                (temporary / str(i)).rename(temporary / name)
+                where |= dict.fromkeys(keys, name)
+            if many > 1:
+                told = {"metadata": {"total_size": total}, "weight_map": where}
+                (temporary / index.format(file)).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
         for name, text in texts.items():
             (temporary / name).write_text(text, encoding="utf-8")
+
+
+def read(directory: str | os.PathLike[str], file: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors that :func:`write` wrote as ``file``, in shards or not, and their metadata.
+
+    The tensors lie in the files until they are used.
+
+    Raises:
+        OSError, SafetensorError, ValueError, KeyError: the files are not there, or cannot be read.
+    """
+    index, tensors, metadata = Path(directory, f"{file}.index.json"), dict[str, Tensor](), dict[str, str]()
+    names = {*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()} if index.exists() else {file}
+    for name in names:
+        with safetensors().safe_open(Path(directory, name), framework="pt") as opened:
+            tensors |= {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - no mapping
+            metadata |= opened.metadata() or {}
+    return tensors, metadata
 
 
 @contextlib.contextmanager
@@ -94,6 +151,21 @@ def _sync(path: Path) -> None:
             os.fsync(opened)
         finally:
             os.close(opened)
+
+
+def _shards(pairs: Iterable[tuple[str, Tensor]], limit: float) -> Iterator[dict[str, Tensor]]:
+    """The ``pairs`` in as many dicts as needed; each is emptied once the next begins."""
+    shard, size = dict[str, Tensor](), 0
+    for key, tensor in pairs:
+        if tensor.is_meta:
+            raise refusal(f"{key!r} in the state", "on the meta device", "a tensor with data")
+        size += tensor.nbytes
+        if shard and size > limit:
+            yield shard
+            shard.clear()
+            size = tensor.nbytes
+        shard[key] = tensor
+    yield shard
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
