@@ -3,7 +3,6 @@
 import copy
 import json
 import warnings
-import weakref
 
 import pytest
 import torch
@@ -24,8 +23,8 @@ from transformers import (
 )
 
 import quantize as qz
-from quantize.shell.deploy import state
 from quantize.shell.disk import files
+from tests.memory import Alive
 from tests.models import config, filled, mlp, randn
 from tests.test_export import listed
 
@@ -194,7 +193,7 @@ def test_sizes_that_are_none_are_refused(size, tmp_path):
     qz.quantize(model, config())
     qz.convert(model)
     with pytest.raises(
-        qz.QuantizeError, match="max_shard_size: .*; accepted: bytes as an int, or a string such as '5G"
+        qz.QuantizeError, match=r"max_shard_size: .*; accepted: bytes as an int, or a string such as '5G"
     ):
         qz.save(model, tmp_path / "out", max_shard_size=size)
     assert not listed(tmp_path)
@@ -217,38 +216,27 @@ def test_a_lost_shard_leaves_the_model(tmp_path):
 
 
 def test_no_more_than_a_shard_is_made_at_a_time(tmp_path):
-    alive, most = {}, 0
-
-    def pairs():
-        nonlocal most
-        for i in range(20):
-            tensor = torch.zeros(1000, dtype=torch.uint8)
-            alive[i] = weakref.ref(tensor)
-            most = max(most, sum(ref() is not None for ref in alive.values()))
-            yield str(i), tensor
-            del tensor
-
-    files.write(tmp_path / "out", {"a.safetensors": pairs()}, {}, limit=3000, index="{}.own.json")
-    assert most == 4
+    pairs = ((str(i), torch.zeros(1000, dtype=torch.uint8)) for i in range(20))
+    with Alive(1000) as alive:
+        files.write(tmp_path / "out", {"a.safetensors": pairs}, {}, limit=3000, index="{}.own.json")
+    # A shard, and the first of the next.
+    assert alive.most == 4
     assert listed(tmp_path / "out")[-1] == "a.safetensors.own.json"
+    assert len(listed(tmp_path / "out")) == 8
 
 
-def test_layers_are_unpacked_one_shard_at_a_time(tmp_path, monkeypatch):
+def test_layers_are_unpacked_one_shard_at_a_time(tmp_path):
     model = filled(nn.Sequential(*(nn.Linear(256, 256) for _ in range(12)))).bfloat16()
     qz.quantize(model, config(weights=INT4))
     qz.convert(model)
-    made, most, plain = [], 0, state.tensors
-
-    def tensors(solved):
-        nonlocal most
-        # Copies: with the reference the codes are the layer's own.
-        found = {key: t.clone() for key, t in plain(solved).items()}
-        made.append(weakref.ref(found["codes"]))
-        most = max(most, sum(ref() is not None for ref in made))
-        return found
-
-    monkeypatch.setattr(state, "tensors", tensors)
-    qz.save(model, tmp_path / "out", max_shard_size="100KB")
-    assert len(made) == 12
-    # Two layers in a shard, the next, and the one that the loop still names.
-    assert most <= 4
+    # Two int4 in a byte, as the reference keeps them; the first two layers fill a shard.
+    with Alive(256 * 128) as alive:
+        qz.save(model, tmp_path / "out", max_shard_size="90KB")
+    assert len(listed(tmp_path / "out")) == 7
+    assert alive.most <= 4
+    with torch.device("meta"):
+        fresh = nn.Sequential(*(nn.Linear(256, 256) for _ in range(12))).bfloat16()
+    qz.load(fresh, tmp_path / "out")
+    x = randn(3, 256).bfloat16()
+    with torch.no_grad():
+        assert torch.equal(fresh(x), model(x))

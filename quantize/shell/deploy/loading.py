@@ -65,35 +65,40 @@ def convert(model: nn.Module, state: object, kernel: str | None) -> None:
     check_kernel(kernel)
     if not isinstance(state, Mapping):
         raise refusal("from_state", shown(state), "the state_dict of a converted model")
-    told = {at: {**versions} for at, versions in getattr(state, "_metadata", {}).items()}
-    layers, tensors, first = _layers(model, state), _tensors(model), _first(model)
-    found: dict[str, Any] = {}
-    for key, value in state.items():
-        found.setdefault(first(key), value)
+    (first, tensors), layers = _names(model), _layers(model, state)
     empty = [name for name, buffer in hidden(model).items() if buffer.is_meta]
-    brought = {first(f"{at}.{key}".lstrip(".")): t for at in told for key, t in told[at].pop(HIDDEN, {}).items()}
-    for name in map(first, empty):
-        if name not in found and name not in brought:
-            accepted = "a real tensor, or a state_dict as torch.save keeps it, or quantize.save and quantize.load"
-            raise refusal(f"buffer {name!r}", "on the meta device, and not in the state", accepted)
-        found.setdefault(name, brought.get(name))
+    told = {at: {**versions} for at, versions in getattr(state, "_metadata", {}).items()}
+    brought = {f"{at}.{key}".lstrip("."): t for at in told for key, t in told[at].pop(HIDDEN, {}).items()}
+    rest: dict[str, Any] = {}
+    doubles: list[tuple[str, Any, Any]] = []
+    for key, value in (*state.items(), *((name, brought[name]) for name in empty if name in brought)):
+        if (other := rest.setdefault(first(key), value)) is not value:
+            doubles.append((key, value, other))
+    parts: dict[str, dict[str, Any]] = {name: {} for name in layers.values()}
+    for key in [key for key in rest if key not in tensors]:
+        owner, _, last = key.rpartition(".")
+        if owner in parts:
+            parts[owner][last] = rest.pop(key)
     # What the model loads by itself: everything but the weights of the layers.
     weights = {f"{name}.weight" for name, module in model.named_modules(remove_duplicate=False) if module in layers}
     own = {key: value for key, value in model.state_dict().items() if key not in weights}
-    parts: dict[str, dict[str, Any]] = {name: {} for name in layers.values()}
-    for key in [key for key in found if key not in tensors and key.rpartition(".")[0] in parts]:
-        owner, _, last = key.rpartition(".")
-        parts[owner][last] = found.pop(key)
-    # A buffer that was hidden may have another size or dtype by now: a cache that grew, a cast of the empty model.
+    for name in empty:
+        if first(name) not in rest:
+            accepted = "a real tensor, or a state_dict as torch.save keeps it, or quantize.save and quantize.load"
+            raise refusal(f"buffer {name!r}", "on the meta device, and not in the state", accepted)
+    # Since the model was built, a hidden buffer may have grown, or been cast.
     forms = dict.fromkeys(map(first, empty)) | {first(key): saved.form(value) for key, value in own.items()}
-    saved.check("from_state", found, forms, "keys of the model only")
+    saved.check("from_state", rest, forms, "keys of the model only")
     built: dict[nn.Module, QuantizedLinear] = {
-        module: _layer(name, parts[name], module, found.get(first(f"{name}.bias")), kernel)
+        module: _layer(name, parts[name], module, rest.get(first(f"{name}.bias")), kernel)
         for module, name in layers.items()
     }
     check_served(built.values(), kernel)
-    _check_doubles(state, first)
-    new = {key: _filled(tensors[key], value) if key in tensors else value for key, value in found.items()}
+    for key, value, other in doubles:
+        if isinstance(value, Tensor) and not torch.equal(value, other):
+            (second, _, last), (name, _, _) = key.rpartition("."), first(key).rpartition(".")
+            raise refusal(f"layer {second!r}", f"another {last!r} than {name!r}", "the same: in the model it is one")
+    new = {key: _filled(tensors[key], value) if key in tensors else value for key, value in rest.items()}
     ready = OrderedDict({key: new[first(key)] for key in own})
     # Modules read from here how old a state is.
     ready._metadata = told  # type: ignore[attr-defined] # an attribute that torch adds
@@ -107,14 +112,11 @@ def convert(model: nn.Module, state: object, kernel: str | None) -> None:
     carry_hidden(model)
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers under all of their names."""
-    return dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
-
-
-def _first(model: nn.Module) -> Callable[[str], str]:
-    """From a key of a state to the first that ``model`` has for the same tensor, or the same module's."""
-    modules, tensors = dict(model.named_modules(remove_duplicate=False)), _tensors(model)
+def _names(model: nn.Module) -> tuple[Callable[[str], str], dict[str, Tensor]]:
+    """From a key of a state to the first that ``model`` has for the same; and all tensors under all names."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    tensors |= model.named_buffers(remove_duplicate=False)
     names: dict[object, str] = {}
     for name, thing in (*modules.items(), *tensors.items()):
         names.setdefault(thing, name)
@@ -125,7 +127,7 @@ def _first(model: nn.Module) -> Callable[[str], str]:
             return names[tensors[key]]
         return f"{names[modules[owner]]}.{last}" if owner and owner in modules else key
 
-    return first
+    return first, tensors
 
 
 def _layers(model: nn.Module, state: Mapping[str, Any]) -> dict[nn.Linear, str]:
@@ -162,16 +164,6 @@ def _layer(
     layer = QuantizedLinear(pytree.tree_map_only(Tensor, placed, solved), held, row, weight.dtype, kernel)
     adopt(layer, module)
     return layer
-
-
-def _check_doubles(state: Mapping[str, Any], first: Callable[[str], str]) -> None:
-    """Refuse two contents of what is one tensor in the model."""
-    found: dict[str, Any] = {}
-    for key, value in state.items():
-        other = found.setdefault(first(key), value)
-        if isinstance(value, Tensor) and value is not other and not torch.equal(value, other):
-            (second, _, last), (name, _, _) = key.rpartition("."), first(key).rpartition(".")
-            raise refusal(f"layer {second!r}", f"another {last!r} than {name!r}", "the same: in the model it is one")
 
 
 def _filled(tensor: Tensor, value: Tensor) -> Tensor:

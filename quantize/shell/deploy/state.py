@@ -9,9 +9,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from quantize.core import LayerSpec, Solution
+from quantize.core import LayerSpec, Solution, round_to_nearest
 from quantize.shell.config import refusal, shown
 from quantize.shell.deploy.kernels import Layout, reference
 from quantize.shell.report.rows import Row, as_plain, from_plain
@@ -32,15 +32,12 @@ Form = tuple[tuple[int, ...], tuple[torch.dtype, ...]] | None
 
 
 class Outline(OrderedDict[str, Any]):
-    """What a ``state_dict`` is written to where the tensors of quantized layers are wanted one layer at a time.
-
-    It holds everything else; ``layers`` has the layers, each with the first of its prefixes.
-    """
+    """A ``state_dict`` without the quantized layers: ``layers`` names each, with the first of its prefixes."""
 
     def __init__(self) -> None:
         super().__init__()
         self._metadata = OrderedDict[str, dict[str, Any]]()
-        self.layers: dict[Any, str] = {}
+        self.layers: dict[nn.Module, str] = {}
 
 
 def describe(row: Row, dtype: torch.dtype) -> Tensor:
@@ -135,17 +132,11 @@ def text(layout: Layout) -> str:
 
 
 def _forms(layout: Layout, *, smoothed: bool) -> dict[str, Form]:
-    scheme, inputs, n, c = layout.spec.weight, layout.spec.inputs, layout.n, layout.c
-    rows, groups = scheme.grid_shape(n, c)
-    # Narrow codes are kept two to a byte.
-    per_byte, integers = (2, (torch.uint8,)) if reference.narrow(scheme) else (1, (torch.int8,))
-    forms: dict[str, Form] = {"codes": ((n, -(-c // per_byte)), integers), "scale": ((rows, groups), _FLOATS)}
-    if not scheme.symmetric:
-        forms["zero_point"] = ((rows, -(-groups // per_byte)), integers)
-    if smoothed:
-        forms["smoothing"] = ((c,), _FLOATS)
-    if inputs is not None and inputs.strategy == "tensor":
-        forms["input_scale"] = ((1, 1), _FLOATS)
-        if not inputs.symmetric:
-            forms["input_zero_point"] = ((1, 1), (torch.int8,))
-    return forms
+    """Those of an example without data."""
+    weights, inputs = layout.spec.weight, layout.spec.inputs
+    with torch.device("meta"):
+        weight, smoothing = torch.empty(layout.n, layout.c), torch.empty(layout.c) if smoothed else None
+        static = inputs if inputs is not None and inputs.strategy == "tensor" else None
+        params = None if static is None else round_to_nearest(torch.empty(1, 1), static).params
+        held = reference.prepare(Solution(round_to_nearest(weight, weights), inputs, smoothing, params))
+    return {key: (t.shape, _FLOATS if t.is_floating_point() else (t.dtype,)) for key, t in held.items()}

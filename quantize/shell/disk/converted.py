@@ -37,10 +37,11 @@ def save(model: nn.Module, directory: str | os.PathLike[str], *, max_shard_size:
     quantized(model)
     limit, outline, buffers = files.shard_size(max_shard_size), saved.Outline(), loading.hidden(model)
     state = model.state_dict(destination=outline)
+    held: dict[str, Any] = {**state, **buffers}
     first: dict[tuple[object, ...], str] = {}
     aliases: dict[str, str] = {}
     extra: dict[str, Any] = {}
-    for key, value in {**state, **buffers}.items():
+    for key, value in held.items():
         if isinstance(value, Tensor):
             # An empty tensor has no place in memory of its own.
             place = (value.data_ptr() or key, value.dtype, value.shape, value.stride(), value.device)
@@ -53,9 +54,9 @@ def save(model: nn.Module, directory: str | os.PathLike[str], *, max_shard_size:
             extra[key] = value
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
-        yield from ((key, buffers[key] if key in buffers else state[key]) for key in first.values())
+        yield from ((key, held[key]) for key in first.values())
         for layer, prefix in outline.layers.items():
-            yield from ((prefix + key, tensor) for key, tensor in saved.tensors(layer.solution).items())
+            yield from layer.state_dict(prefix=prefix).items()
 
     told = getattr(state, "_metadata", {})
     modules = {at: {key: value for key, value in told[at].items() if key != loading.HIDDEN} for at in told}
@@ -77,21 +78,20 @@ def load(model: nn.Module, directory: str | os.PathLike[str], *, kernel: str | N
             is left as it was.
         OSError: a file cannot be read.
     """
-    where, _ = os.fspath(directory), files.safetensors()
-    from safetensors import SafetensorError
-
+    where, reader = os.fspath(directory), files.safetensors()
     try:
         tensors, header = files.read(directory, _TENSORS)
         rest = json.loads(header.get(_HEADER, "{}"))
         if rest.get("version") != _VERSION:
             found = 1 if Path(directory, "quantize.json").exists() else rest.get("version")
             raise refusal(where, f"version {found}", f"version {_VERSION} of save, which writes no quantize.json")
-        state = OrderedDict({**tensors, **rest["extra"], **{k: tensors[v] for k, v in rest["aliases"].items()}})
-        buffers = {key: state.pop(key) for key in rest["buffers"]}
-        modules = rest["modules"]
-        state._metadata = {**modules, "": {**modules.get("", {}), loading.HIDDEN: buffers}}  # type: ignore[attr-defined] # an attribute that torch adds
+        tensors |= {alias: tensors[key] for alias, key in rest["aliases"].items()}
+        buffers = {key: tensors.pop(key) for key in rest["buffers"]}
+        state = OrderedDict({**tensors, **rest["extra"]})
+        told = {**rest["modules"], "": {**rest["modules"].get("", {}), loading.HIDDEN: buffers}}
     except QuantizeError:
         raise
-    except (KeyError, TypeError, AttributeError, ValueError, SafetensorError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, reader.SafetensorError) as error:
         raise refusal(where, f"cannot be read ({type(error).__name__}: {error})", "a directory of save") from error
+    state._metadata = told  # type: ignore[attr-defined] # an attribute that torch adds
     loading.convert(model, state, kernel)

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from quantize.shell.config import refusal, shown
 
+_INDEX = "{}.index.json"
+
 
 def check_new(directory: str | os.PathLike[str]) -> None:
     """Refuse a directory that holds something, and a process that could not write tensors into it.
@@ -30,7 +32,7 @@ def check_new(directory: str | os.PathLike[str]) -> None:
 
 
 def safetensors() -> Any:
-    """The module ``safetensors.torch``.
+    """The package of that name.
 
     Raises:
         QuantizeError: it is not installed.
@@ -40,7 +42,7 @@ def safetensors() -> Any:
     except ImportError as error:
         wanted = "an environment after pip install 'torch-quantize-core[export]'"
         raise refusal("safetensors", "not installed", wanted) from error
-    return safetensors.torch
+    return safetensors
 
 
 def shard_size(given: object) -> float:
@@ -49,12 +51,14 @@ def shard_size(given: object) -> float:
     Raises:
         QuantizeError: it is something else.
     """
-    text = f"{given}B" if isinstance(given, int) and not isinstance(given, bool) else given
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)(I?)B", text.upper()) if isinstance(text, str) else None
-    size = float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2] or " ") if found else 0.0
-    if given is not None and size < 1:
+    if given is None:
+        return math.inf
+    text = f"{given}B" if type(given) is int else str(given)
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)(I?)B", text.upper())
+    size = float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2] or " ") if found else 0
+    if size < 1:
         raise refusal("max_shard_size", shown(given), "bytes as an int, or a string such as '5GB' or '500MiB'")
-    return math.inf if given is None else size
+    return size
 
 
 def write(
@@ -64,21 +68,16 @@ def write(
     header: Mapping[str, str] | None = None,
     *,
     limit: float = math.inf,
-    index: str = "{}.index.json",
+    index: str = _INDEX,
 ) -> None:
     """Make ``directory`` of files: the safetensors ``tensors``, by file and by name, and ``texts``, by file.
 
-    Args:
-        directory: a new or an empty one.
-        tensors: those of each file; from pairs of names and tensors, no more than one shard is held at a time.
-        texts: by file.
-        header: added to the metadata of every file of tensors.
-        limit: the bytes of tensors in a file; with more, ``a.safetensors`` is ``a-00001-of-00002.safetensors`` and so
-            on, and an index says which tensor is where, as transformers reads it.
-        index: the name of the index of a file.
+    Where the tensors of ``a.safetensors`` have more bytes than ``limit``, they become ``a-00001-of-00002.safetensors``
+    and so on, and the file ``index`` says which tensor is where, as transformers reads it. Of tensors that come as
+    pairs, no more than one such shard is held at a time. ``header`` is added to the metadata of every file of tensors.
 
     Raises:
-        QuantizeError: as :func:`check_new`.
+        QuantizeError: as :func:`check_new`, or a tensor on the meta device; nothing was written.
         OSError: it cannot be written; nothing is left.
     """
     check_new(directory)
@@ -86,34 +85,36 @@ def write(
     with replacing(directory) as temporary:
         temporary.mkdir()
         for file, held in tensors.items():
-            path, shards, total = temporary / file, list[list[str]](), 0
+            shards: list[list[str]] = []
+            total = 0
             for shard in _shards(held.items() if isinstance(held, Mapping) else held, limit):
-                safetensors().save_file(_apart(shard), temporary / str(len(shards)), metadata=metadata)
+                safetensors().torch.save_file(shard, temporary / str(len(shards)), metadata=metadata)
                 shards.append([*shard])
                 total += sum(tensor.nbytes for tensor in shard.values())
-            many, where = len(shards), dict[str, str]()
+            where: dict[str, str] = {}
             for i, keys in enumerate(shards):
-                name = file if many == 1 else f"{path.stem}-{i + 1:05}-of-{many:05}{path.suffix}"
+                part = f"{Path(file).stem}-{i + 1:05}-of-{len(shards):05}{Path(file).suffix}"
+                name = file if len(shards) == 1 else part
                 (temporary / str(i)).rename(temporary / name)
                 where |= dict.fromkeys(keys, name)
-            if many > 1:
+            if len(shards) > 1:
                 told = {"metadata": {"total_size": total}, "weight_map": where}
-                (temporary / index.format(file)).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+                texts = {**texts, index.format(file): json.dumps(told, indent=2) + "\n"}
         for name, text in texts.items():
             (temporary / name).write_text(text, encoding="utf-8")
 
 
 def read(directory: str | os.PathLike[str], file: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors that :func:`write` wrote as ``file``, in shards or not, and their metadata.
+    """The tensors that :func:`write` wrote as ``file`` or in its shards, and their metadata.
 
-    The tensors lie in the files until they are used.
+    The tensors stay in the files until they are used.
 
     Raises:
         OSError, SafetensorError, ValueError, KeyError: the files are not there, or cannot be read.
     """
-    index, tensors, metadata = Path(directory, f"{file}.index.json"), dict[str, Tensor](), dict[str, str]()
-    names = {*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()} if index.exists() else {file}
-    for name in names:
+    index, tensors, metadata = Path(directory, _INDEX.format(file)), dict[str, Tensor](), dict[str, str]()
+    names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values() if index.exists() else [file]
+    for name in dict.fromkeys(names):
         with safetensors().safe_open(Path(directory, name), framework="pt") as opened:
             tensors |= {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - no mapping
             metadata |= opened.metadata() or {}
@@ -154,27 +155,18 @@ def _sync(path: Path) -> None:
 
 
 def _shards(pairs: Iterable[tuple[str, Tensor]], limit: float) -> Iterator[dict[str, Tensor]]:
-    """The ``pairs`` in as many dicts as needed; each is emptied once the next begins."""
-    shard, size = dict[str, Tensor](), 0
+    """As the format wants them: on the CPU, contiguous, no two in one storage. Each is emptied before the next."""
+    shard, seen, size = dict[str, Tensor](), set[int](), 0
     for key, tensor in pairs:
         if tensor.is_meta:
             raise refusal(f"{key!r} in the state", "on the meta device", "a tensor with data")
-        size += tensor.nbytes
-        if shard and size > limit:
+        if shard and size + tensor.nbytes > limit:
             yield shard
             shard.clear()
-            size = tensor.nbytes
-        shard[key] = tensor
-    yield shard
-
-
-def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """On the CPU, contiguous, and no two in one storage: as the format wants them."""
-    seen: set[int] = set()
-    held: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
+            seen, size = set(), 0
         here = tensor.detach().cpu().contiguous()
         place = here.untyped_storage().data_ptr()
-        held[name] = here.clone() if place in seen else here
+        shard[key] = here.clone() if place in seen else here
         seen.add(place)
-    return held
+        size += here.nbytes
+    yield shard
