@@ -159,11 +159,12 @@ class QuantizedLinear(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
     ) -> None:
-        own = {key: state_dict[prefix + key] for key in saved.KEYS if prefix + key in state_dict}
-        others = {key: value for key, value in state_dict.items() if key.removeprefix(prefix) not in saved.TENSORS}
-        if own:
+        # Torch gives each module a dict of its own; what is left in it must be torch's.
+        own = {key: state_dict.pop(prefix + key) for key in saved.TENSORS if prefix + key in state_dict}
+        given = own or prefix + saved.EXTRA in state_dict
+        if given:
             name = prefix.removesuffix(".")
-            layout, _ = saved.read(name, own.get(saved.EXTRA))
+            layout, _ = saved.read(name, state_dict.get(prefix + saved.EXTRA))
             if layout != self.layout:
                 raise refusal(f"layer {name!r}", saved.text(layout), saved.text(self.layout))
             solved = saved.solution(name, own, layout)
@@ -171,8 +172,8 @@ class QuantizedLinear(nn.Module):
             if not local_metadata.get("assign_to_params_buffers", False):
                 device = self._held()["scale"].device
                 solved = pytree.tree_map_only(Tensor, lambda t: t.to(device, copy=True), solved)
-        super()._load_from_state_dict(others, prefix, local_metadata, *rest)
-        if own:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+        if given:
             self._hold(solved, layout.dtype)
         else:
             _, missing, *_ = rest
