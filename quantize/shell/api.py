@@ -113,6 +113,7 @@ def convert(model: nn.Module, *, kernel: str | None = None, from_state: Mapping[
     swap(model, layers)
     release(model)
     counting.detach(model)
+    loading.carry_hidden(model)
 
 
 def _deployed(model: nn.Module, kernel: str | None) -> dict[nn.Module, QuantizedLinear]:
