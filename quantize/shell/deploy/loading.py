@@ -15,6 +15,7 @@ from quantize.shell.deploy import state as saved
 from quantize.shell.deploy.kernels import KERNELS
 from quantize.shell.deploy.layer import QuantizedLinear, adopt
 from quantize.shell.plan import swap
+from quantize.shell.views import modules, release
 
 # Among what a state_dict tells of a module (its version): the buffers that are under no key.
 HIDDEN = "hidden_buffers"
@@ -65,6 +66,19 @@ def convert(model: nn.Module, state: object, kernel: str | None) -> None:
     check_kernel(kernel)
     if not isinstance(state, Mapping):
         raise refusal("from_state", shown(state), "the state_dict of a converted model")
+    views: dict[nn.Module, nn.Module] = {}
+    names = {module: name for name, module in modules(model, views)}
+    used = {old: new for old, new in views.items() if any(f"{names[m]}.{saved.EXTRA}" in state for m in new.modules())}
+    swap(model, used)
+    try:
+        _convert(model, state, kernel)
+    except BaseException:
+        swap(model, {new: old for old, new in used.items()})
+        raise
+    release(model)
+
+
+def _convert(model: nn.Module, state: Mapping[str, Any], kernel: str | None) -> None:
     (first, tensors), layers = _names(model), _layers(model, state)
     empty = [name for name, buffer in hidden(model).items() if buffer.is_meta]
     told = {at: {**versions} for at, versions in getattr(state, "_metadata", {}).items()}
