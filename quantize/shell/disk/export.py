@@ -64,7 +64,8 @@ def checked(parts: Parts, format: str) -> dict[str, str]:  # noqa: A002 - as abo
     Raises:
         QuantizeError: a layer that the format cannot hold.
     """
-    return FORMATS[format].texts(parts, [key for key, _ in _tensors(parts, format)])
+    texts: dict[str, str] = FORMATS[format].texts(parts, [key for key, _ in _tensors(parts, format)])
+    return texts
 
 
 def _tensors(parts: Parts, format: str) -> Iterator[tuple[str, Tensor]]:  # noqa: A002 - as above
