@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -15,6 +16,24 @@ from torch import Tensor, nn
 from quantize.shell.config import refusal
 
 _MARKS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm", "num_experts")
+
+
+def modules(model: nn.Module, views: dict[nn.Module, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    """All modules under all names, as they will be with the views, which are written into ``views`` on the way.
+
+    Raises:
+        QuantizeError: as :func:`view`.
+    """
+    inside = ""
+    for name, module in model.named_modules(remove_duplicate=False):
+        if inside and name.startswith(inside):
+            continue
+        seen = views[module] if module in views else view(name, module)
+        if seen is None or not name:
+            yield name, module
+        else:
+            views[module], inside = seen, f"{name}."
+            yield from seen.named_modules(prefix=name, remove_duplicate=False)
 
 
 def view(name: str, module: nn.Module) -> nn.Module | None:
