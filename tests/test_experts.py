@@ -53,13 +53,17 @@ UNDECORATED = {
 
 
 def routed(tokens=20, k=2, idle=(1, 4)):
-    """Tokens, experts ``[t, k]`` of which ``idle`` get none, and their weights; every third token has one expert."""
+    """Tokens, experts ``[t, k]`` of which ``idle`` get none, and their weights.
+
+    Every third token has one expert, and one has the same twice.
+    """
     chosen = torch.tensor([e for e in range(zoo.Small.experts) if e not in idle])
     order = torch.stack(
         [torch.randperm(len(chosen), generator=torch.Generator().manual_seed(t)) for t in range(tokens)]
     )
     index = chosen[order[:, :k]]
     index[::3, 1] = zoo.Small.experts
+    index[1, 1] = index[1, 0]
     return randn(tokens, zoo.Small.hidden, seed=1), index, randn(tokens, k, seed=2).abs()
 
 
@@ -575,26 +579,43 @@ def test_an_expert_that_is_none_is_refused(index):
 # Sequential calibration.
 
 
-@pytest.mark.parametrize("asymmetric", [0.0, 0.5])
-@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
-def test_experts_are_fitted_to_the_quantized_ones_before(kind, asymmetric):
-    batches = [batch(seed, rows=2, tokens=40) for seed in (1, 2)]
+def fitted(kind, batches, asymmetric, seed=0):
+    """A model calibrated layer by layer, and what full passes find for it."""
     options = {"asymmetric": asymmetric, "search_range": False}
-    model = made(kind)
-    qz.quantize(model, config({"gptq": {"sequential": True, **options}}, weights=zoo.INT4, batch_num=2))
+    model, plain = made(kind, seed=seed), made(kind, seed=seed)
+    given = config({"gptq": {"sequential": True, **options}}, weights=zoo.INT4, batch_num=len(batches))
+    qz.quantize(model, given)
     run(model, batches)
-    assert not qz.report(model).remarks
-    float_model = made(kind)
-    swap(float_model, {m: view(name, m) for name, m in zoo.experts(float_model).items()})
-    wanted = oracle.solve(float_model, gptq.algorithm(LayerSpec(Scheme(4)), gptq.Options(**options)), batches)
+    swap(plain, {module: view(name, module) for name, module in zoo.experts(plain).items()})
+    wanted = oracle.solve(plain, gptq.algorithm(LayerSpec(Scheme(4)), gptq.Options(**options)), batches)
     found = solutions(model)
     assert found.keys() == wanted.keys()
     for name, solution in wanted.items():
         assert torch.equal(found[name].weight.codes, solution.weight.codes), name
         assert torch.equal(found[name].weight.scale, solution.weight.scale), name
+    assert not qz.report(model).remarks
+    return model
+
+
+@pytest.mark.parametrize("asymmetric", [0.0, 0.5])
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_experts_are_fitted_to_the_quantized_ones_before(kind, asymmetric):
+    batches = [batch(seed, tokens=40) for seed in (1, 2)]
+    model = fitted(kind, batches, asymmetric)
     # The route of some tokens is another one.
     before, after = (zoo.routes(each, batches[0]) for each in (made(kind), model))
     assert any(not torch.equal(a, b) for name in before for a, b in zip(before[name], after[name], strict=True))
+
+
+def test_experts_that_no_batch_calls_together_stay_in_lock_step():
+    batches = [batch(seed, rows=1, tokens=9) for seed in (136, 137, 138)]
+    called = [{(name, e) for name, chosen in zoo.routes(model, x).items() for e in chosen[0].unique().tolist()}
+              for model in (made("qwen3_moe", seed=12), fitted("qwen3_moe", batches, 0.5, seed=12))
+              for x in batches]  # fmt: skip
+    apart = {(a, b) for calls in called[3:] for a in calls for b in calls if a[0] == b[0] and a < b}
+    # Quantized routes call experts together of which no float route called both, though it called each.
+    apart -= {(a, b) for calls in called[:3] for a in calls for b in calls}
+    assert {pair for pair in apart if all(any(e in calls for calls in called[:3]) for e in pair)}
 
 
 # GPT-2.

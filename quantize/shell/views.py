@@ -85,11 +85,8 @@ class Experts(nn.Module):
         self.__dict__.update(original.__dict__)
         self._modules, self._parameters = dict(original._modules), dict(original._parameters)
         self.name, self.original = name, cast("Any", type(original))
-        up, down, e = (
-            "gate_up_proj" if self.has_gate else "up_proj",
-            original._parameters["down_proj"],
-            self.num_experts,
-        )
+        up, e = "gate_up_proj" if self.has_gate else "up_proj", self.num_experts
+        down = original._parameters["down_proj"]
         assert down is not None
         if down.ndim != 3:
             raise refusal(f"module {name!r}", f"'down_proj' as {list(down.shape)}", "[experts, hidden, inner]")
