@@ -8,7 +8,9 @@ from torch import nn
 import quantize as qz
 from quantize import core
 from quantize.core import ALGORITHMS, LayerSpec, Scheme
+from quantize.shell.calibrate.session import Session
 from quantize.shell.config import Schedule, parse
+from quantize.shell.plan import Plan
 from tests.models import TENSOR, TOKEN, WEIGHTS, assert_same_snapshot, config, mlp, snapshot
 
 GROUP = {**WEIGHTS, "strategy": "group", "group_size": 32}
@@ -54,7 +56,7 @@ def test_a_schedule_is_given_with_the_options():
     ({"asymmetric": 0.0, "sequential": True}, core.gram),
 ])  # fmt: skip
 def test_the_schedule_decides_what_is_observed(given, observer):
-    assert parse(config({"gptq": given})).observer is observer
+    assert Session(parse(config({"gptq": given})), Plan({}, {}, (), (), 0)).observer is observer
 
 
 def test_a_bare_string_is_one_pattern():

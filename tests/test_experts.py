@@ -673,3 +673,21 @@ def test_a_refused_call_leaves_conv1d():
     with pytest.raises(qz.QuantizeError, match=r"layer 'transformer\.h\.1\.attn\.c_attn': a weight with NaN or inf"):
         qz.quantize(model, given("minmax"))
     assert_same_snapshot(snapshot(model), before)
+
+
+@pytest.mark.parametrize("name", ["one pass", "gptq"])
+def test_padding_does_not_count_for_experts(name):
+    model = made("qwen3_moe")
+    qz.quantize(model, {**RUNS[name], "batch_num": 1})
+    tokens, mask = batch(), torch.ones(2, 24, dtype=torch.int64)
+    mask[0, :6] = 0
+    with torch.no_grad():
+        model(tokens, attention_mask=mask)
+    for block in ("model.layers.0", "model.layers.1"):
+        counts = {row.name.removeprefix(f"{block}."): row.tokens for row in qz.report(model).rows
+                  if row.name.startswith(block)}  # fmt: skip
+        assert counts["self_attn.q_proj"] == 48 - 6
+        for kind in ("gate", "down"):
+            # Each token has two experts.
+            found = sum(n for layer, n in counts.items() if layer.startswith("mlp.experts") and f"{kind}_proj" in layer)
+            assert found == 2 * (48 - 6)

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 from quantize.core.algorithms import ALGORITHMS, Algorithm, LayerSpec
 from quantize.core.algorithms.base import BaseOptions, option
-from quantize.core.observers import Observer
 from quantize.core.scheme import Scheme
 
 MAX_BATCHES = 2**32 - 1
@@ -71,12 +70,6 @@ class Config:
     def algorithm(self) -> Algorithm:
         """The algorithm called ``name``, closed over format and options."""
         return ALGORITHMS[self.name].algorithm(self.spec, self.options)
-
-    @property
-    def observer(self) -> Observer:
-        """What calibration remembers of the inputs of a layer."""
-        algorithm = self.algorithm
-        return algorithm.paired if self.schedule.sequential and algorithm.paired else algorithm.observer
 
 
 class _Key(NamedTuple):

@@ -51,3 +51,15 @@ def copied(value: Any) -> Any:
         return made[id(tensor)]
 
     return pytree.tree_map_only(Tensor, copy, value)
+
+
+def with_tokens(x: Tensor, places: Tensor | None, total: int) -> Tensor:
+    """``x`` ``[t, c]`` itself, which knows from now on that its rows are the tokens ``places`` ``[t]`` of ``total``."""
+    x._quantize_tokens = places, total  # type: ignore[attr-defined] # an attribute of our own
+    return x
+
+
+def tokens_of(x: Tensor) -> tuple[Tensor | None, int]:
+    """What :func:`with_tokens` told of ``x``."""
+    known: tuple[Tensor | None, int] = getattr(x, "_quantize_tokens", (None, 0))
+    return known

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from quantize.shell.config import refusal
+from quantize.shell.values import tokens_of, with_tokens
 
 _MARKS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm", "num_experts")
 
@@ -128,7 +129,8 @@ class Experts(nn.Module):
         for number, place in enumerate(torch.split(torch.argsort(chosen, stable=True), counts)[: self.num_experts]):
             if len(place):
                 token = place // k
-                y = self._expert(self._modules[str(number)], hidden_states[token])
+                x = with_tokens(hidden_states[token], token, len(hidden_states))
+                y = self._expert(self._modules[str(number)], x)
                 total.index_add_(0, token, (y * top_k_weights[token, place % k, None]).to(total.dtype))
         return total
 
@@ -139,7 +141,7 @@ class Experts(nn.Module):
             inner = self.original._apply_gate(self, both)
         else:
             inner = self.act_fn(expert["up_proj"](x))
-        y: Tensor = expert["down_proj"](inner)
+        y: Tensor = expert["down_proj"](with_tokens(inner, *tokens_of(x)))
         return self.post_expert_norm(y) if self.has_post_expert_norm else y
 
 

@@ -16,6 +16,7 @@ from quantize.shell.calibrate.batches import Batch
 from quantize.shell.calibrate.layer import CalibrationLinear
 from quantize.shell.config import refusal
 from quantize.shell.modes import untracked
+from quantize.shell.values import tokens_of
 
 
 class _Known:
@@ -119,7 +120,13 @@ def restart(layers: Iterable[CalibrationLinear]) -> None:
 
 def counted(x: Tensor, mask: Tensor | None) -> Tensor:
     """The tokens of ``x`` that are no padding, where ``mask`` ``[b, t]`` belongs to it."""
-    return x if mask is None or x.ndim != 3 or x.shape[:2] != mask.shape else x[mask.to(x.device)]
+    if mask is None:
+        return x
+    mask = mask.to(x.device)
+    places, total = tokens_of(x)
+    if x.ndim == 2 and places is not None and total == mask.numel():
+        return x[mask.flatten()[places]]
+    return x[mask] if x.ndim == 3 and x.shape[:2] == mask.shape else x
 
 
 def fingerprint(x: Tensor, mask: Tensor | None) -> Tensor:

@@ -53,7 +53,7 @@ def tensors(name: str, layer: QuantizedLinear) -> dict[str, Tensor]:
 
 def texts(parts: Parts, names: Iterable[str]) -> dict[str, str]:
     """The type of every tensor, and the ``config.json`` of the model."""
-    found = {name: _kind(name, layer.layout.spec) for name, layer in parts.layers.items()}
+    found = {parts.names[name]: _kind(name, layer.layout.spec) for name, layer in parts.layers.items()}
     kinds = {
         name: "FLOAT" if name in parts.others else found.get(name.rpartition(".")[0], "FLOAT")
         for name in (*names, *parts.tied)
