@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from quantize.shell import offload
 from quantize.shell.config import Config, refusal
 from quantize.shell.report.rows import Skipped
 
@@ -35,7 +36,7 @@ def plan(model: nn.Module, config: Config) -> Plan:
     """Decide for every module with a weight matrix; nothing is changed.
 
     Raises:
-        QuantizeError: nothing to quantize, or a weight with NaN or inf.
+        QuantizeError: nothing to quantize, or a weight with NaN or inf, or parameters that cannot be read.
     """
     names: dict[nn.Module, list[str]] = {}
     direct: dict[nn.Module, str] = {}
@@ -62,7 +63,7 @@ def plan(model: nn.Module, config: Config) -> Plan:
         found = "; ".join(f"{s.name or type(model).__name__!r}: {s.reason}" for s in skipped) or "no weight matrix"
         raise refusal("model", f"nothing to quantize ({found})", "a model that contains an nn.Linear")
     for layer, (name, *_) in layers.items():
-        check_weight(name, layer.weight)
+        check_parameters(name, layer)
     return Plan(layers, tuple(skipped), unmatched)
 
 
@@ -74,14 +75,18 @@ def swap(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
                 parent._modules[key] = replacements[child]
 
 
-def check_weight(name: str, weight: torch.Tensor) -> None:
-    """Refuse a weight with NaN or inf: it has no scale.
+def check_parameters(name: str, layer: nn.Module) -> None:
+    """Refuse a weight with NaN or inf, which has no scale, and parameters that lie apart or cannot be read.
 
     Raises:
         QuantizeError: it names the layer.
     """
+    weight, bias = offload.weight(layer, name), offload.bias(layer, name)
     if not bool(torch.isfinite(weight).all()):
         raise refusal(f"layer {name!r}", "a weight with NaN or inf", "finite weights, or the layer in skip_layers")
+    if bias is not None and bias.device != weight.device:
+        told = f"its weight on {weight.device}, its bias on {bias.device}"
+        raise refusal(f"layer {name!r}", told, "one device for both, or the layer in skip_layers")
 
 
 def _reason(module: nn.Module, names: list[str], config: Config, owner: str | None) -> str | None:
@@ -96,13 +101,13 @@ def _reason(module: nn.Module, names: list[str], config: Config, owner: str | No
         return "the model is the layer itself: nothing holds it to put another in its place"
     if module._parameters.get("weight") is None:
         return "its weight is no parameter of its own, but computed by a hook"
-    if "forward" in module.__dict__:
+    if "forward" in module.__dict__ and not offload.dispatched(module):
         return "its forward is replaced on the instance"
     if 0 in module.weight.shape:
         return "it is empty"
     if module.weight.dtype not in _FLOATS:
         return f"its weight is {module.weight.dtype}"
-    if module.weight.is_meta:
+    if module.weight.is_meta and offload.keeper(module) is None:
         return "its weight is on the meta device, without data"
     size = config.spec.weight.group_size
     if size is not None and size >= module.weight.shape[1]:

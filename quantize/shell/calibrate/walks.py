@@ -24,6 +24,7 @@ from typing import Any
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
+from quantize.shell import offload
 from quantize.shell.calibrate.batches import Batch
 from quantize.shell.calibrate.layer import CalibrationLinear
 from quantize.shell.calibrate.observing import fingerprint, near
@@ -153,7 +154,7 @@ class Walks:
 
     def __init__(self, root: nn.Module, units: list[Unit], batches: list[Batch], *, floats: int) -> None:
         self.root, self.units, self.batches = root, units, batches
-        self.devices = frozenset(p.device for p in root.parameters())
+        self.devices = offload.devices(root)
         self.modes, self.fixed = Modes.now(self.devices), fixed()
         self.trouble: str | None = None
         # The place of the first unit that a quantized walk has read and that is not solved.

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 
 from quantize.core import LayerSpec, Solution
+from quantize.shell import offload
 from quantize.shell.config import refusal
 from quantize.shell.deploy import state as saved
 from quantize.shell.deploy.kernels import KERNELS, Layout, choose, reference
@@ -24,6 +25,7 @@ def adopt(new: nn.Module, old: nn.Module) -> None:
     """Give ``new`` what users attach to a module: its hooks, the very same dicts, and the training flag."""
     new.__dict__.update({key: value for key, value in old.__dict__.items() if "_hook" in key})
     new.training = old.training
+    offload.settle(new)
 
 
 class QuantizedLinear(nn.Module):
@@ -85,6 +87,7 @@ class QuantizedLinear(nn.Module):
     def _held(self) -> dict[str, Tensor]:
         return {name: tensor for name in self._kept if (tensor := self._buffers[name]) is not None}
 
+    @offload.hooked
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Linear gives it
         """Compute with the kernel; see :func:`quantize.core.linear.quantized_linear`."""
         if not input.is_floating_point():

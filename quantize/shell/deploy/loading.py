@@ -10,6 +10,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from quantize.shell import offload
 from quantize.shell.config import refusal, shown
 from quantize.shell.deploy import state as saved
 from quantize.shell.deploy.kernels import KERNELS
@@ -42,6 +43,9 @@ def convert(model: nn.Module, state: object, kernel: str | None) -> None:
     check_kernel(kernel)
     if not isinstance(state, Mapping):
         raise refusal("from_state", shown(state), "the state_dict of a converted model")
+    for name, module in model.named_modules():
+        if offload.keeper(module) is not None:
+            raise refusal(f"module {name!r}", "its parameters are offloaded", "a model before it is dispatched")
     layers, tensors = _layers(model, state), _tensors(model)
     # What the model loads by itself: everything but the weights of the layers.
     expected = {key: value for key, value in model.state_dict().items() if key.removesuffix(".weight") not in layers}

@@ -8,6 +8,7 @@ import pickle
 import torch
 from torch import nn
 
+from quantize.shell import offload
 from quantize.shell.calibrate.layer import calibrated
 from quantize.shell.config import refusal
 from quantize.shell.disk.files import replacing
@@ -36,11 +37,12 @@ def load_calibration(model: nn.Module, path: str | os.PathLike[str]) -> None:
         QuantizeError: a model that is not under calibration, or of another config.
         OSError: the file cannot be read.
     """
-    if not calibrated(model):
+    layers = calibrated(model)
+    if not layers:
         raise refusal("model", "not under calibration", "a model after quantize(model, config), with the same config")
     where = os.fspath(path)
     try:
-        state = torch.load(path, map_location=next(model.parameters()).device, weights_only=True)
+        state = torch.load(path, map_location=offload.device(layers[0]), weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError) as error:
         told = " ".join(str(error).split())
         raise refusal(where, f"cannot be read ({told[:200]})", "a file of save_calibration") from error
@@ -53,6 +55,9 @@ def load_calibration(model: nn.Module, path: str | os.PathLike[str]) -> None:
             shape = getattr(theirs, "shape", ())
             if shape != value.shape:
                 raise refusal(where, f"{key!r} of shape {list(shape)}", f"shape {list(value.shape)}")
+            if theirs.is_meta != value.is_meta:
+                told = f"{key!r} is {'without' if theirs.is_meta else 'with'} its data"
+                raise refusal(where, told, "a calibration of a model that was dispatched as this one is")
         elif isinstance(value, dict) and value.get("format") != theirs.get("format"):
             layer = f"layer {key.rpartition('.')[0]!r}"
             raise refusal(layer, str(theirs.get("format")), f"a state of {value.get('format')}")

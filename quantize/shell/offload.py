@@ -1,0 +1,129 @@
+"""Models that accelerate has dispatched: hooks move the inputs of modules, and may keep their parameters elsewhere.
+
+A module has such a hook as its attribute ``_hf_hook``, and a forward that calls the hook. Where the hook offloads, the
+parameters are on the meta device between calls; its ``weights_map`` holds them by name, in host memory or in files.
+Here they are read from there when they are needed, and the module stays as it is. accelerate itself is not imported.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantize.shell.config import refusal
+
+_HOOK, _FORWARD = "_hf_hook", "_old_forward"
+
+
+def dispatched(module: nn.Module) -> bool:
+    """Whether a hook of accelerate, and nothing else, has replaced the forward of ``module``."""
+    own = module.__dict__
+    hook, forward, original = own.get(_HOOK), own.get("forward"), own.get(_FORWARD)
+    return (
+        all(callable(getattr(hook, name, None)) for name in ("pre_forward", "post_forward"))
+        and isinstance(forward, functools.partial)
+        and forward.args == (module,)
+        and forward.__dict__.get("__wrapped__") == original
+        and getattr(original, "__func__", None) is type(module).forward
+    )
+
+
+def keeper(module: nn.Module) -> Any:
+    """The hook that keeps the parameters of ``module`` elsewhere, or None."""
+    hooks = [module.__dict__.get(_HOOK)]
+    for hook in hooks:
+        hooks += getattr(hook, "hooks", ())
+    return next((hook for hook in hooks if _offloads(hook)), None)
+
+
+def device(module: nn.Module) -> torch.device:
+    """Where ``module``, which has a weight, computes."""
+    hook = keeper(module)
+    if hook is not None:
+        return torch.device(hook.execution_device)
+    held: Tensor = module._parameters["weight"]  # type: ignore[assignment] # layers have one
+    return held.device
+
+
+def devices(root: nn.Module) -> frozenset[torch.device]:
+    """All devices that ``root`` computes on."""
+    hooks = filter(None, map(keeper, root.modules()))
+    found = {p.device for p in root.parameters()} | {torch.device(hook.execution_device) for hook in hooks}
+    return frozenset(each for each in found if each.type != "meta")
+
+
+def buffers(root: nn.Module) -> dict[str, Tensor]:
+    """The buffers of ``root`` that are not kept elsewhere, by name."""
+    return {name: buffer for name, buffer in root.named_buffers() if not buffer.is_meta}
+
+
+def weight(layer: nn.Module, name: str) -> Tensor:
+    """The weight of the layer ``name`` where it computes: its own, or a copy of what is kept elsewhere.
+
+    Raises:
+        QuantizeError: it cannot be read.
+    """
+    found = bias(layer, name, "weight")
+    assert found is not None
+    return found
+
+
+def bias(layer: nn.Module, name: str, key: str = "bias") -> Tensor | None:
+    """The bias, as :func:`weight`; None where the layer has none."""
+    held = layer._parameters.get(key)
+    if held is None or not held.is_meta:
+        return held
+    hook, where = keeper(layer), f"layer {name!r}"
+    if hook is None:
+        raise refusal(where, f"its {key} is on the meta device, without data", "a layer with all of its parameters")
+    try:
+        value: Tensor = hook.weights_map[key]
+    except Exception as error:
+        told = f"its offloaded {key} cannot be read ({type(error).__name__}: {error})"
+        raise refusal(where, told, "the files or tensors that the model was dispatched with") from error
+    return value.to(torch.device(hook.execution_device), held.dtype)
+
+
+def resident(hook: Any) -> Any:
+    """The same as ``hook``, but it leaves the parameters of modules where they are."""
+    if not (hasattr(hook, "hooks") or _offloads(hook)):
+        return hook
+    new = copy.copy(hook)
+    if hasattr(hook, "hooks"):
+        new.hooks = tuple(map(resident, hook.hooks))
+    else:
+        new.offload = False
+    return new
+
+
+def settle(module: nn.Module) -> None:
+    """Let the hook of ``module`` leave its parameters alone, if they are not on the meta device."""
+    if _HOOK in module.__dict__ and not any(p.is_meta for p in module.parameters(recurse=False)):
+        module.__dict__[_HOOK] = resident(module.__dict__[_HOOK])
+
+
+def hooked(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Let ``forward`` of a class call the hooks of its instances; it reads offloaded parameters itself."""
+
+    @functools.wraps(forward)
+    def called(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        # accelerate has replaced the forward of this instance if there is an old one: then the hook was called.
+        if _HOOK not in module.__dict__ or _FORWARD in module.__dict__:
+            return forward(module, *args, **kwargs)
+        hook = resident(module.__dict__[_HOOK])
+        args, kwargs = hook.pre_forward(module, *args, **kwargs)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not getattr(hook, "no_grad", False)):
+            output = forward(module, *args, **kwargs)
+        result: Tensor = hook.post_forward(module, output)
+        return result
+
+    return called
+
+
+def _offloads(hook: Any) -> bool:
+    return getattr(hook, "offload", None) is True and getattr(hook, "weights_map", None) is not None
