@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from quantize.shell.config import refusal
 
+# Of the name of a parameter and its value, the value to put in its place.
+Change = Callable[[str, Tensor], Tensor]
 _HOOK, _FORWARD = "_hf_hook", "_old_forward"
 
 
@@ -91,14 +93,7 @@ def bias(layer: nn.Module, name: str, key: str = "bias") -> Tensor | None:
 
 def resident(hook: Any) -> Any:
     """The same as ``hook``, but it leaves the parameters of modules where they are."""
-    if not (hasattr(hook, "hooks") or _offloads(hook)):
-        return hook
-    new = copy.copy(hook)
-    if hasattr(hook, "hooks"):
-        new.hooks = tuple(map(resident, hook.hooks))
-    else:
-        new.offload = False
-    return new
+    return _altered(hook, offload=False)
 
 
 def settle(module: nn.Module) -> None:
@@ -123,6 +118,57 @@ def hooked(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return result
 
     return called
+
+
+class _Changed(Mapping[str, Any]):
+    """What a hook keeps, changed each time it is read."""
+
+    def __init__(self, kept: Mapping[str, Any], keys: Collection[str], function: Change) -> None:
+        self._kept, self._keys, self._function = kept, keys, function
+
+    def __getitem__(self, key: str) -> Any:
+        return self._function(key, self._kept[key]) if key in self._keys else self._kept[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._kept)
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+
+def change(module: nn.Module, keys: Collection[str], function: Change) -> Callable[[], None]:
+    """Make new parameters ``keys`` of ``module``, those that it has, by ``function``. Returns what undoes this.
+
+    What is kept elsewhere stays as it is, and is changed whenever it is read.
+    """
+    hook = keeper(module)
+    if hook is None:
+        before = {key: p for key, p in module._parameters.items() if p is not None and key in keys}
+        after = {key: nn.Parameter(function(key, p.detach()), p.requires_grad) for key, p in before.items()}
+        module._parameters.update(after)
+        return functools.partial(module._parameters.update, before)
+    values = _Changed(hook.weights_map, keys, function)
+    # Values of its own: what the hook knows of parameters that are tied to others does not hold for them.
+    old = module.__dict__[_HOOK]
+    module.__dict__[_HOOK] = _altered(old, weights_map=values, tied_params_map=None, tied_params_names=set())
+    return functools.partial(module.__dict__.__setitem__, _HOOK, old)
+
+
+def changed(root: nn.Module) -> bool:
+    """Whether :func:`change` is in force for something that is kept elsewhere."""
+    return any(isinstance(getattr(keeper(module), "weights_map", None), _Changed) for module in root.modules())
+
+
+def _altered(hook: Any, **values: Any) -> Any:
+    """A copy of ``hook`` with other attributes where it offloads; itself where it does not."""
+    if not (hasattr(hook, "hooks") or _offloads(hook)):
+        return hook
+    new = copy.copy(hook)
+    if hasattr(hook, "hooks"):
+        new.hooks = tuple(_altered(each, **values) for each in hook.hooks)
+    else:
+        new.__dict__.update(values)
+    return new
 
 
 def _offloads(hook: Any) -> bool:

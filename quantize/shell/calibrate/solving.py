@@ -112,7 +112,9 @@ def _fold(root: nn.Module, session: Session, layers: list[CalibrationLinear]) ->
 def _common_scale(layers: Sequence[Foldable], rows: Tensor | None) -> Tensor:
     first = cast("CalibrationLinear", layers[0])
     assert first.session.algorithm.scale is not None
-    return first.session.algorithm.scale([cast("CalibrationLinear", layer).float_weight() for layer in layers], first.statistic(), rows)
+    return first.session.algorithm.scale(
+        [cast("CalibrationLinear", layer).float_weight() for layer in layers], first.statistic(), rows
+    )
 
 
 def _check(layers: list[CalibrationLinear], roots: Mapping[Session, nn.Module]) -> None:

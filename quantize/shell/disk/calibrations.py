@@ -26,6 +26,9 @@ def save_calibration(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """
     if not calibrated(model):
         raise refusal("model", "not under calibration", "a model after quantize(model, config)")
+    if offload.changed(model):
+        told = "scales are folded into weights that are offloaded"
+        raise refusal("model", told, "a model before its last batch, without fold, or in memory")
     with replacing(path) as temporary, temporary.open("wb") as file:
         torch.save(model.state_dict(), file)
 
