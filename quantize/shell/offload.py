@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -91,6 +93,61 @@ def bias(layer: nn.Module, name: str, key: str = "bias") -> Tensor | None:
     return value.to(torch.device(hook.execution_device), held.dtype)
 
 
+class Away(NamedTuple):
+    """Where a layer computes whose tensors are kept elsewhere: in files of ``folder``, or in host memory."""
+
+    device: torch.device
+    folder: str | None
+
+    def here(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors where the layer computes."""
+        return {name: tensor.to(self.device) for name, tensor in held.items()}
+
+    def put(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors where they are kept."""
+        return {name: self._stored(tensor) for name, tensor in held.items()}
+
+    def _stored(self, tensor: Tensor) -> Tensor:
+        # A copy of the model may be where the folder is not.
+        if self.folder is None or not Path(self.folder).is_dir() or not tensor.numel():
+            return tensor.cpu()
+        with tempfile.NamedTemporaryFile(dir=self.folder) as file:
+            # The file has no name any more when this returns: it lasts as long as the tensor.
+            mapped = torch.from_file(file.name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
+        # A dense tensor keeps its strides.
+        like = torch.empty_like(tensor, device="meta")
+        return mapped.as_strided(like.shape, like.stride()).copy_(tensor)
+
+
+def away(layer: nn.Module) -> Away | None:
+    """Where the weight of ``layer`` is kept and where it computes, None where both are the same."""
+    hook, key = keeper(layer), "weight"
+    if hook is None:
+        return None
+    kept = hook.weights_map
+    # The map of a module is a part of that of the model.
+    while isinstance(kept, _Changed) or hasattr(kept, "dataset"):
+        key = getattr(kept, "prefix", "") + key
+        kept = kept.kept if isinstance(kept, _Changed) else kept.dataset
+    on_disk = key in getattr(kept, "index", ()) and key not in getattr(kept, "state_dict", ())
+    return Away(torch.device(hook.execution_device), getattr(kept, "save_folder", None) if on_disk else None)
+
+
+def state(root: nn.Module) -> dict[str, Any]:
+    """The ``state_dict`` of ``root``, with what is kept elsewhere.
+
+    Raises:
+        QuantizeError: something cannot be read.
+    """
+    found: dict[str, Any] = root.state_dict()
+    for name, module in root.named_modules(remove_duplicate=False):
+        for key, held in module._parameters.items() if keeper(module) is not None else ():
+            full = f"{name}.{key}" if name else key
+            if held is not None and held.is_meta and full in found:
+                found[full] = bias(module, name, key)
+    return found
+
+
 def resident(hook: Any) -> Any:
     """The same as ``hook``, but it leaves the parameters of modules where they are."""
     return _altered(hook, offload=False)
@@ -124,16 +181,16 @@ class _Changed(Mapping[str, Any]):
     """What a hook keeps, changed each time it is read."""
 
     def __init__(self, kept: Mapping[str, Any], keys: Collection[str], function: Change) -> None:
-        self._kept, self._keys, self._function = kept, keys, function
+        self.kept, self._keys, self._function = kept, keys, function
 
     def __getitem__(self, key: str) -> Any:
-        return self._function(key, self._kept[key]) if key in self._keys else self._kept[key]
+        return self._function(key, self.kept[key]) if key in self._keys else self.kept[key]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._kept)
+        return iter(self.kept)
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self.kept)
 
 
 def change(module: nn.Module, keys: Collection[str], function: Change) -> Callable[[], None]:
@@ -152,6 +209,20 @@ def change(module: nn.Module, keys: Collection[str], function: Change) -> Callab
     old = module.__dict__[_HOOK]
     module.__dict__[_HOOK] = _altered(old, weights_map=values, tied_params_map=None, tied_params_names=set())
     return functools.partial(module.__dict__.__setitem__, _HOOK, old)
+
+
+def hold(root: nn.Module) -> None:
+    """Give modules that contain others all of their own parameters to keep, until their attributes are put back.
+
+    A pass that stops inside of such a module would lose them when another one ends.
+    """
+    for module in root.modules():
+        hook = keeper(module)
+        if hook is not None and next(module.children(), None) is not None and not hook.place_submodules:
+            for key, p in module._parameters.items():
+                if (value := bias(module, type(module).__name__, key)) is not None and p is not None:
+                    module._parameters[key] = nn.Parameter(value, p.requires_grad)
+            module.__dict__[_HOOK] = resident(module.__dict__[_HOOK])
 
 
 def changed(root: nn.Module) -> bool:

@@ -89,14 +89,14 @@ class CalibrationLinear(Foldable):
         self.solution, self.statistics = solution, None
         self._follow_weight()
 
-    def deployed(self, kernel: str | None = None) -> deployment.QuantizedLinear:
-        """The layer to put in the place of this one, once it is solved."""
+    def deployed(self, kernel: str | None = None, *, kept: bool = False) -> deployment.QuantizedLinear:
+        """The layer to put in the place of this one, once it is solved; ``kept`` where its float weight is kept."""
         assert self.solution is not None
         row = replace(self.record(), stage="converted")
-        held, bias = self.bias, offload.bias(self, self.names[0])
-        if held is not None and bias is not held:
-            held = nn.Parameter(bias, held.requires_grad)
-        layer = deployment.QuantizedLinear(self.solution, held, row, self.weight.dtype, kernel)
+        bias, away = offload.bias(self, self.names[0]), offload.away(self) if kept else None
+        if bias is not None and bias is not self.bias:
+            bias = nn.Parameter(bias, self.bias.requires_grad)
+        layer = deployment.QuantizedLinear(self.solution, bias, row, self.weight.dtype, kernel, away)
         deployment.adopt(layer, self)
         return layer
 

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from quantize.shell import offload
 from quantize.shell.calibrate import passes
 from quantize.shell.calibrate.layer import CalibrationLinear
 from quantize.shell.calibrate.observing import check_finite, counted, restart
@@ -34,6 +35,7 @@ def solve(root: nn.Module, session: Session, layers: list[CalibrationLinear], ra
     # Compiled parts run as they were written: the compiler cannot follow a pass that stops half-way.
     eager = torch.compiler.set_stance("force_eager")
     with undisturbed(root), same_attributes(root, layers), eager:
+        offload.hold(root)
         trouble = "the model writes to its buffers" if stateful else _in_lock_step(root, session, ordered, ranks)
         if trouble is None:
             return

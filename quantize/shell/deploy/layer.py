@@ -42,15 +42,22 @@ class QuantizedLinear(nn.Module):
         row: what the report says of it.
         dtype: that of the float layer, and of the inputs to come.
         kernel: the name of the kernel to use wherever it can serve; None chooses the fastest.
+        away: where the buffers of the kernel are kept, if not where the layer computes.
     """
 
     bias: nn.Parameter | None
 
     def __init__(
-        self, solved: Solution, bias: nn.Parameter | None, row: Row, dtype: torch.dtype, kernel: str | None = None
+        self,
+        solved: Solution,
+        bias: nn.Parameter | None,
+        row: Row,
+        dtype: torch.dtype,
+        kernel: str | None = None,
+        away: offload.Away | None = None,
     ) -> None:
         super().__init__()
-        self.row, self.wanted = row, kernel
+        self.row, self.wanted, self.away = row, kernel, away
         # The names of the buffers that are the kernel's; others are a user's.
         self._kept: tuple[str, ...] = ()
         # The description in the last state_dict, and its prefix there.
@@ -59,11 +66,14 @@ class QuantizedLinear(nn.Module):
         self._hold(solved, dtype)
 
     def _hold(self, solved: Solution, dtype: torch.dtype) -> None:
+        if (away := self.away) is not None:
+            solved = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(away.device), solved)
         self.kernel, self.reason = choose(solved, self.bias, dtype, self.wanted)
         self.out_features, self.in_features = n, c = solved.weight.codes.shape
         self.layout = Layout(LayerSpec(solved.weight.scheme, solved.inputs), n, c, dtype)
         with torch.no_grad():
-            self._put(KERNELS[self.kernel].prepare(solved, self.bias, dtype))
+            held = KERNELS[self.kernel].prepare(solved, self.bias, dtype)
+            self._put(held if away is None else away.put(held))
 
     def _put(self, held: dict[str, Tensor]) -> None:
         """Make ``held`` the buffers of the kernel, instead of those before."""
@@ -85,6 +95,9 @@ class QuantizedLinear(nn.Module):
         return self.solution.effective_weight().to(self.layout.dtype)
 
     def _held(self) -> dict[str, Tensor]:
+        return self._own() if self.away is None else self.away.here(self._own())
+
+    def _own(self) -> dict[str, Tensor]:
         return {name: tensor for name in self._kept if (tensor := self._buffers[name]) is not None}
 
     @offload.hooked
@@ -117,15 +130,15 @@ class QuantizedLinear(nn.Module):
             new = fn(tensor)
             return new if new.dtype == tensor.dtype else tensor.to(new.device)
 
-        held, dtype = self._held(), self.layout.dtype
+        own, held, dtype = self._own(), self._held(), self.layout.dtype
         probe = fn(torch.empty(0, dtype=dtype, device=held["scale"].device))
-        stays = (probe.dtype, probe.device) == (dtype, held["scale"].device)
+        stays = (probe.dtype, probe.device) == (dtype, held["scale"].device) and self.away is None
         new: Any = pytree.tree_map_only(Tensor, moved, held if stays else self.solution)
         self._put({})
         try:
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call] # torch leaves it bare
         finally:
-            self._put(held)
+            self._put(own)
         if stays:
             self._put(new)
         else:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from quantize.shell import offload
 from quantize.shell.config import QuantizeError, refusal, shown
 from quantize.shell.deploy import loading
 from quantize.shell.disk import files
@@ -32,7 +33,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """
     quantized(model)
     files.check_new(directory)
-    state = model.state_dict()
+    state = offload.state(model)
     first: dict[tuple[object, ...], str] = {}
     aliases: dict[str, str] = {}
     extra: dict[str, Any] = {}

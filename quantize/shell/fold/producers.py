@@ -56,7 +56,7 @@ def width(module: nn.Module | None) -> int:
     """For how many output channels ``module`` has a weight each; 0 if for none."""
     weight = None if module is None else module._parameters.get("weight")
     # The hook of a module around it may keep it: nobody else can read it.
-    if weight is not None and weight.is_meta and offload.keeper(module) is None:
+    if module is not None and weight is not None and weight.is_meta and offload.keeper(module) is None:
         return 0
     return len(weight) if weight is not None and (isinstance(module, nn.Linear) or weight.ndim == 1) else 0
 
