@@ -297,9 +297,8 @@ def test_a_bias_on_another_device_than_the_weight(monkeypatch):
     model = mlp()
     read = offload.bias
 
-    def elsewhere(layer, name, key="bias"):
-        found = read(layer, name, key)
-        return found.to("meta") if (name, key) == ("2", "bias") else found
+    def elsewhere(layer, name):
+        return read(layer, name).to("meta") if name == "2" else read(layer, name)
 
     monkeypatch.setattr(offload, "bias", elsewhere)
     with pytest.raises(qz.QuantizeError, match="layer '2': its weight on cpu, its bias on meta; accepted: one device"):
@@ -411,6 +410,26 @@ def test_a_parameter_around_layers_in_lock_step(tmp_path):
     qz.convert(model)
     qz.convert(plain)
     assert equal(codes(model), codes(plain))
+
+
+def test_buffers_that_are_kept_elsewhere(tmp_path):
+    def make():
+        return nn.Sequential(nn.Linear(64, 48), nn.BatchNorm1d(48), nn.Linear(48, 8)).eval()
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        plain = make()
+    model = accelerate.cpu_offload(copy.deepcopy(plain), CPU, offload_buffers=True)
+    assert model[1].running_mean.is_meta
+    for each in (plain, model):
+        calibrated(each, "gptq")
+        assert qz.report(each).remarks == ()
+        qz.convert(each)
+    assert equal(codes(model), codes(plain))
+    qz.save(model, tmp_path / "saved")
+    fresh = make()
+    qz.load(fresh, tmp_path / "saved")
+    assert torch.equal(logits(fresh), logits(plain))
 
 
 MEMORY = """

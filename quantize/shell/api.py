@@ -30,7 +30,8 @@ def quantize(model: nn.Module, config: object = None) -> None:
     needs no batch and is solved here.
 
     Args:
-        model: any module that contains ``nn.Linear`` layers, in float16, bfloat16, float32 or float64.
+        model: any module that contains ``nn.Linear`` layers, in float16, bfloat16, float32 or float64; also one
+            that accelerate has dispatched or offloads.
         config: a dict as in the README; None means ``presets.INT8_MINMAX_WEIGHT_QUANT_CFG``.
 
     Raises:

@@ -72,17 +72,21 @@ def weight(layer: nn.Module, name: str) -> Tensor:
     Raises:
         QuantizeError: it cannot be read.
     """
-    found = bias(layer, name, "weight")
+    found = _read(layer, name, "weight")
     assert found is not None
     return found
 
 
-def bias(layer: nn.Module, name: str, key: str = "bias") -> Tensor | None:
+def bias(layer: nn.Module, name: str) -> Tensor | None:
     """The bias, as :func:`weight`; None where the layer has none."""
-    held = layer._parameters.get(key)
+    return _read(layer, name, "bias")
+
+
+def _read(module: nn.Module, name: str, key: str) -> Tensor | None:
+    held = {**module._parameters, **module._buffers}.get(key)
     if held is None or not held.is_meta:
         return held
-    hook, where = keeper(layer), f"layer {name!r}"
+    hook, where = keeper(module), f"layer {name!r}"
     if hook is None:
         raise refusal(where, f"its {key} is on the meta device, without data", "a layer with all of its parameters")
     try:
@@ -141,10 +145,10 @@ def state(root: nn.Module) -> dict[str, Any]:
     """
     found: dict[str, Any] = root.state_dict()
     for name, module in root.named_modules(remove_duplicate=False):
-        for key, held in module._parameters.items() if keeper(module) is not None else ():
+        for key in (*module._parameters, *module._buffers) if keeper(module) is not None else ():
             full = f"{name}.{key}" if name else key
-            if held is not None and held.is_meta and full in found:
-                found[full] = bias(module, name, key)
+            if isinstance(held := found.get(full), Tensor) and held.is_meta:
+                found[full] = _read(module, name, key)
     return found
 
 
@@ -220,7 +224,7 @@ def hold(root: nn.Module) -> None:
         hook = keeper(module)
         if hook is not None and next(module.children(), None) is not None and not hook.place_submodules:
             for key, p in module._parameters.items():
-                if (value := bias(module, type(module).__name__, key)) is not None and p is not None:
+                if (value := _read(module, type(module).__name__, key)) is not None and p is not None:
                     module._parameters[key] = nn.Parameter(value, p.requires_grad)
             module.__dict__[_HOOK] = resident(module.__dict__[_HOOK])
 

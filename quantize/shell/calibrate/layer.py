@@ -95,7 +95,7 @@ class CalibrationLinear(Foldable):
         row = replace(self.record(), stage="converted")
         bias, away = offload.bias(self, self.names[0]), offload.away(self) if kept else None
         if bias is not None and bias is not self.bias:
-            bias = nn.Parameter(bias, self.bias.requires_grad)
+            bias = nn.Parameter(bias.clone(), self.bias.requires_grad)
         layer = deployment.QuantizedLinear(self.solution, bias, row, self.weight.dtype, kernel, away)
         deployment.adopt(layer, self)
         return layer
