@@ -200,23 +200,29 @@ def test_low_precision_weights_are_solved_in_float32(case, dtype):
     )
 
 
-# GPTQ asks whether a factorization failed, which no map can answer for all layers at once.
-@cases(lambda case: case.name != "gptq")
-def test_a_stack_of_layers_maps_where_claimed(case):
+@every_case
+def test_a_stack_of_layers_is_solved_as_each_alone(case):
     source = torch.Generator().manual_seed(0)
     stack, batches = (torch.randn(3, n, C, generator=source, dtype=torch.float64) for n in (4, 20))
+    # Dead channels, and too few tokens: each layer has an order and a damping of its own.
+    batches[0, :, 2], batches[1, 3:] = 0, 0
     algorithm = case.algorithm
-    mapped = torch.func.vmap(lambda w, x: algorithm.solve(w, statistic(algorithm, x)))(stack, batches)
+    statistics = torch.func.vmap(lambda x: statistic(algorithm, x))(batches)
+    mapped = assert_pure(algorithm.solve_stack, stack, statistics)
     # A scale is a maximum of smoothed weights. The smoothing is an exponential of logarithms of a mean over 20 tokens
     # (AWQ: at most 11 roundings of the largest logarithm, 20 of the mean, 2 of the result), or two powers and a
     # quotient (SmoothQuant: 5); two products follow. Both sides round.
-    largest = batches.abs().mean(1).log().abs().max().item()
+    absmean = batches.abs().mean(1)
+    largest = absmean[absmean > 0].log().abs().max().item()
     bound = 2 * (11 * largest + 24) * U64
     for i in range(3):
         alone = algorithm.solve(stack[i], statistic(algorithm, batches[i]))
         # In float64 and from a fixed seed: no code is within 1e-13 of a tie.
         assert torch.equal(mapped.weight.codes[i], alone.weight.codes)
-        torch.testing.assert_close(mapped.weight.scale[i], alone.weight.scale, rtol=bound, atol=0)
+        # A refitted scale is a quotient of sums, added in another order; its own test bounds it.
+        if not refits(case):
+            torch.testing.assert_close(mapped.weight.scale[i], alone.weight.scale, rtol=bound, atol=0)
+        assert mapped.notes.keys() == alone.notes.keys()
 
 
 @given(integer_matrices(n=st.integers(1, 4), c=st.just(C)), integer_matrices(n=st.integers(1, 3), c=st.just(C)))

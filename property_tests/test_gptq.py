@@ -309,7 +309,7 @@ def test_a_factorization_that_fails_raises_the_damping_and_says_so(damp):
     # The lowest eigenvalue is -2, and damping grows tenfold from 0.01 or 1e-6: 1 is too little, 10 is enough. Seven
     # products are rounded at most.
     assert abs(grown - 10) <= 7 * U64 * 10
-    assert_factors(upper, pivots, numpy64(indefinite) + grown * np.eye(2), U32)
+    assert_factors(upper, pivots, numpy64(indefinite) + grown.item() * np.eye(2), U32)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from property_tests.laws import assert_pure, same_bits
 from property_tests.oracles import U64, loss_noise, members, numpy64, row_losses, spread, total_noise, values64
 from property_tests.strategies import correlated_tokens, normal_matrices, seeds, weight_schemes, whole_quantized
-from quantize.core import QTensor, Scheme, affine, ranges, refine, round_to_nearest
+from quantize.core import QParams, QTensor, Scheme, affine, ranges, refine, round_to_nearest
 
 F64 = torch.float64
 sizes = st.integers(1, 9)
@@ -60,6 +60,21 @@ def test_a_sweep_is_its_recursion(data, scheme, block_size, dtype):
     same_bits(q.params, params)
 
 
+@given(st.data(), weight_schemes(), st.sampled_from([1, 7, 16, 17, 128]), st.integers(1, 3))
+def test_a_stack_is_swept_as_each_of_its_matrices(data, scheme, block_size, e):
+    # Exact as above, so that the order of additions cannot be told: the same bits.
+    n, c, source = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 40)), np.random.default_rng(data.draw(seeds))
+    base, reference = (torch.from_numpy(source.integers(-40, 41, (e, n, c)) / 4) for _ in range(2))
+    coupling = torch.from_numpy(source.integers(-3, 4, (e, c, c)) / 2)
+    order = torch.from_numpy(np.stack([source.permutation(c) for _ in range(e)]))
+    alone = [whole_quantized(source, n, c, scheme).params for _ in range(e)]
+    params = QParams(*(torch.stack(each) for each in zip(*alone, strict=True) if each[0] is not None))
+    q = refine.sweep(base, reference, coupling, params, scheme, order, block_size=block_size)
+    for i in range(e):
+        each = base[i], reference[i], coupling[i], alone[i], scheme, order[i]
+        same_bits(q.codes[i], refine.sweep(*each, block_size=block_size).codes)
+
+
 @given(st.data(), weight_schemes())
 def test_a_round_of_descent_is_its_loop(data, scheme):
     # Signs as tokens, times powers of two: the diagonal is a power of two, so that all is exact. Some channels are
@@ -94,7 +109,8 @@ def test_descent_raises_no_row(data, scheme):
 def test_a_channel_of_vanishing_power_spoils_no_row(symmetric):
     # A subnormal number on the diagonal has no finite reciprocal: what the loop makes of that must not be kept.
     source = np.random.default_rng(0)
-    x, weight = source.normal(size=(40, 6)), source.normal(size=(4, 6))
+    # What the channels have in common makes codes move.
+    x, weight = source.normal(size=(40, 6)) + 3 * source.normal(size=(40, 1)), source.normal(size=(4, 6))
     x[:, 2] *= 1e-158
     gram = x.T @ x
     q = round_to_nearest(torch.from_numpy(weight), Scheme(4, symmetric))
@@ -102,6 +118,20 @@ def test_a_channel_of_vanishing_power_spoils_no_row(symmetric):
     before, after = (values64(each) - weight for each in (q, moved))
     noise = loss_noise(np.maximum(np.abs(before), np.abs(after)), gram)
     assert (row_losses(after, gram) <= row_losses(before, gram) + noise).all()
+    # The others move as they do without it: what it adds to their sums is below any rounding.
+    gram[2], gram[:, 2] = 0, 0
+    assert torch.equal(moved.codes, refine.descend(torch.from_numpy(weight), q, torch.from_numpy(gram)).codes)
+    assert not torch.equal(moved.codes, q.codes)
+
+
+def test_a_row_without_a_loss_is_not_kept():
+    # The products overflow to inf - inf for the first weight, and to nothing for the second.
+    weight, gram = torch.zeros(1, 2), torch.tensor([[3e38, -3e38], [-3e38, 3e38]])
+    far, exact = (QTensor(torch.tensor([[k, k]], dtype=torch.int8), torch.ones(1, 1), None, Scheme()) for k in (9, 0))
+    chosen, taken, errors = refine.better_rows(weight, far, exact, gram)
+    assert errors[0].isnan().all()
+    assert taken.all()
+    assert not chosen.codes.any()
 
 
 @given(st.data(), weight_schemes())

@@ -58,8 +58,22 @@ def test_nothing_rebinds_the_function_to_a_module():
 
 
 # Each may import from those before it. The docstring of the shell draws the same picture.
-ROOMS = ["config", "progress", "offload", "modes", "values", "report", "plan",
-         "deploy", "fold", "calibrate", "disk", "api", "cli"]  # fmt: skip
+ROOMS = [
+    "config",
+    "progress",
+    "offload",
+    "modes",
+    "values",
+    "views",
+    "report",
+    "plan",
+    "deploy",
+    "fold",
+    "calibrate",
+    "disk",
+    "api",
+    "cli",
+]
 
 
 def room(name):
@@ -146,7 +160,7 @@ def test_the_report_is_plain_data():
     assert layer.keys() == {*vars(qz.report(model).rows[0])} - {"fell_back"}
     assert layer["tokens"] == 0
     assert layer["weight_sqnr"] > 40
-    assert data["skipped"] == [{"name": "b", "reason": "skip_layers: 'b'", "asked": True}]
+    assert data["skipped"] == [{"name": "b", "reason": "skip_layers: 'b'", "asked": True, "elements": 64}]
     exact = nn.Sequential(nn.Linear(4, 4))
     nn.init.zeros_(exact[0].weight)
     qz.quantize(exact, config())

@@ -48,6 +48,15 @@ def test_everything_in_a_block_of_llama_folds(given, monkeypatch):
         assert torch.isfinite(model(TOKENS)).all()
 
 
+def test_modules_without_names_fold_apart():
+    # By numbers alone, what the norm makes and what no module makes look alike.
+    model = filled(nn.Sequential(nn.LayerNorm(48), nn.Linear(48, 80), nn.GELU(), nn.Linear(80, 48)))
+    qz.quantize(model, config({"smoothquant": {"fold": True}}, inputs=TOKEN))
+    with pytest.warns(qz.QuantizeWarning, match="not folded"), torch.no_grad():
+        model(randn(24, 48))
+    assert folded(model) == {"1"}
+
+
 @every_config
 @pytest.mark.parametrize("norm", [Norm, OnePlusNorm])
 def test_scales_that_are_not_exact_fold_up_to_single_roundings(given, norm):

@@ -145,10 +145,16 @@ BROKEN = {
     ),
     "bias": (
         lambda s: without(s, "first.bias", "again.bias"),
-        "'first.bias' in the state: None; accepted: torch.float32",
+        r"from_state: no 'first.bias' in the state; accepted: 'first.bias', torch.float32 \[64\]",
     ),
-    "norm": (lambda s: without(s, "norm.weight"), "from_state: 'norm.weight' is missing in the state"),
-    "unknown": (lambda s: {**s, "x.y": torch.ones(1)}, "from_state: 'x.y' is in the state"),
+    "norm": (
+        lambda s: without(s, "norm.weight"),
+        r"from_state: no 'norm.weight' in the state; accepted: 'norm.weight', torch.float32 \[256\]",
+    ),
+    "unknown": (
+        lambda s: {**s, "x.y": torch.ones(1)},
+        "from_state: 'x.y' in the state; accepted: keys of the model only",
+    ),
     "unknown in layer": (lambda s: {**s, "first.z": torch.ones(1)}, "layer 'first': 'z' in the state"),
     "shape": (
         lambda s: {**s, "first.codes": s["first.codes"][:, :-1]},
@@ -156,8 +162,14 @@ BROKEN = {
     ),
     "codes dtype": (lambda s: {**s, "first.codes": s["first.codes"].int()}, "layer 'first': 'codes', torch.int32"),
     "scale dtype": (lambda s: {**s, "first.scale": s["first.scale"].half()}, "layer 'first': 'scale', torch.float16"),
-    "other shape": (lambda s: {**s, "shift": torch.ones(65)}, r"'shift' in the state: torch.float32 \[65\]; accepted"),
-    "other dtype": (lambda s: {**s, "shift": torch.ones(64).half()}, r"'shift' in the state: torch.float16 \[64\]"),
+    "other shape": (
+        lambda s: {**s, "shift": torch.ones(65)},
+        r"from_state: 'shift', torch.float32 \[65\]; accepted: 'shift', torch.float32 \[64\]",
+    ),
+    "other dtype": (
+        lambda s: {**s, "shift": torch.ones(64).half()},
+        r"from_state: 'shift', torch.float16 \[64\]; accepted: 'shift', torch.float32 \[64\]",
+    ),
     "layer size": (lambda s: with_row(s, shape=[64, 128]), "layer 'first': 64x128 in torch.float32 in the state"),
     "layer dtype": (lambda s: extra(s, dtype="bfloat16"), "layer 'first': 64x256 in torch.bfloat16 in the state"),
     "version": (lambda s: extra(s, quantized_linear=3), "layer 'first': version 3; accepted: .* version 2"),
@@ -202,10 +214,12 @@ def test_a_buffer_that_no_state_brings_must_be_real():
     with torch.device("meta"):
         fresh = Rotary()
     with pytest.raises(qz.QuantizeError, match="buffer 'frequencies': on the meta device"):
-        qz.convert(fresh, from_state=model.state_dict())
-    fresh.frequencies = torch.ones(3)
+        qz.convert(fresh, from_state=dict(model.state_dict()))
+    fresh.frequencies = torch.full((3,), 5.0)
     qz.convert(fresh, from_state=model.state_dict())
     assert torch.equal(fresh(PROBE), model(PROBE))
+    # A real one keeps its own.
+    assert torch.equal(fresh.frequencies, torch.full((3,), 5.0))
 
 
 def test_the_state_of_a_model_under_calibration_is_refused():

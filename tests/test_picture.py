@@ -26,8 +26,8 @@ def draw(given):
 def row(i, ratio=0.5, **rest):
     error = 10.0 * (i + 1)
     numbers = {"weight_sqnr": 20.0, "error": ratio * error, "baseline_error": error}
-    names = (f"model.layers.{i}.down_proj",)
-    return Row(names, (8, 64), Scheme(4), None, "gptq", "converted", 100, **{**numbers, **rest})
+    row = Row((f"model.layers.{i}.down_proj",), (8, 64), Scheme(4), None, "gptq", "converted", 100)
+    return replace(row, **{**numbers, **rest})
 
 
 def plain(i, sqnr):
@@ -72,9 +72,8 @@ def test_no_two_names_overlap_and_none_is_cut_off(n):
     worst = {i for i in (0, 1, 2, 3, n // 2, n // 2 + 1, n - 3, n - 2, n - 1) if n > 40}
     figure, renderer = drawn(report(n, worst=worst))
     names = [text for text in figure.axes[0].texts if "." in text.get_text() and "nn." not in text.get_text()]
-    assert len(names) == (n if n + 2 <= 56 else 12)
-    # Of the words: the line from a name to its layer is a part of the annotation.
-    boxes = [super(type(text), text).get_window_extent(renderer) for text in [*figure.axes[0].texts, *figure.texts]]
+    assert len(names) == min(n, 56)
+    boxes = [text.get_window_extent(renderer) for text in [*figure.axes[0].texts, *figure.texts] if text.get_text()]
     inside = figure.bbox
     for box in boxes:
         assert inside.x0 <= box.x0
@@ -86,7 +85,7 @@ def test_no_two_names_overlap_and_none_is_cut_off(n):
     assert len(boxes) >= 2 + len(names)
     for a, b in itertools.combinations(boxes, 2):
         assert not a.overlaps(b)
-    # However many: no higher than the highest picture that names every layer.
+    # However many: no higher than the highest picture of every layer.
     assert figure.get_figheight() <= draw(report(54, worst={0})).get_figheight()
     for i in worst:
         (text,) = [text for text in names if text.get_text() == f"model.layers.{i}.down_proj"]
@@ -124,7 +123,33 @@ def test_skipped_layers_are_there_with_their_reasons_or_counted():
     figure = draw(report(6))
     assert {"lm_head", "wte", "floating point: skip_layers: 'lm_head'"} <= set(words(figure))
     figure = draw(report(210))
-    assert "left in floating point (2): lm_head, wte" in figure.get_supxlabel()
+    assert "the worst are shown, 154 others and 2 modules in floating point are not" in figure.get_supxlabel()
+    assert not {"lm_head", "wte"} & set(words(figure))
+
+
+def test_of_many_layers_the_worst_are_drawn_in_the_order_of_the_model():
+    rows = [row(i, 0.4 + 0.001 * (i * 37 % 101)) for i in range(100)] + [plain(100, math.inf), plain(101, None)]
+    figure = draw(Report(tuple(rows), (), ()))
+    worst = sorted(range(100), key=lambda i: -rows[i].ratio)[:56]
+    assert [word for word in words(figure) if word] == [rows[i].name for i in sorted(worst)]
+    assert points(figure.axes[1])["after: as quantized"] == {k: rows[i].ratio for k, i in enumerate(sorted(worst))}
+    assert "102 layers, in the order of the model; the worst are shown, 46 others" in figure.get_supxlabel()
+
+
+def test_experts_have_one_line_with_the_worst_of_them():
+    rows = [
+        row(i, 0.3 + 0.1 * (i == 5), names=(f"mlp.experts.{i}.up",), shape=(8, 64 + 64 * (i > 6))) for i in range(9)
+    ]
+    figure = draw(Report((row(0), *rows, plain(1, 30.0)), (), ()))
+    assert [word for word in words(figure) if word] == [
+        "model.layers.0.down_proj", "mlp.experts.*.up (7)", "mlp.experts.*.up (2)", "model.layers.1.down_proj"
+    ]  # fmt: skip
+    assert points(figure.axes[1])["after: as quantized"] == {0: 0.5, 1: rows[5].ratio, 2: rows[7].ratio}
+    assert figure.get_supxlabel().startswith("11 layers, in the order of the model; of experts the worst")
+    # Without errors, it is the one with the lowest ratio of signal to noise.
+    rows = [plain(i, 30.0 - i % 3) for i in range(9)]
+    rows = tuple(replace(each, names=(f"experts.{i}",)) for i, each in enumerate(rows))
+    assert points(draw(Report(rows, (), ())).axes[0])["after: as quantized"] == {0: 28.0}
 
 
 def test_a_zero_after_a_large_error_is_drawn_as_a_ratio():
@@ -136,7 +161,9 @@ def test_a_zero_after_a_large_error_is_drawn_as_a_ratio():
 
 def test_outliers_are_far_from_the_others_and_no_trifles():
     def ranked(ratios, sqnr):
-        return picture.ranked(np.array(ratios), np.array(sqnr))
+        scores = picture.excess(np.array(ratios), np.array(sqnr))
+        worst = [i for i in np.argsort(-scores, kind="stable").tolist() if not math.isnan(scores[i])]
+        return worst, [i for i in worst if scores[i] > 1]
 
     def by_ratio(*ratios):
         return ranked(ratios, [math.nan] * len(ratios))

@@ -90,6 +90,62 @@ def test_a_group_as_long_as_the_row_is_a_rule_of_each_layer():
     assert reasons(model, given) == {"0": "group_size 64 is not below in_features 64"}
 
 
+class Experts(nn.Module):
+    """Like those of a model's own code: two weights for each of four experts, stacked."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Parameter(randn(4, 16, 8)), nn.Parameter(randn(4, 8, 16))
+
+
+def test_it_is_said_how_much_stays_in_floating_point():
+    body = nn.Linear(8, 5)
+    model = nn.ModuleDict({"embed": nn.Embedding(20, 8), "body": body, "experts": Experts(), "again": body,
+                           "head": nn.Linear(8, 20), "norm": nn.LayerNorm(8)})  # fmt: skip
+    model["head"].weight = model["embed"].weight
+    model["shared"] = model["experts"]
+    total = 20 * 8 + 8 * 5 + 2 * 4 * 16 * 8
+    stacked = f"{100 * 1024 / total:.1f} % of the model's weights"
+    told = f"Experts is not an nn.Linear: its 3-D parameters, such as those of experts, are {stacked}"
+    with pytest.warns(qz.QuantizeWarning) as warned:
+        qz.quantize(model, config(skip_layers="head"))
+    report = qz.report(model)
+    found = [(each.name, each.reason, each.elements) for each in report.skipped]
+    # Each tensor once, where it is met first.
+    assert found == [
+        ("embed", "Embedding is not an nn.Linear", 160),
+        ("experts", told, 1024),
+        ("shared", told, 0),
+        ("head", "skip_layers: 'head'", 0),
+    ]
+    assert report.elements == total
+    share = f"{100 * (160 + 1024) / total:.1f} % of the model's weights stay in floating point"
+    assert str(warned[0].message).startswith(f"{share}, see report(model): 'embed' (")
+    assert f"'experts' ({told})" in str(warned[0].message)
+    assert f"{share} (4)" in str(report).splitlines()
+
+
+def test_a_tied_weight_that_one_of_two_modules_keeps_stays_in_floating_point():
+    for names in (["head", "embed"], ["embed", "head"]):
+        model = nn.ModuleDict({name: nn.Linear(8, 20) if name == "head" else nn.Embedding(20, 8) for name in names})
+        model["head"].weight = model["embed"].weight
+        model["body"] = nn.Linear(8, 12)
+        with pytest.warns(qz.QuantizeWarning, match=f"^{100 * 160 / 256:.1f} % of the model's weights stay"):
+            qz.quantize(model, config())
+        assert [each.elements for each in qz.report(model).skipped] == [160]
+
+
+def test_models_that_were_quantized_apart_are_counted_together():
+    model = nn.ModuleDict(
+        {"a": nn.Sequential(nn.Linear(4, 4), nn.Embedding(4, 4)), "b": nn.Sequential(nn.Linear(4, 8))}
+    )
+    with pytest.warns(qz.QuantizeWarning, match="^50.0 % of the model's weights"):
+        qz.quantize(model["a"], config())
+    qz.quantize(model["b"], config())
+    assert qz.report(model).elements == 64
+    assert "25.0 % of the model's weights stay in floating point (1)" in str(qz.report(model)).splitlines()
+
+
 @pytest.mark.parametrize("skip", ["lay", ["lay"], {"lay", "player"}])
 def test_a_layer_is_skipped_when_its_name_contains_an_entry(skip):
     model = nn.ModuleDict({"layer": nn.Linear(4, 4), "player": nn.Linear(4, 4), "a": nn.Linear(4, 4)})

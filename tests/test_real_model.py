@@ -149,12 +149,13 @@ def test_the_demonstration_shows_what_it_promises(encoder):
     assert outcome.comparison.endswith(f"before and after: mean {cosine.mean():.5f}, lowest {cosine.min():.5f}")
     assert (outcome.measured[0] @ outcome.measured[1].T).argmax(1).tolist() == list(range(16))
     after = sum(held(quantized.model.get_submodule(name)) for name in names)
-    assert outcome.layer_bytes == (sum(before[name] for name in names), after)
-    total_before, total_after = outcome.model_bytes
+    layers_before = sum(before[name] for name in names)
+    assert outcome.sizes["quantized layers"] == (layers_before, after)
+    total_before, total_after = outcome.sizes["whole model"]
     assert total_before == before[""]
-    assert total_before - total_after == outcome.layer_bytes[0] - after
+    assert total_before - total_after == layers_before - after
     text = str(outcome)
-    assert f"quantized layers: {outcome.layer_bytes[0]:,} bytes before, {after:,} after" in text
+    assert f"quantized layers: {layers_before:,} bytes before, {after:,} after" in text
     assert "pooler.dense" in text
     assert text.endswith(outcome.comparison)
 

@@ -29,15 +29,21 @@ def search(x: Tensor, scheme: Scheme, importance: Tensor, *, steps: int = 40, sm
     """Scale and zero point of the range that rounds ``x`` ``[n, c]`` best, group by group, weighted by ``importance``.
 
     The candidates are the full range times ``steps`` factors, evenly from 1 down to ``smallest``; the widest of equals
-    wins. The full range is one of them, so that no group ends above plain rounding in :func:`weighted_error`.
+    wins. The full range is one of them, so that no group ends above plain rounding in :func:`weighted_error`. In stacks
+    ``[e, n, c]`` every matrix has an importance of its own, ``[e, c]``.
 
     >>> q = search(torch.tensor([[0.11, 0.32, -0.2, 1.0]]), Scheme(bits=4), torch.tensor([1., 1., 1., 1e-9]))
     >>> bool(q.scale < 1 / 7)
     True
     """
+    if x.ndim == 3:
+        # One after the other: more than one does not stay in the cache.
+        pairs = zip(x, importance, strict=True)
+        found = [search(each, scheme, its, steps=steps, smallest=smallest) for each, its in pairs]
+        return QParams(*map(torch.stack, zip(*map(present, found), strict=True)))
     rows = max(1, _TOGETHER // max(1, x.shape[1]))
     if scheme.strategy != "tensor" and len(x) > rows:
-        parts = [search(part, scheme, importance, steps=steps, smallest=smallest) for part in x.split(rows)]
+        parts = [search(part, scheme, importance, steps=steps, smallest=smallest) for part in torch.split(x, rows)]
         return QParams(*map(torch.cat, zip(*map(present, parts), strict=True)))
     low, high = affine.group_ranges(x, scheme)
     shares = [1 - (1 - smallest) * i / max(steps - 1, 1) for i in range(steps)]

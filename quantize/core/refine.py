@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -33,41 +36,76 @@ def sweep(
     descent is the same with the present values as reference: see :func:`descend`. Only decided columns are read, so
     the sums are gathered by one large matmul a block, a small one every 16 columns, and a product of matrix and vector.
     ``block_size`` changes the order of additions and nothing else.
+
+    Every tensor may be one of a stack, with a leading axis ``e``: the matrices are then swept side by side.
     """
-    c = len(coupling)
+    c, stacked = coupling.shape[-1], base.ndim == 3
+    add = torch.baddbmm if stacked else torch.addmm
+    groups = order // (scheme.group_size or c)
     # Transposed, a column is contiguous.
-    base_t, incoming = base.T[order], coupling.T.contiguous()
-    reference_t = base_t if reference is base else reference.T[order]
-    scale = params.scale.T.contiguous()
-    zero = torch.zeros_like(scale) if params.zero_point is None else params.zero_point.T.to(scale.dtype)
-    low, high = scheme.qmin - zero, scheme.qmax - zero
-    groups = (order // (scheme.group_size or c)).tolist()
-    codes, steps, value = torch.empty_like(base_t), torch.empty_like(base_t), torch.empty_like(base_t[0])
-    # Views made once: slicing tensors costs as much as the arithmetic on a column.
-    scales, lows, highs, code_of, step_of, from_ = (
-        tensor.unbind() for tensor in (scale, low, high, codes, steps, reference_t)
-    )
+    base_t, incoming = picked(transposed(base), order), transposed(coupling)
+    reference_t = base_t if reference is base else picked(transposed(reference), order)
+    scale_t, zero_t = transposed(params.scale), None if params.zero_point is None else transposed(params.zero_point)
+    codes, steps, value = torch.empty_like(base_t), torch.empty_like(base_t), torch.empty_like(base_t[..., 0, :])
     for start in range(0, c, block_size):
         stop = min(start + block_size, c)
-        target = torch.addmm(base_t[start:stop], incoming[start:stop, :start], steps[:start])
+        scale = picked(scale_t, groups[..., start:stop])
+        lows: Sequence[Any] = [scheme.qmin] * c
+        highs: Sequence[Any] = [scheme.qmax] * c
+        if zero_t is not None:
+            zero = picked(zero_t, groups[..., start:stop]).to(scale.dtype)
+            lows, highs = (scheme.qmin - zero).unbind(-2), (scheme.qmax - zero).unbind(-2)
+        # Views made once: slicing tensors costs as much as the arithmetic on a column.
+        code_of, step_of, from_ = (tensor[..., start:stop, :].unbind(-2) for tensor in (codes, steps, reference_t))
+        scales = scale.unbind(-2)
+        target = add(base_t[..., start:stop, :], incoming[..., start:stop, :start], steps[..., :start, :])
         for inner in range(start, stop, _INNER):
             end = min(inner + _INNER, stop)
             rows = slice(inner - start, end - start)
-            near = torch.addmm(target[rows], incoming[inner:end, start:inner], steps[start:inner])
-            decided = steps[inner:end].T
-            for j, (row, weights) in enumerate(
-                zip(near.unbind(), incoming[inner:end, inner:end].unbind(), strict=True)
-            ):
-                column = inner + j
-                g, code = groups[column], code_of[column]
-                torch.addmv(row, decided[:, :j], weights[:j], out=value)
-                torch.div(value, scales[g], out=code).round_()
-                torch.clamp(code, lows[g], highs[g], out=code)
-                torch.addcmul(from_[column], code, scales[g], value=-1, out=step_of[column])
-    codes += zero[torch.tensor(groups, device=order.device)]
-    back = torch.empty_like(order)
-    back[order] = torch.arange(c, device=order.device)
-    return QTensor(codes.to(torch.int8)[back].T.contiguous(), params.scale, params.zero_point, scheme)
+            near = add(target[..., rows, :], incoming[..., inner:end, start:inner], steps[..., start:inner, :])
+            decided, weights = steps[..., inner:end, :].mT, incoming[..., inner:end, inner:end].unbind(-2)
+            for j, row in enumerate(near.unbind(-2)):
+                column = inner - start + j
+                code, size = code_of[column], scales[column]
+                if stacked:
+                    before = weights[j][:, None, :j], decided[:, :, :j].mT
+                    torch.baddbmm(row[:, None], *before, out=value[:, None])
+                else:
+                    torch.addmv(row, decided[:, :j], weights[j][:j], out=value)
+                torch.div(value, size, out=code).round_()
+                torch.clamp(code, lows[column], highs[column], out=code)
+                torch.addcmul(from_[column], code, size, value=-1, out=step_of[column])
+        if zero_t is not None:
+            codes[..., start:stop, :] += zero
+    back = torch.argsort(order)
+    return QTensor(transposed(picked(codes.to(torch.int8), back)), params.scale, params.zero_point, scheme)
+
+
+def each(function: Callable[..., Any], stacked: bool) -> Callable[..., Any]:
+    """``function``, or the same for every member of stacks."""
+    return torch.func.vmap(function) if stacked else function
+
+
+def picked(rows: Tensor, places: Tensor) -> Tensor:
+    """The rows ``places`` ``[w]`` of a matrix ``[c, n]``: ``[w, n]``. In a stack each has its own: ``[e, w]``.
+
+    >>> picked(torch.tensor([[1, 2], [3, 4]]), torch.tensor([1, 0, 1]))
+    tensor([[3, 4],
+            [1, 2],
+            [3, 4]])
+    """
+    return rows[places] if rows.ndim == 2 else rows[torch.arange(len(rows), device=rows.device)[:, None], places]
+
+
+def transposed(x: Tensor) -> Tensor:
+    """A contiguous copy ``[..., c, n]`` of ``x`` ``[..., n, c]``."""
+    if x.ndim == 2:
+        return x.T.contiguous()
+    # One after the other: torch copies a transposed stack several times as slowly.
+    result = x.new_empty(x.mT.shape)
+    for mine, matrix in zip(result, x, strict=True):
+        mine.copy_(matrix.T)
+    return result
 
 
 def descend(weight: Tensor, q: QTensor, gram: Tensor, *, block_size: int = 128) -> QTensor:
@@ -79,16 +117,18 @@ def descend(weight: Tensor, q: QTensor, gram: Tensor, *, block_size: int = 128) 
     3. So this is :func:`sweep` with ``base_j = q_j - (E H)_j / H_jj``, the values of ``q`` as reference, and
        ``coupling_ij = H_ij / H_jj``.
 
-    A channel that was never active keeps its codes. ``weight`` is ``[n, c]``, ``gram`` ``[c, c]``.
+    A channel that was never active, or whose power has no finite reciprocal, keeps its codes. ``weight`` is ``[n, c]``,
+    ``gram`` ``[c, c]``, or all are stacks.
     """
-    values = affine.dequantize(q)
-    diagonal = gram.diagonal()
-    inverse = torch.where(diagonal > 0, diagonal.reciprocal(), 0.0)
+    stacked, diagonal = weight.ndim == 3, gram.diagonal(dim1=-2, dim2=-1)
+    values = each(affine.dequantize, stacked)(q)
+    inverse = torch.where(diagonal >= torch.finfo(gram.dtype).tiny, diagonal.reciprocal(), 0.0)[..., None, :]
     base = values - ((values - weight) @ gram) * inverse
-    order = torch.arange(len(gram), device=gram.device)
+    order = torch.arange(gram.shape[-1], device=gram.device).expand(diagonal.shape)
     moved = sweep(base, values, gram * inverse, q.params, q.scheme, order, block_size=block_size)
     # Rows where rounding errors of the sums ate the gain keep their codes.
-    return better_rows(weight, moved, q, gram)[0]
+    chosen: QTensor = each(better_rows, stacked)(weight, moved, q, gram)[0]
+    return chosen
 
 
 def refit(weight: Tensor, q: QTensor, gram: Tensor) -> QTensor:
@@ -133,6 +173,8 @@ def better_rows(weight: Tensor, first: QTensor, second: QTensor, gram: Tensor) -
     if first.scheme.strategy == "tensor":
         alike = [a == b for a, b in zip(present(first.params), present(second.params), strict=True)]
         compared = torch.where(torch.stack(alike).all(), errors, errors.sum(1, keepdim=True))
+    # What is no number is worse than any.
+    compared = compared.nan_to_num(nan=torch.inf, posinf=torch.inf)
     take = compared[1] < compared[0]
     params = affine.select(take[: len(first.scale), None], second.params, first.params)
     codes = torch.where(take[:, None], second.codes, first.codes)

@@ -31,11 +31,13 @@ def intensity(gram: SumState, strength: float) -> Tensor:
         return total.new_zeros(())
     diagonal = total.diagonal()
     unit = torch.where(diagonal > 0, diagonal, 1.0).rsqrt()
-    squares = (total * unit * unit[:, None]).square()
+    squares = (total * unit).mul_(unit[:, None])
+    squares = squares.mul_(squares)
     found = squares.sum() - squares.diagonal().sum()
     active = (diagonal > 0).sum()
     pairs = active * (active - 1)
-    chance = (pairs + found) * (strength + len(total) / tokens) / tokens
+    number = tokens.to(total.dtype)
+    chance = (pairs + found) * (strength + len(total) / number) / number
     return torch.where(found > chance, chance / found, 1.0)
 
 
@@ -46,4 +48,6 @@ def shrink(gram: Tensor, rho: Tensor) -> Tensor:
     tensor([[4., 1.],
             [1., 4.]])
     """
-    return torch.where(torch.eye(len(gram), dtype=torch.bool, device=gram.device), gram, gram * (1 - rho))
+    shrunk = gram * (1 - rho)
+    shrunk.diagonal().copy_(gram.diagonal())
+    return shrunk

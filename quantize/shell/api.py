@@ -19,7 +19,9 @@ from quantize.shell.deploy import loading
 from quantize.shell.deploy.layer import QuantizedLinear
 from quantize.shell.offload import keeper
 from quantize.shell.plan import Plan, plan, swap
+from quantize.shell.report.rows import share
 from quantize.shell.report.text import Report
+from quantize.shell.views import release
 
 
 def quantize(model: nn.Module, config: object = None) -> None:
@@ -52,6 +54,7 @@ def quantize(model: nn.Module, config: object = None) -> None:
         layer: CalibrationLinear(layer, names, session) for layer, names in planned.layers.items()
     }
     restart(layers.values())
+    swap(model, planned.views)
     swap(model, layers)
     counting.attach(model, session)
     if parsed.algorithm.data_free:
@@ -60,7 +63,7 @@ def quantize(model: nn.Module, config: object = None) -> None:
         except BaseException:
             counting.detach(model)
             del model.__dict__[KEY]
-            swap(model, {new: old for old, new in layers.items()})
+            swap(model, {new: old for old, new in (*layers.items(), *planned.views.items())})
             raise
 
 
@@ -122,7 +125,9 @@ def convert(
     layers = _deployed(model, kernel, offload)
     loading.check_served(layers.values(), kernel)
     swap(model, layers)
+    release(model)
     counting.detach(model)
+    loading.carry_hidden(model)
 
 
 def _deployed(model: nn.Module, kernel: str | None, kept: bool) -> dict[nn.Module, QuantizedLinear]:
@@ -158,6 +163,7 @@ def report(model: nn.Module) -> Report:
         tuple(skipped for each in found for skipped in each.skipped),
         tuple(word for each in found for word in each.unmatched),
         tuple(remark for each in found for remark in each.remarks),
+        sum(each.elements for each in found),
     )
 
 
@@ -170,5 +176,6 @@ def _warn(planned: Plan) -> None:
     left = [f"{skipped.name!r} ({skipped.reason})" for skipped in planned.skipped if not skipped.asked]
     left += [f"skip_layers entry {word!r} matched nothing" for word in planned.unmatched]
     if left:
-        message = f"left in floating point, see report(model): {'; '.join(left)}"
+        told = share(sum(skipped.elements for skipped in planned.skipped), planned.elements)
+        message = f"{told} stay in floating point, see report(model): {'; '.join(left)}"
         warnings.warn(message, QuantizeWarning, stacklevel=3)

@@ -109,11 +109,22 @@ def _plain(state: Any) -> Any:
                                for key, value in state["state"].items()}}  # fmt: skip
 
 
-@contextmanager
-def untracked(device: torch.device) -> Iterator[None]:
-    """No gradients, no inference tensors and no autocast, whatever the caller has switched on."""
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
-        yield
+class untracked:  # noqa: N801 - used like a function
+    """No gradients, no inference tensors and no autocast on ``device``, whatever the caller has switched on.
+
+    No generator: one that an interrupt leaves suspended would switch once more when it is collected.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._modes = torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False)
+
+    def __enter__(self) -> None:
+        for mode in self._modes:
+            mode.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        for mode in reversed(self._modes):
+            mode.__exit__(*error)
 
 
 def put(owner: nn.Module, name: str, value: Tensor) -> None:
@@ -153,5 +164,7 @@ def same_attributes(root: nn.Module, layers: Collection[nn.Module]) -> Iterator[
         yield
     finally:
         for each, old in zip(held, before, strict=True):
-            each.clear()
+            # Never empty: an interrupt may come at any time.
             each.update(old)
+            for key in each.keys() - old.keys():
+                del each[key]

@@ -137,13 +137,13 @@ def away(layer: nn.Module) -> Away | None:
     return Away(torch.device(hook.execution_device), getattr(kept, "save_folder", None) if on_disk else None)
 
 
-def state(root: nn.Module) -> dict[str, Any]:
-    """The ``state_dict`` of ``root``, with what is kept elsewhere.
+def state(root: nn.Module, **options: Any) -> dict[str, Any]:
+    """The ``state_dict`` of ``root`` with these ``options``, with what is kept elsewhere.
 
     Raises:
         QuantizeError: something cannot be read.
     """
-    found: dict[str, Any] = root.state_dict()
+    found: dict[str, Any] = root.state_dict(**options)
     for name, module in root.named_modules(remove_duplicate=False):
         for key in (*module._parameters, *module._buffers) if keeper(module) is not None else ():
             full = f"{name}.{key}" if name else key

@@ -10,7 +10,8 @@ from torch import nn
 
 from quantize.shell import offload
 from quantize.shell.config import Config, refusal
-from quantize.shell.report.rows import Skipped
+from quantize.shell.report.rows import Skipped, share
+from quantize.shell.views import modules
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Children whose weight their owner reads without calling them.
@@ -22,14 +23,18 @@ _READ_DIRECTLY: dict[type[nn.Module], tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Plan:
-    """What :func:`plan` found: the ``layers`` to quantize, each with all names that it has in the model.
+    """What :func:`plan` found: the ``layers`` to quantize, each with all names that it will have in the model.
 
-    ``unmatched``: entries of ``skip_layers`` that match no module with a weight matrix.
+    ``views``: what to put in the place of modules first, so that their weights are such layers; see :mod:`.views`.
+    ``unmatched``: entries of ``skip_layers`` that match no module with a weight matrix. ``elements``: those of all
+    weight matrices of the model, each tensor counted once.
     """
 
     layers: Mapping[nn.Linear, tuple[str, ...]]
+    views: Mapping[nn.Module, nn.Module]
     skipped: tuple[Skipped, ...]
     unmatched: tuple[str, ...]
+    elements: int
 
 
 def plan(model: nn.Module, config: Config) -> Plan:
@@ -39,23 +44,29 @@ def plan(model: nn.Module, config: Config) -> Plan:
         QuantizeError: nothing to quantize, or a weight with NaN or inf, or parameters that cannot be read.
     """
     names: dict[nn.Module, list[str]] = {}
-    direct: dict[nn.Module, str] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
+    views: dict[nn.Module, nn.Module] = {}
+    for name, module in modules(model, views):
         names.setdefault(module, []).append(name)
-        for owner, children in _READ_DIRECTLY.items():
-            if isinstance(module, owner):
-                direct.update({module.get_submodule(child): owner.__name__ for child in children})
+    owners = {module.get_submodule(child): owner.__name__ for module in names
+              for owner, children in _READ_DIRECTLY.items() if isinstance(module, owner)
+              for child in children}  # fmt: skip
+    total = sum(p.numel() for p in model.parameters() if p.ndim >= 2)
     layers: dict[nn.Linear, tuple[str, ...]] = {}
     skipped: list[Skipped] = []
-    matched: set[str] = set()
+    matched, counted = set[str](), set[nn.Parameter]()
     for module, all_names in names.items():
-        reason = _reason(module, all_names, config, direct.get(module))
+        matrices = {p for p in module.parameters(recurse=False) if p.ndim >= 2}
+        if not matrices and not isinstance(module, nn.Linear):
+            continue
         asked = [word for word in config.skip_layers if any(word in name for name in all_names)]
-        if asked and (reason is not None or isinstance(module, nn.Linear)):
+        matched.update(asked)
+        reason = _reason(module, all_names, config, owners.get(module), total)
+        if asked:
             reason = f"skip_layers: {asked[0]!r}"
-            matched.update(asked)
         if reason is not None:
-            skipped += (Skipped(name, reason, asked=bool(asked)) for name in all_names)
+            for name in all_names:
+                skipped.append(Skipped(name, reason, bool(asked), sum(p.numel() for p in matrices - counted)))
+                counted |= matrices
         elif isinstance(module, nn.Linear):
             layers[module] = tuple(all_names)
     unmatched = tuple(word for word in config.skip_layers if word not in matched)
@@ -64,7 +75,9 @@ def plan(model: nn.Module, config: Config) -> Plan:
         raise refusal("model", f"nothing to quantize ({found})", "a model that contains an nn.Linear")
     for layer, (name, *_) in layers.items():
         check_parameters(name, layer)
-    return Plan(layers, tuple(skipped), unmatched)
+    # A module of which nothing is quantized stays as it is.
+    views = {old: new for old, new in views.items() if any(module in layers for module in new.modules())}
+    return Plan(layers, views, tuple(skipped), unmatched, total)
 
 
 def swap(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
@@ -89,12 +102,15 @@ def check_parameters(name: str, layer: nn.Module) -> None:
         raise refusal(f"layer {name!r}", told, "one device for both, or the layer in skip_layers")
 
 
-def _reason(module: nn.Module, names: list[str], config: Config, owner: str | None) -> str | None:
+def _reason(module: nn.Module, names: list[str], config: Config, owner: str | None, total: int) -> str | None:
     if owner is not None:
         return f"its owner, {owner}, reads the weight without calling the layer"
     kind = type(module).__name__
     if not isinstance(module, nn.Linear):
-        return f"{kind} is not an nn.Linear" if any(p.ndim >= 2 for p in module.parameters(recurse=False)) else None
+        # Experts of a class of their own may be most of a model; those of torch's convolutions are no experts.
+        stacked = sum(p.numel() for p in module.parameters(recurse=False) if p.ndim == 3)
+        told = f": its 3-D parameters, such as those of experts, are {share(stacked, total)}"
+        return f"{kind} is not an nn.Linear{told * (stacked > 0 and not module.__module__.startswith('torch.'))}"
     if type(module) is not nn.Linear:
         return f"{kind} is a subclass of nn.Linear: its forward may do something else"
     if "" in names:

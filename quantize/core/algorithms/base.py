@@ -122,6 +122,8 @@ class Algorithm(NamedTuple):
       ``solve(weight, statistic, smoothing)`` then takes it as given.
     - ``together(weights, statistic) -> [Solution]``: what ``solve`` gives for each of several weights ``[n, c]`` that
       read the same inputs, for an algorithm that saves work by that.
+    - ``stack(weights, statistics) -> Solution``: what ``solve`` gives for every member of a stack, for an algorithm of
+      which no map can be made; see :meth:`solve_stack`.
     - ``fewest``: with fewer tokens than this the statistic says nothing, and plain rounding is the better choice.
     """
 
@@ -132,6 +134,19 @@ class Algorithm(NamedTuple):
     paired: Observer | None = None
     scale: Callable[..., Tensor] | None = None
     together: Callable[..., list[Solution]] | None = None
+    stack: Callable[..., Solution] | None = None
+
+    def solve_stack(self, weights: Tensor, statistics: Any) -> Solution:
+        """Solve many layers of one shape at once, as the experts of a mixture are: ``weights`` ``[e, n, c]``.
+
+        The tensors of ``statistics``, None where ``solve`` looks at none, and of the result have the axis ``e``, too.
+        """
+        if self.stack is not None:
+            return self.stack(weights, statistics)
+        solution: Solution = torch.func.vmap(self.solve, in_dims=(0, None if statistics is None else 0))(
+            weights, statistics
+        )
+        return solution
 
 
 class AlgorithmModule(Protocol):

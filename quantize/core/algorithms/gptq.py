@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,9 +48,6 @@ class Options(BaseOptions):
     asymmetric: float = option(0.5, "a number from 0 to 1", lambda value: 0 <= value <= 1)
 
 
-# Ascend.
-_WITHOUT_CHOLESKY = frozenset({"npu"})
-
 PAPER = Options(act_order=False, search_range=False, shrink=0.0, sweeps=0, guard=False, asymmetric=0.0)
 """The paper's algorithm 1, to the last code, with the scales of groups fixed before the pass.
 
@@ -62,15 +60,16 @@ def algorithm(spec: LayerSpec, options: Options = Options()) -> Algorithm:
     """GPTQ; remembers the Gram matrix of the inputs, and to correct, what they lack of the float model's."""
     paired = observers.paired_gram if options.asymmetric > 0 else None
     bound, together = partial(solve, spec, options), partial(solve_together, spec, options)
-    return Algorithm(observers.gram, bound, fewest=FEWEST_FOR_GRAM, paired=paired, together=together)
+    stack = partial(solve_stack, spec, options)
+    return Algorithm(observers.gram, bound, fewest=FEWEST_FOR_GRAM, paired=paired, together=together, stack=stack)
 
 
-def factor(gram: Tensor, damp: float) -> tuple[Tensor, Tensor, float]:
+def factor(gram: Tensor, damp: float) -> tuple[Tensor, Tensor, Tensor]:
     """``H + damp * mean(diag H) * I = U diag(d) U^T``: ``U`` ``[c, c]`` unit upper triangular, ``d`` ``[c]``, ``damp``.
 
-    ``H`` is ``gram`` ``[c, c]``. Where the factorization fails, ``damp`` grows to ten times itself, from at least
-    1e-6, until it succeeds: at the latest when the diagonal dominates. The one that did is returned. Zero channels
-    have no coupling, and a pivot of 1 above the damping.
+    ``H`` is ``gram`` ``[c, c]``. Where the factorization fails, ``damp`` ``[]`` grows to ten times itself, from at
+    least 1e-6, until it succeeds: at the latest when the diagonal dominates. The one that did is returned. Zero
+    channels have no coupling, and a pivot of 1 above the damping. A stack ``[e, c, c]`` has one damping for each.
 
     Raises:
         ValueError: ``gram`` is not finite.
@@ -83,20 +82,26 @@ def factor(gram: Tensor, damp: float) -> tuple[Tensor, Tensor, float]:
     (tensor([[1., 2.],
             [0., 1.]]), tensor([1., 1.]))
     """
-    diagonal = gram.diagonal()
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
     # Divided first: the sum of large diagonals would overflow.
-    mean = (diagonal / len(gram)).sum()
+    mean = (diagonal / diagonal.shape[-1]).sum(-1)
     dead = (diagonal == 0).to(gram.dtype)
+    used = torch.full_like(mean, damp)
     while True:
-        lower, failed = _cholesky((gram + torch.diag(damp * mean + dead)).flip(0, 1))
-        if not failed and bool(torch.isfinite(lower).all()):
+        damped = gram.flip(-2, -1)
+        damped.diagonal(dim1=-2, dim2=-1).add_(((used * mean)[..., None] + dead).flip(-1))
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        # A pivot is made of all numbers in its row.
+        failed = (failed != 0) | ~torch.isfinite(lower.diagonal(dim1=-2, dim2=-1)).all(-1)
+        if not failed.any():
             break
         if damp > 1e30:
             raise ValueError("gram: NaN or inf; accepted: a finite symmetric matrix")
         damp = max(10 * damp, 1e-6)
-    upper = lower.flip(0, 1)
-    root = upper.diagonal()
-    return upper / root, root.square(), damp
+        used = torch.where(failed, damp, used)
+    upper = lower.flip(-2, -1)
+    root = upper.diagonal(dim1=-2, dim2=-1)
+    return upper / root[..., None, :], root.square(), used
 
 
 def corrected(weight: Tensor, statistic: observers.PairedState, strength: float) -> Tensor:
@@ -119,23 +124,14 @@ def corrected(weight: Tensor, statistic: observers.PairedState, strength: float)
     (gram, _), cross = statistic
     unit = torch.where(gram.diagonal() > 0, gram.diagonal(), 1.0).rsqrt()
     ridge = (cross.diagonal().abs() * unit.square()).clamp(min=1)
-    lower, _ = _cholesky(gram * unit * unit[:, None] + torch.diag(ridge))
-    pull = (weight @ cross * unit).T
-    return weight + strength * (_cholesky_solve(pull, lower) * unit[:, None]).T
-
-
-def _cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    # On the CPU for devices that have no such operator: the one step of any algorithm that asks for more than matmuls.
-    lower, failed = torch.linalg.cholesky_ex(_able(matrix))
-    return lower.to(matrix.device), failed
-
-
-def _cholesky_solve(right: Tensor, lower: Tensor) -> Tensor:
-    return torch.cholesky_solve(_able(right), _able(lower)).to(right.device)
-
-
-def _able(matrix: Tensor) -> Tensor:
-    return matrix.cpu() if matrix.device.type in _WITHOUT_CHOLESKY else matrix
+    scaled = (gram * unit).mul_(unit[:, None])
+    scaled.diagonal().add_(ridge)
+    lower, _ = torch.linalg.cholesky_ex(scaled)
+    # W D H^-1 from the left or from the right: whichever has the smaller matrix to solve for.
+    few = len(weight) <= len(gram)
+    pull = weight @ cross if few else cross
+    change = (torch.cholesky_solve((pull * unit).T, lower) * unit[:, None]).T
+    return weight + strength * (change if few else weight @ change)
 
 
 def solve(
@@ -156,49 +152,95 @@ def solve(
     return solve_together(spec, options, [weight], statistic)[0]
 
 
+Statistic = observers.SumState | observers.PairedState
+
+
 def solve_together(
-    spec: LayerSpec,
-    options: Options,
-    weights: Sequence[Tensor],
-    statistic: observers.SumState | observers.PairedState,
+    spec: LayerSpec, options: Options, weights: Sequence[Tensor], statistic: Statistic
 ) -> list[Solution]:
     """:func:`solve` for several weights ``[n_i, c]`` of one dtype that read the same inputs: one factorization.
 
-    Rows are independent, so the weights are stacked; with strategy ``tensor`` each has a scale of its own.
+    Rows are independent, so the weights are put one below the other; with strategy ``tensor`` each has its own scale.
     """
-    single = statistic.gram if isinstance(statistic, observers.PairedState) else statistic
-    gram = single.total
-    trusted = shrinkage.shrink(gram, shrinkage.intensity(single, options.shrink)) if options.shrink else gram
-    order = torch.arange(len(gram), device=gram.device)
+    prepared = _prepare(options, statistic)
+    if spec.weight.strategy == "tensor":
+        return [_solve(spec, options, weight, statistic, prepared)[0] for weight in weights]
+    return _solve(spec, options, torch.cat(list(weights)), statistic, prepared, [len(weight) for weight in weights])
+
+
+def solve_stack(spec: LayerSpec, options: Options, weights: Tensor, statistics: Statistic) -> Solution:
+    """:func:`solve` for every weight of a stack ``[e, n, c]`` at once, as the experts of a mixture are.
+
+    The tensors of ``statistics`` and of the solution have the leading axis as well. What is added in another order
+    than by :func:`solve` differs by roundings.
+    """
+    return _solve(spec, options, weights, statistics, _prepare(options, statistics))[0]
+
+
+class _Prepared(NamedTuple):
+    """What depends on the inputs alone; of a stack, with a leading axis."""
+
+    order: Tensor
+    upper: Tensor
+    notes: dict[str, Tensor]
+
+
+def _single(statistic: Statistic) -> observers.SumState:
+    return statistic.gram if isinstance(statistic, observers.PairedState) else statistic
+
+
+def _prepare(options: Options, statistic: Statistic) -> _Prepared:
+    single = _single(statistic)
+    gram, stacked = single.total, single.total.ndim == 3
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    trusted = gram
+    if options.shrink:
+        trusted = refine.each(lambda s: shrinkage.shrink(s.total, shrinkage.intensity(s, options.shrink)), stacked)(
+            single
+        )
+    order = torch.arange(gram.shape[-1], device=gram.device).expand(diagonal.shape)
     if options.act_order:
-        order = torch.argsort(gram.diagonal(), descending=True, stable=True)
-    upper, _, damp = factor(trusted[order][:, order], options.damp)
-    shared = {
-        "damp": torch.as_tensor(damp, dtype=gram.dtype, device=gram.device),
-        "dead_channels": (gram.diagonal() == 0).sum(),
-    }
-    apart = spec.weight.strategy == "tensor"
-    solutions = []
-    for stack in [[weight] for weight in weights] if apart else [weights]:
-        wide = target = torch.cat([weight.to(affine.working_dtype(weight)) for weight in stack])
+        order = torch.argsort(diagonal, dim=-1, descending=True, stable=True)
+    # Rows, and then columns as the rows of the transposed matrix.
+    upper, _, damp = factor(refine.picked(refine.transposed(refine.picked(trusted, order)), order).mT, options.damp)
+    return _Prepared(order, upper, {"damp": damp, "dead_channels": (diagonal == 0).sum(-1)})
+
+
+def _solve(
+    spec: LayerSpec,
+    options: Options,
+    weight: Tensor,
+    statistic: Statistic,
+    prepared: _Prepared,
+    heights: Sequence[int] | None = None,
+) -> list[Solution]:
+    """The solutions of a weight ``[n, c]`` that is put together of some with ``heights`` rows; or one, of a stack."""
+    stacked, gram = weight.ndim == 3, _single(statistic).total
+    wide = target = weight.to(affine.working_dtype(weight))
+    if isinstance(statistic, observers.PairedState):
+        target = refine.each(partial(corrected, strength=options.asymmetric), stacked)(wide, statistic)
+    rounded = refine.each(partial(affine.round_to_nearest, scheme=spec.weight), stacked)(wide)
+    importance, steps = gram.diagonal(dim1=-2, dim2=-1), 40 if options.search_range else 1
+    params = ranges.search(target, spec.weight, importance, steps=steps)
+    q = refine.sweep(target, target, prepared.upper, params, spec.weight, prepared.order, block_size=options.block_size)
+    for _ in range(options.sweeps):
+        q = refine.each(refine.refit, stacked)(
+            target, refine.descend(target, q, gram, block_size=options.block_size), gram
+        )
+    chosen, give_back, errors = refine.each(refine.better_rows, stacked)(target, q, rounded, gram)
+    mine, baseline = errors.unbind(-2)
+    if options.guard:
+        q, mine = chosen, torch.where(give_back, baseline, mine)
+    solutions, first = [], 0
+    for height in heights or [weight.shape[-2]]:
+        rows = slice(first, first + height)
+        first = rows.stop
+        notes = {**prepared.notes, "kept_rounding": (give_back[..., rows] & options.guard).sum(-1)}
         if isinstance(statistic, observers.PairedState):
-            target = corrected(wide, statistic, options.asymmetric)
-        rounded = affine.round_to_nearest(wide, spec.weight)
-        params = ranges.search(target, spec.weight, gram.diagonal(), steps=40 if options.search_range else 1)
-        q = refine.sweep(target, target, upper, params, spec.weight, order, block_size=options.block_size)
-        for _ in range(options.sweeps):
-            q = refine.refit(target, refine.descend(target, q, gram, block_size=options.block_size), gram)
-        chosen, give_back, (mine, baseline) = refine.better_rows(target, q, rounded, gram)
-        if options.guard:
-            q, mine = chosen, torch.where(give_back, baseline, mine)
-        first = 0
-        for weight in stack:
-            rows = slice(first, first + len(weight))
-            first = rows.stop
-            notes = {**shared, "kept_rounding": (give_back[rows] & options.guard).sum()}
-            if isinstance(statistic, observers.PairedState):
-                size = wide[rows].norm()
-                notes["corrected"] = (target[rows] - wide[rows]).norm() / torch.where(size > 0, size, 1.0)
-            errors = mine[rows].sum(), baseline[rows].sum()
-            solutions.append(Solution(q.rows(rows), error=errors[0], baseline_error=errors[1], notes=notes))
+            size, change = (t[..., rows, :].norm(dim=(-2, -1)) for t in (wide, target - wide))
+            notes["corrected"] = change / torch.where(size > 0, size, 1.0)
+        part = q if heights is None else q.rows(rows)
+        solutions.append(
+            Solution(part, error=mine[..., rows].sum(-1), baseline_error=baseline[..., rows].sum(-1), notes=notes)
+        )
     return solutions

@@ -73,8 +73,8 @@ def expected_error(
     2. Rounding an input with step ``a`` makes an error of variance ``a^2 / 12``, or loses the whole input where the
        channel's mean square is below that; errors of channels are taken as independent of each other and of the
        weight's, so each counts ``|W s|^2`` of its column, for every token.
-    3. Static inputs have the step of the whole range; for a token's own step, the largest root mean square of a
-       channel stands in.
+    3. Static inputs have the step of the whole range. For a token's own step, the largest root mean square of a channel
+       stands in for the longer tail of its range; without symmetry, the other is as much shorter as over all tokens.
 
     ``weight`` is ``[n, c]``, ``inputs`` ``[c]``, ``gram`` ``[c, c]``.
     """
@@ -87,7 +87,12 @@ def expected_error(
     if spec.inputs.strategy == "tensor":
         step = linear.static_params(inputs.low, inputs.high, spec.inputs, smoothing=smoothing).scale.amax()
     else:
-        step = square.amax().sqrt() / spec.inputs.qmax
+        tail = square.amax().sqrt()
+        low, high = (inputs.low / smoothing).amin(), (inputs.high / smoothing).amax()
+        longer = torch.maximum(-low, high)
+        both = tail * torch.where(longer > 0, (high - low) / longer, 1.0)
+        qmin, qmax = spec.inputs.qmin, spec.inputs.qmax
+        step = tail / qmax if spec.inputs.symmetric else both / (qmax - qmin)
     lost = torch.minimum(step.square() / 12, square) * gram.tokens
     return exact + (lost * reduce(scaled.square(), "n c -> c", "sum")).sum()
 

@@ -47,6 +47,8 @@ def _begin(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> No
     if session.solving:
         return
     session.watching = None
+    # An interrupt may have come between keeping a batch and counting it.
+    del session.batches[session.seen :]
     if not unsolved(root) or session.seen >= session.config.batch_num:
         return
     odd = [each for each in (*args, *kwargs.values()) if not keepable(each)]

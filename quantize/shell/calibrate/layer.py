@@ -186,27 +186,6 @@ class CalibrationLinear(Foldable):
         )
 
 
-def solve_together(layers: list[CalibrationLinear]) -> None:
-    """Solve layers that share their statistics: at once, where the algorithm saves work by that."""
-    first, together = layers[0], layers[0].session.algorithm.together
-    if together is None or first.fell_back or len({layer.weight.dtype for layer in layers}) > 1:
-        for layer in layers:
-            layer.solve()
-        return
-    solutions = together([layer.float_weight() for layer in layers], first.statistic())
-    for layer, solution in zip(layers, solutions, strict=True):
-        layer.solution, layer.statistics = solution, None
-
-
-def siblings(layers: list[CalibrationLinear]) -> list[list[CalibrationLinear]]:
-    """The layers by the statistics that they share, in their order."""
-    found: dict[object, list[CalibrationLinear]] = {}
-    for layer in layers:
-        leaves = pytree.tree_leaves(layer.statistics)
-        found.setdefault(id(leaves[0]) if leaves else layer, []).append(layer)
-    return list(found.values())
-
-
 def calibrated(model: nn.Module) -> list[CalibrationLinear]:
     """All layers under calibration or fake-quantized, each once."""
     return [module for module in model.modules() if isinstance(module, CalibrationLinear)]

@@ -12,8 +12,11 @@ import torch.distributed as dist
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from quantize.shell.calibrate.layer import CalibrationLinear, siblings, solve_together
+from quantize.shell.calibrate.layer import CalibrationLinear
+from quantize.shell.calibrate.stacks import siblings, solve_together, stacks
 from quantize.shell.config import QuantizeError, refusal
+
+Stack = list[list[CalibrationLinear]]
 
 
 class Ranks:
@@ -83,7 +86,7 @@ class Ranks:
     def solve(
         self,
         layers: list[CalibrationLinear],
-        progress: Callable[[list[list[CalibrationLinear]]], Iterable[list[CalibrationLinear]]] = iter,
+        progress: Callable[[list[Stack]], Iterable[Stack]] = iter,
     ) -> None:
         """Solve every layer on one rank, those that share their statistics on the same, and give all the solutions.
 
@@ -93,16 +96,16 @@ class Ranks:
         units = siblings(layers)
         owners, failures = self._owners(units), dict[int, str]()
         mine = [unit for unit, owner in zip(units, owners, strict=True) if owner == self._rank]
-        for unit in progress(mine):
+        for stack in progress(stacks(mine)):
             try:
-                solve_together(unit)
+                solve_together(stack)
             except Exception as error:
-                names = ", ".join(repr(layer.names[0]) for layer in unit)
+                names = ", ".join(repr(layer.names[0]) for unit in stack for layer in unit)
                 if self.size == 1:
                     error.add_note(f"while solving layer {names}; the others are as they were")
                     raise
                 # The others wait for an answer.
-                failures[id(unit)] = f"{type(error).__name__}: {error}"
+                failures |= dict.fromkeys(map(id, stack), f"{type(error).__name__}: {error}")
         if self.size > 1:
             for unit, owner in zip(units, owners, strict=True):
                 self._share(unit, owner, failures.get(id(unit)))

@@ -33,8 +33,7 @@ def solve(root: nn.Module, session: Session, layers: list[CalibrationLinear], ra
     ordered = units(layers, [each for theirs in reads for each in theirs])
     stateful = any(ranks.gather(any(batch.stateful for batch in batches)))
     # Compiled parts run as they were written: the compiler cannot follow a pass that stops half-way.
-    eager = torch.compiler.set_stance("force_eager")
-    with undisturbed(root), same_attributes(root, layers), eager:
+    with torch.compiler.set_stance("force_eager"), undisturbed(root), same_attributes(root, layers):
         offload.hold(root)
         trouble = "the model writes to its buffers" if stateful else _in_lock_step(root, session, ordered, ranks)
         if trouble is None:

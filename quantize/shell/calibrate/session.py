@@ -35,7 +35,7 @@ class Session:
 
     def __init__(self, config: Config, plan: Plan) -> None:
         self.config, self.skipped, self.unmatched = config, plan.skipped, plan.unmatched
-        self.sequential = config.schedule.sequential
+        self.sequential, self.elements = config.schedule.sequential, plan.elements
         self.seen, self.batches = 0, list[Batch]()
         self.remarks: tuple[str, ...] = ()
         self.watching: Watching | None = None

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from quantize.shell import offload
 from quantize.shell.calibrate import sequential
-from quantize.shell.calibrate.layer import CalibrationLinear, calibrated, siblings
+from quantize.shell.calibrate.layer import CalibrationLinear, calibrated
 from quantize.shell.calibrate.ranks import Ranks
 from quantize.shell.calibrate.session import KEY, Session
+from quantize.shell.calibrate.stacks import siblings
 from quantize.shell.config import QuantizeWarning, refusal
 from quantize.shell.fold import folding
 from quantize.shell.fold.producers import Foldable
@@ -63,6 +64,11 @@ def solve(model: nn.Module, ranks: Ranks | None = None) -> None:
         raise refusal("algorithm.fold", "True with a process group", "False, or one process")
     ranks.together(partial(_check, layers, roots))
     ordered = [session for session in sessions if session.sequential]
+    # Ranks that stopped at different layers go on from the layers that all have solved.
+    solved = ranks.gather({layer.names[0] for layer in layers if layer.solution is not None})
+    for layer in layers:
+        if layer.session.sequential and not all(layer.names[0] in theirs for theirs in solved):
+            layer.solution = None
     try:
         for session in sessions:
             session.solving = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -34,38 +35,39 @@ def units(layers: list[CalibrationLinear], passes: Iterable[Reads]) -> list[Unit
     members: dict[object, list[CalibrationLinear]] = {}
     for layer in layers:
         members.setdefault(keys[layer.names[0]], []).append(layer)
-    order = merged([list(dict.fromkeys(keys[name] for name in reads if name in keys)) for reads in found])
+    place = {key: number for number, key in enumerate(members)}
+    order = merged([list(dict.fromkeys(place[keys[name]] for name in reads if name in keys)) for reads in found])
     position = {name: place for reads in found for place, name in enumerate(reads)}
     for each in members.values():
         each.sort(key=lambda layer: position.get(layer.names[0], 0))
-    before = None
-    for layer in layers:
-        key = keys[layer.names[0]]
-        if key not in order:
-            order.insert(0 if before is None else order.index(before) + 1, key)
-        before = key
-    return [Unit(members[key]) for key in order]
+    called, idle, before = set(order), dict[int, list[int]](), -1
+    for number in (place[keys[layer.names[0]]] for layer in layers):
+        if number in called:
+            before = number
+        else:
+            idle.setdefault(before, []).append(number)
+    everything = [*idle.get(-1, ()), *(each for number in order for each in (number, *idle.get(number, ())))]
+    units_of = list(members.values())
+    return [Unit(units_of[number]) for number in everything]
 
 
-def merged(sequences: list[list[object]]) -> list[object]:
-    """One sequence in which what comes first in any sequence comes first, as far as they agree.
+def merged(sequences: list[list[int]]) -> list[int]:
+    """One sequence in which what comes first in any sequence comes first, as far as they agree; else the smaller.
 
-    >>> merged([[3, 5], [1, 3], [1, 2]])
-    [1, 3, 5, 2]
+    >>> merged([[3, 5], [1, 3], [1, 4]])
+    [1, 3, 4, 5]
     """
     rest = [list(reversed(sequence)) for sequence in {tuple(sequence): sequence for sequence in sequences}.values()]
-    left: dict[object, int] = {}
-    for sequence in rest:
-        for item in sequence:
-            left[item] = left.get(item, 0) + 1
-    order: list[object] = []
+    left = Counter(item for sequence in rest for item in sequence)
+    order: list[int] = []
     while rest := [sequence for sequence in rest if sequence]:
-        heads = [sequence[-1] for sequence in rest]
+        heads = Counter(sequence[-1] for sequence in rest)
         # Where the sequences contradict each other, the one with most before it has its way.
-        longest = max(rest, key=len)[-1]
-        item = next((head for head in heads if heads.count(head) == left[head]), longest)
+        item = min((head for head in heads if heads[head] == left[head]), default=max(rest, key=len)[-1])
         order.append(item)
         for sequence in rest:
-            if item in sequence:
+            if sequence[-1] == item:
+                sequence.pop()
+            elif heads[item] < left[item] and item in sequence:
                 sequence.remove(item)
     return order

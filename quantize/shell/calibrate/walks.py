@@ -59,6 +59,7 @@ class Walk:
     def begin(self) -> None:
         """Be at the root, and know nothing."""
         self.reads: dict[Unit, list[_Read]] = {}
+        self.unsolved: set[Unit] = set()
         self.parked: Unit | None = None
         self._calls: Counter[CalibrationLinear] = Counter()
         # The unit that is being observed and will be called again; whether another one was passed meanwhile.
@@ -122,9 +123,9 @@ class Walk:
             self._walks.tell(f"layer {layer.names[0]!r} is called where it was not called in floating point")
             return
         self._place = place
-        expected = len(self._batch.reads.get(layer.names[0], ()))
-        last = call + 1 >= expected
+        last = call + 1 >= len(self._batch.reads.get(layer.names[0], ()))
         self._open = None if last else unit
+        self.unsolved.add(unit)
         # What runs on may write to it.
         reads.append(_Read(x, x if last else x.detach().clone()))
         if self.floating and not self._as_before(layer, call, x):
@@ -186,7 +187,7 @@ class Walks:
             if walk.parked is None or walk.parked.solved:
                 self._go_on(walk)
         while True:
-            read = (unit for walk in self._walks if not walk.floating for unit in walk.reads if not unit.solved)
+            read = (unit for walk in self._walks if not walk.floating for unit in walk.unsolved)
             self.first = min(map(self.order.__getitem__, read), default=None)
             # Where the quantized model takes another way, the float one does not wait for it.
             behind = [walk for walk in self._walks if walk.floating and walk.parked is not None
@@ -221,6 +222,7 @@ class Walks:
         """``unit`` is solved: its inputs are dropped, and walks that came through it in floating point begin again."""
         unit.solved = True
         for walk in self._walks:
+            walk.unsolved.discard(unit)
             if unit in walk.reads:
                 walk.served.add(unit)
             for read in walk.reads.get(unit, ()):

@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -22,38 +21,10 @@ from quantize.shell.cli.demonstration import CONFIG, demonstrate
 from quantize.shell.config import QuantizeError, QuantizeWarning, parse, refusal
 from quantize.shell.disk import converted as storage
 from quantize.shell.disk import export, files
+from quantize.shell.disk.parts import Parts
 from quantize.shell.report import picture
 
 SENTENCES = Path(__file__).with_name("sentences.txt")
-_OWN = "quantize"
-_WRITERS: dict[str, Callable[[nn.Module, Path], None]] = {
-    _OWN: storage.save,
-    **{name: partial(export.export, format=name) for name in export.FORMATS},
-}
-# By group: the options, what their values are called, and what they do.
-_OPTIONS = {
-    "what is quantized, and how": {
-        "--model DIR": "a Hugging Face model directory with a tokenizer: a causal language model, else a sentence "
-        "encoder",
-        "--config FILE.json": "the config of the README as JSON, where a list or a string stands for a set "
-        "(default: minmax, int8 channel weights, int8 token inputs, 4 batches)",
-    },
-    "calibration": {
-        "--text FILE": "UTF-8 text; a language model needs one, unless nothing is calibrated or measured, and takes "
-        "lines from the first on, joined into rows; for an encoder every line is a sentence (default: 32 of its own)",
-        "--batch-size N": "rows or sentences in a batch (default: 4)",
-        "--length N": "tokens in a row (default: 512, or what the model can take), or at most in a sentence "
-        "(default: 256)",
-    },
-    "results": {
-        "--evaluate": "measure before and after: the perplexity on the lines after those that calibrate, or the "
-        "cosine of sentence embeddings on every second line, while the others calibrate (default: in the "
-        "demonstration only)",
-        "--out DIR": "write the quantized model and its tokenizer here: new, or empty",
-        "--format": "of the files in --out; quantize: for quantize.load (default: quantize)",
-        "--plot FILE": f"draw the layers into this file: {', '.join(picture.SUFFIXES)}",
-    },
-}
 _EPILOG = """\
 examples:
   the demonstration, on a packaged sentence encoder:
@@ -101,17 +72,27 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    others: dict[str, dict[str, Any]] = {
-        "--batch-size": {"type": _integer(1), "default": 4, "metavar": "N"},
-        "--length": {"type": _integer(2), "metavar": "N"},
-        "--evaluate": {"action": "store_true"},
-        "--format": {"choices": tuple(_WRITERS)},
-    }
-    for title, options in _OPTIONS.items():
-        group = parser.add_argument_group(title)
-        for option, told in options.items():
-            name, _, value = option.partition(" ")
-            group.add_argument(name, help=told, **others.get(name, {"type": Path, "metavar": value}))
+    what = partial(parser.add_argument_group("what is quantized, and how").add_argument, type=Path)
+    what("--model", metavar="DIR", help="a Hugging Face model directory with a tokenizer: a causal language model, "
+         "else a sentence encoder")  # fmt: skip
+    what("--config", metavar="FILE.json", help="the config of the README as JSON, where a list or a string stands for "
+         "a set (default: minmax, int8 channel weights, int8 token inputs, 4 batches)")  # fmt: skip
+    calibration = parser.add_argument_group("calibration").add_argument
+    calibration("--text", type=Path, metavar="FILE", help="UTF-8 text; a language model needs one, unless nothing is "
+                "calibrated or measured, and takes lines from the first on, joined into rows; for an encoder every "
+                "line is a sentence (default: 32 of its own)")  # fmt: skip
+    calibration("--batch-size", type=_integer(1), default=4, metavar="N",
+                help="rows or sentences in a batch (default: 4)")  # fmt: skip
+    calibration("--length", type=_integer(2), metavar="N", help="tokens in a row (default: 512, or what the model can "
+                "take), or at most in a sentence (default: 256)")  # fmt: skip
+    results = parser.add_argument_group("results").add_argument
+    results("--evaluate", action="store_true", help="measure before and after: the perplexity on the lines after those "
+            "that calibrate, or the cosine of sentence embeddings on every second line, while the others calibrate "
+            "(default: in the demonstration only)")  # fmt: skip
+    results("--out", type=Path, metavar="DIR", help="write the quantized model and its tokenizer here: new, or empty")
+    results("--format", choices=("quantize", *export.FORMATS),
+            help="of the files in --out; quantize: for quantize.load (default: quantize)")  # fmt: skip
+    results("--plot", type=Path, metavar="FILE", help=f"draw the layers into this file: {', '.join(picture.SUFFIXES)}")
     return parser
 
 
@@ -131,7 +112,7 @@ def _run(given: argparse.Namespace) -> None:
     if given.plot is not None:
         picture.check(given.plot)
     if given.out is not None:
-        _check_out(given.out, given.format or _OWN, config)
+        _check_out(given.out, given.format, config)
     elif given.format is not None:
         raise refusal("--format", f"{given.format!r} without --out", "--out DIR, or no format")
     lines = _read("--text", given.text or SENTENCES, str.splitlines, "a UTF-8 text file")
@@ -146,9 +127,13 @@ def _run(given: argparse.Namespace) -> None:
         raise refusal("--text", "not given", "a file, to calibrate or measure a language model")
 
     def write(model: nn.Module) -> None:
-        if given.out is not None:
-            _WRITERS[given.format or _OWN](model, given.out)
-            subject.tokenizer.save_pretrained(given.out)
+        if given.out is None:
+            return
+        if given.format in export.FORMATS:
+            export.export(model, given.out, format=given.format)
+        else:
+            storage.save(model, given.out)
+        subject.tokenizer.save_pretrained(given.out)
 
     outcome = demonstrate(subject, config, text, batch=given.batch_size, evaluate=evaluate, converted=write)
     print(f"model: {directory.resolve()}\nconfig: {config}\n{outcome}", flush=True)
@@ -156,12 +141,14 @@ def _run(given: argparse.Namespace) -> None:
         outcome.report.plot(given.plot)
 
 
-def _check_out(directory: Path, format: str, config: Any) -> None:  # noqa: A002 - as in export
+def _check_out(directory: Path, format: str | None, config: Any) -> None:  # noqa: A002 - as in export
     """Refuse a directory that cannot be written, and a config that the format cannot hold: one layer goes ahead."""
     files.check_new(directory)
     parent = directory.resolve().parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise refusal("--out", str(directory), "a new or an empty directory, in one that exists and can be written to")
+    if format not in export.FORMATS:
+        return
     size = parse(config).spec.weight.group_size or 32
     model = nn.Sequential(nn.LayerNorm(2 * size), nn.Linear(2 * size, 8))
     with torch.no_grad(), warnings.catch_warnings(action="ignore", category=QuantizeWarning):
@@ -169,8 +156,7 @@ def _check_out(directory: Path, format: str, config: Any) -> None:  # noqa: A002
         model(torch.randn(32, 2 * size, generator=torch.Generator().manual_seed(0)))
         api.convert(model)
     try:
-        with tempfile.TemporaryDirectory() as scratch:
-            _WRITERS[format](model, Path(scratch) / "model")
+        export.checked(Parts(model), format)
     except QuantizeError as error:
         told = str(error).removeprefix("layer '1': ")
         raise QuantizeError(f"--format {format}: {told}") from None

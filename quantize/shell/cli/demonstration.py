@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,23 +30,20 @@ CONFIG: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """A report, and bytes before and after: of the quantized layers and of the whole model. Prints as lines.
+    """A report, ``sizes`` in bytes before and after, and what the held-out text gave. Prints as lines.
 
-    ``measured``: what the subject gave for the held-out text, before and after, ``[t, ...]`` each, or nothing;
-    ``comparison`` says it in a line.
+    ``measured``: what the subject gave before and after, ``[t, ...]`` each, or nothing; ``comparison``: that in a line.
     """
 
     report: Report
-    layer_bytes: tuple[int, ...]
-    model_bytes: tuple[int, ...]
+    sizes: Mapping[str, tuple[int, int]]
     measured: tuple[Tensor, ...]
     comparison: str
 
     def __str__(self) -> str:
-        lines = [str(self.report), ""]
-        for what, (before, after) in {"quantized layers": self.layer_bytes, "whole model": self.model_bytes}.items():
-            lines.append(f"{what}: {before:,} bytes before, {after:,} after ({after / before:.3f} x)")
-        return "\n".join([*lines, self.comparison]).rstrip()
+        sizes = [f"{what}: {before:,} bytes before, {after:,} after ({after / before:.3f} x)"
+                 for what, (before, after) in self.sizes.items()]  # fmt: skip
+        return "\n".join([str(self.report), "", *sizes, self.comparison]).rstrip()
 
 
 def demonstrate(
@@ -74,15 +71,14 @@ def demonstrate(
     # The report, printed in full, says the same.
     with warnings.catch_warnings(action="ignore", category=QuantizeWarning):
         quantize(model, config)
-        before = _bytes(model)
+        before = _sizes(model)
         for each in progress(calibration, "calibrate", unit="batch", total=batches):
             subject(each)
     convert(model)
     converted(model)
     measured += _measured(subject, held, "quantized")
-    layer_bytes, model_bytes = zip(before, _bytes(model), strict=True)
-    comparison = subject.compared(*measured) if measured else ""
-    return Outcome(report(model), layer_bytes, model_bytes, measured, comparison)
+    sizes = {what: (before[what], after) for what, after in _sizes(model).items()}
+    return Outcome(report(model), sizes, measured, subject.compared(*measured) if measured else "")
 
 
 def _measured(subject: Subject, held: Sequence[Any], what: str) -> tuple[Tensor, ...]:
@@ -90,8 +86,8 @@ def _measured(subject: Subject, held: Sequence[Any], what: str) -> tuple[Tensor,
     return (torch.cat(found),) if found else ()
 
 
-def _bytes(model: nn.Module) -> list[int]:
-    """Those of the quantized layers, and those of the whole model."""
+def _sizes(model: nn.Module) -> dict[str, int]:
     layers = [module for module in model.modules() if isinstance(module, (CalibrationLinear, QuantizedLinear))]
-    return [sum(tensor.nbytes for module in modules for tensor in (*module.parameters(), *module.buffers()))
-            for modules in (layers, [model])]  # fmt: skip
+    measured: dict[str, list[nn.Module]] = {"quantized layers": [*layers], "whole model": [model]}
+    return {what: sum(tensor.nbytes for module in modules for tensor in (*module.parameters(), *module.buffers()))
+            for what, modules in measured.items()}  # fmt: skip

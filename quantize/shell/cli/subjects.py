@@ -54,10 +54,6 @@ class Encoder(_Pretrained):
 
     kind, length = "AutoModel", 256
 
-    def __init__(self, directory: Path, *, length: int | None = None) -> None:
-        super().__init__(directory, length=length)
-        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
-
     def split(self, text: Sequence[str], batches: int, batch: int, *, evaluate: bool) -> _Split:
         """All sentences, as often as it takes; with ``evaluate`` the even ones calibrate, and the odd are measured."""
         if len(text) < 1 + evaluate:
@@ -68,6 +64,7 @@ class Encoder(_Pretrained):
     @torch.no_grad()
     def __call__(self, batch: Sequence[str]) -> Tensor:
         """Embed sentences in one forward pass: ``[t, c]``, rows of length 1."""
+        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         tokens = self.tokenizer(list(batch), return_tensors="pt", padding=True, truncation=True, max_length=self.length)
         hidden = self.model(**tokens).last_hidden_state.float()
         mask = tokens["attention_mask"][..., None].to(hidden.dtype)

@@ -66,6 +66,7 @@ class QuantizedLinear(nn.Module):
         self._hold(solved, dtype)
 
     def _hold(self, solved: Solution, dtype: torch.dtype) -> None:
+        """Choose a kernel for ``solved``, and make what it keeps the buffers, instead of those before."""
         if (away := self.away) is not None:
             solved = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(away.device), solved)
         self.kernel, self.reason = choose(solved, self.bias, dtype, self.wanted)
@@ -73,13 +74,10 @@ class QuantizedLinear(nn.Module):
         self.layout = Layout(LayerSpec(solved.weight.scheme, solved.inputs), n, c, dtype)
         with torch.no_grad():
             held = KERNELS[self.kernel].prepare(solved, self.bias, dtype)
-            self._put(held if away is None else away.put(held))
-
-    def _put(self, held: dict[str, Tensor]) -> None:
-        """Make ``held`` the buffers of the kernel, instead of those before."""
+            held = held if away is None else away.put(held)
         for name in self._kept:
             del self._buffers[name]
-            self._non_persistent_buffers_set.discard(name)
+        self._non_persistent_buffers_set.difference_update(self._kept)
         for name, tensor in held.items():
             self.register_buffer(name, tensor, persistent=False)
         self._kept = tuple(held)
@@ -95,10 +93,8 @@ class QuantizedLinear(nn.Module):
         return self.solution.effective_weight().to(self.layout.dtype)
 
     def _held(self) -> dict[str, Tensor]:
-        return self._own() if self.away is None else self.away.here(self._own())
-
-    def _own(self) -> dict[str, Tensor]:
-        return {name: tensor for name in self._kept if (tensor := self._buffers[name]) is not None}
+        held = {name: tensor for name in self._kept if (tensor := self._buffers[name]) is not None}
+        return held if self.away is None else self.away.here(held)
 
     @offload.hooked
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Linear gives it
@@ -125,37 +121,32 @@ class QuantizedLinear(nn.Module):
         return f"{shape}, {spec.weight}, inputs {spec.inputs or 'float'}, kernel {self.kernel}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
+        held, solved = self._held(), self.solution
+        dtype, device = self.layout.dtype, held["scale"].device
         # A cast of the model moves the bias; scales keep the precision in which they were computed.
+        kept = {id(tensor) for tensor in pytree.tree_leaves((held, solved))}
+
         def moved(tensor: Tensor) -> Tensor:
             new = fn(tensor)
-            return new if new.dtype == tensor.dtype else tensor.to(new.device)
+            return tensor.to(new.device) if id(tensor) in kept and new.dtype != tensor.dtype else new
 
-        own, held, dtype = self._own(), self._held(), self.layout.dtype
-        probe = fn(torch.empty(0, dtype=dtype, device=held["scale"].device))
-        stays = (probe.dtype, probe.device) == (dtype, held["scale"].device) and self.away is None
-        new: Any = pytree.tree_map_only(Tensor, moved, held if stays else self.solution)
-        self._put({})
-        try:
-            super()._apply(fn, recurse)  # type: ignore[no-untyped-call] # torch leaves it bare
-        finally:
-            self._put(own)
-        if stays:
-            self._put(new)
-        else:
-            self._hold(new, probe.dtype)
+        probe = fn(torch.empty(0, dtype=dtype, device=device))
+        stays = (probe.dtype, probe.device) == (dtype, device) and self.away is None
+        solved = solved if stays else pytree.tree_map_only(Tensor, moved, solved)
+        super()._apply(moved, recurse)  # type: ignore[no-untyped-call] # torch leaves it bare
+        if not stays:
+            self._hold(solved, probe.dtype)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         # What a kernel holds may be of use on this processor only.
         others = {name: buffer for name, buffer in self._buffers.items() if name not in self._kept}
-        hidden = self._non_persistent_buffers_set - {*self._kept}
-        replaced = {"_buffers": others, "_non_persistent_buffers_set": hidden, "_kept": (), "_saved": None}
-        return {**self.__dict__, **replaced, "_held": reference.prepare(self.solution)}
+        form = reference.prepare(self.solution)
+        return {**self.__dict__, "_buffers": others | form, "_kept": tuple(form), "_saved": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        held = state.pop("_held")
         super().__setstate__(state)  # type: ignore[no-untyped-call] # torch leaves it bare
-        self._hold(reference.restore(held, self.layout), self.layout.dtype)
+        self._hold(reference.restore(self._held(), self.layout), self.layout.dtype)
 
     def get_extra_state(self) -> Tensor:
         """The format and the row of the report, as :func:`.state.describe` writes them."""
@@ -166,6 +157,9 @@ class QuantizedLinear(nn.Module):
         _, self.row = saved.read(self.row.name, state)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if isinstance(destination, saved.Outline):
+            destination.layers.setdefault(self, prefix)
+            return
         super()._save_to_state_dict(destination, prefix, keep_vars)
         mark, first = self._saved or (object, "")
         if destination.get(first + saved.EXTRA, self) is mark():
@@ -179,11 +173,12 @@ class QuantizedLinear(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
     ) -> None:
-        own = {key: state_dict[prefix + key] for key in saved.KEYS if prefix + key in state_dict}
-        others = {key: value for key, value in state_dict.items() if key.removeprefix(prefix) not in saved.TENSORS}
-        if own:
+        # Torch gives each module a dict of its own; what is left in it must be torch's.
+        own = {key: state_dict.pop(prefix + key) for key in saved.TENSORS if prefix + key in state_dict}
+        given = own or prefix + saved.EXTRA in state_dict
+        if given:
             name = prefix.removesuffix(".")
-            layout, _ = saved.read(name, own.get(saved.EXTRA))
+            layout, _ = saved.read(name, state_dict.get(prefix + saved.EXTRA))
             if layout != self.layout:
                 raise refusal(f"layer {name!r}", saved.text(layout), saved.text(self.layout))
             solved = saved.solution(name, own, layout)
@@ -191,8 +186,8 @@ class QuantizedLinear(nn.Module):
             if not local_metadata.get("assign_to_params_buffers", False):
                 device = self._held()["scale"].device
                 solved = pytree.tree_map_only(Tensor, lambda t: t.to(device, copy=True), solved)
-        super()._load_from_state_dict(others, prefix, local_metadata, *rest)
-        if own:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+        if given:
             self._hold(solved, layout.dtype)
         else:
             _, missing, *_ = rest

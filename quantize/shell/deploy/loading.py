@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,10 @@ from quantize.shell.deploy import state as saved
 from quantize.shell.deploy.kernels import KERNELS
 from quantize.shell.deploy.layer import QuantizedLinear, adopt
 from quantize.shell.plan import swap
+from quantize.shell.views import modules, release
+
+# Among what a state_dict tells of a module (its version): the buffers that are under no key.
+HIDDEN = "hidden_buffers"
 
 
 def check_kernel(kernel: object) -> None:
@@ -29,6 +33,26 @@ def check_served(built: Iterable[QuantizedLinear], kernel: str | None) -> None:
     for layer in built:
         if kernel is not None and layer.kernel != kernel:
             raise refusal(f"layer {layer.row.name!r}", f"kernel {kernel!r}", f"another kernel ({layer.reason})")
+
+
+def hidden(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers that no ``state_dict`` holds, under all names; those of quantized layers are their kernels'."""
+    return {
+        f"{name}.{key}".lstrip("."): buffer
+        for name, module in model.named_modules(remove_duplicate=False)
+        for key, buffer in module._buffers.items()
+        if key in module._non_persistent_buffers_set and buffer is not None and not isinstance(module, QuantizedLinear)
+    }
+
+
+def carry_hidden(model: nn.Module) -> None:
+    """Let each ``state_dict`` of ``model`` bring the :func:`hidden` buffers to :func:`convert`, under no key."""
+    if hidden(model):
+        model.register_state_dict_post_hook(_bring)  # type: ignore[no-untyped-call] # torch leaves it bare
+
+
+def _bring(model: nn.Module, _state: object, _prefix: str, told: dict[str, Any]) -> None:
+    told[HIDDEN] = hidden(model)
 
 
 def convert(model: nn.Module, state: object, kernel: str | None) -> None:
@@ -46,37 +70,91 @@ def convert(model: nn.Module, state: object, kernel: str | None) -> None:
     for name, module in model.named_modules():
         if offload.keeper(module) is not None:
             raise refusal(f"module {name!r}", "its parameters are offloaded", "a model before it is dispatched")
-    layers, tensors = _layers(model, state), _tensors(model)
-    # What the model loads by itself: everything but the weights of the layers.
-    expected = {key: value for key, value in model.state_dict().items() if key.removesuffix(".weight") not in layers}
-    values = {tensors[key]: state[key] for key in expected if key in tensors and key in state}
-    rest = {key: values[tensors[key]] for key in expected if tensors.get(key) in values}
-    parts: dict[str, dict[str, Any]] = {name: {} for name in layers}
-    for key, value in state.items():
+    views: dict[nn.Module, nn.Module] = {}
+    names = {module: name for name, module in modules(model, views)}
+    used = {old: new for old, new in views.items() if any(f"{names[m]}.{saved.EXTRA}" in state for m in new.modules())}
+    swap(model, used)
+    try:
+        _convert(model, state, kernel)
+    except BaseException:
+        swap(model, {new: old for old, new in used.items()})
+        raise
+    release(model)
+
+
+def _convert(model: nn.Module, state: Mapping[str, Any], kernel: str | None) -> None:
+    (first, tensors), layers = _names(model), _layers(model, state)
+    empty = [name for name, buffer in hidden(model).items() if buffer.is_meta]
+    told = {at: {**versions} for at, versions in getattr(state, "_metadata", {}).items()}
+    brought = {f"{at}.{key}".lstrip("."): t for at in told for key, t in told[at].pop(HIDDEN, {}).items()}
+    rest: dict[str, Any] = {}
+    doubles: list[tuple[str, Any, Any]] = []
+    for key, value in (*state.items(), *((name, brought[name]) for name in empty if name in brought)):
+        if (other := rest.setdefault(first(key), value)) is not value:
+            doubles.append((key, value, other))
+    parts: dict[str, dict[str, Any]] = {name: {} for name in layers.values()}
+    for key in [key for key in rest if key not in tensors]:
         owner, _, last = key.rpartition(".")
-        if owner in layers:
-            parts[owner][last] = value
-        if owner not in layers or last == "bias":
-            rest.setdefault(key, value)
-    built: dict[nn.Module, QuantizedLinear] = {}
-    first: dict[nn.Module, str] = {}
-    for name, module in layers.items():
-        if first.setdefault(module, name) == name:
-            built[module] = _layer(name, parts[name], rest.get(f"{name}.bias"), module, kernel)
-        _check_same(first[module], name, parts)
+        if owner in parts:
+            parts[owner][last] = rest.pop(key)
+    # What the model loads by itself: everything but the weights of the layers.
+    weights = {f"{name}.weight" for name, module in model.named_modules(remove_duplicate=False) if module in layers}
+    own = {key: value for key, value in model.state_dict().items() if key not in weights}
+    for name in empty:
+        if first(name) not in rest:
+            accepted = "a real tensor, or a state_dict as torch.save keeps it, or quantize.save and quantize.load"
+            raise refusal(f"buffer {name!r}", "on the meta device, and not in the state", accepted)
+    # Since the model was built, a hidden buffer may have grown, or been cast.
+    forms = dict.fromkeys(map(first, empty)) | {first(key): saved.form(value) for key, value in own.items()}
+    saved.check("from_state", rest, forms, "keys of the model only")
+    built: dict[nn.Module, QuantizedLinear] = {
+        module: _layer(name, parts[name], module, rest.get(first(f"{name}.bias")), kernel)
+        for module, name in layers.items()
+    }
     check_served(built.values(), kernel)
-    _check_rest(model, rest, expected)
-    _load(model, rest, getattr(state, "_metadata", {}))
-    for old, new in built.items():
-        new._parameters["bias"] = old._parameters["bias"]
+    for key, value, other in doubles:
+        # The same place in memory: what is tied, and what has no data.
+        tied = isinstance(value, Tensor) and (value.data_ptr(), value.shape) == (other.data_ptr(), other.shape)
+        if isinstance(value, Tensor) and not tied and not torch.equal(value, other):
+            (second, _, last), (name, _, _) = key.rpartition("."), first(key).rpartition(".")
+            raise refusal(f"layer {second!r}", f"another {last!r} than {name!r}", "the same: in the model it is one")
+    new = {key: _filled(tensors[key], value) if key in tensors else value for key, value in rest.items()}
+    ready = OrderedDict({key: new[first(key)] for key in own})
+    # Modules read from here how old a state is.
+    ready._metadata = told  # type: ignore[attr-defined] # an attribute that torch adds
+    model.load_state_dict(ready, strict=False, assign=any(tensor.is_meta for tensor in tensors.values()))
+    for name in empty:
+        owner, _, last = name.rpartition(".")
+        model.get_submodule(owner)._buffers[last] = new[first(name)]
+    for old, layer in built.items():
+        layer._parameters["bias"] = old._parameters["bias"]
     swap(model, built)
+    carry_hidden(model)
 
 
-def _layers(model: nn.Module, state: Mapping[str, Any]) -> dict[str, nn.Linear]:
-    """The layers that ``state`` describes: the names that it has for them first, then their others in the model."""
-    ends = [(key, *key.rpartition(".")) for key in state]
-    names = [name for key, name, _, last in ends if last == saved.EXTRA and saved.described(state[key])]
-    if not names or "" in names:
+def _names(model: nn.Module) -> tuple[Callable[[str], str], dict[str, Tensor]]:
+    """From a key of a state to the first that ``model`` has for the same; and all tensors under all names."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    tensors |= model.named_buffers(remove_duplicate=False)
+    names: dict[object, str] = {}
+    for name, thing in (*modules.items(), *tensors.items()):
+        names.setdefault(thing, name)
+
+    def first(key: str) -> str:
+        owner, _, last = key.rpartition(".")
+        if key in tensors:
+            return names[tensors[key]]
+        return f"{names[modules[owner]]}.{last}" if owner and owner in modules else key
+
+    return first, tensors
+
+
+def _layers(model: nn.Module, state: Mapping[str, Any]) -> dict[nn.Linear, str]:
+    """The layers that ``state`` describes, by their first names in the model."""
+    end = f".{saved.EXTRA}"
+    names = [key.removesuffix(end) for key, value in state.items() if key.endswith(end) and saved.described(value)]
+    if not names:
         raise refusal("from_state", "no converted layer inside a model", "the state_dict of a converted model")
     modules: dict[str, Any] = dict(model.named_modules(remove_duplicate=False))
     for name in names:
@@ -85,81 +163,31 @@ def _layers(model: nn.Module, state: Mapping[str, Any]) -> dict[str, nn.Linear]:
         if type(modules[name]) is not nn.Linear:
             raise refusal(f"layer {name!r}", f"a {type(modules[name]).__name__} in the model", "an nn.Linear")
     found = {modules[name] for name in names}
-    return {name: modules[name] for name in (*names, *modules) if modules[name] in found}
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers under all of their names."""
-    return dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
+    return {module: name for name, module in model.named_modules() if module in found}
 
 
 def _layer(
-    name: str, part: Mapping[str, Any], bias: Tensor | None, module: nn.Linear, kernel: str | None
+    name: str, part: Mapping[str, Any], module: nn.Linear, bias: Tensor | None, kernel: str | None
 ) -> QuantizedLinear:
     layout, row = saved.read(name, part.get(saved.EXTRA))
-    weight, own = module.weight, module.bias
+    weight = module.weight
     if (layout.n, layout.c, layout.dtype) != (*weight.shape, weight.dtype):
         found = f"{layout.n}x{layout.c} in {layout.dtype} in the state"
         accepted = f"{weight.shape[0]}x{weight.shape[1]} in {weight.dtype}, as in the model"
         raise refusal(f"layer {name!r}", found, accepted)
     solved = saved.solution(name, part, layout)
-    for key in part.keys() - {*saved.KEYS, "bias"}:
-        raise refusal(f"layer {name!r}", f"{key!r} in the state", f"one of {', '.join((*saved.TENSORS, 'bias'))}")
-    _check_tensor(f"{name}.bias", bias, own)
 
     def placed(tensor: Tensor) -> Tensor:
         return tensor.detach().to(tensor.device if weight.is_meta else weight.device, copy=not weight.is_meta)
 
-    held = None if bias is None else nn.Parameter(placed(bias), requires_grad=own.requires_grad)
+    held = None if bias is None else nn.Parameter(placed(bias))
     layer = QuantizedLinear(pytree.tree_map_only(Tensor, placed, solved), held, row, weight.dtype, kernel)
     adopt(layer, module)
     return layer
 
 
-def _check_same(first: str, second: str, parts: Mapping[str, Mapping[str, Any]]) -> None:
-    """Refuse two names of one layer with different contents; the second may lack some."""
-    for key, value in parts[second].items():
-        other = parts[first].get(key)
-        same = value is other or (isinstance(value, Tensor) and isinstance(other, Tensor) and torch.equal(value, other))
-        if key != saved.EXTRA and not same:
-            found = f"another {key!r} than {first!r}"
-            raise refusal(f"layer {second!r}", found, "the same: in the model it is one layer")
-
-
-def _check_rest(model: nn.Module, rest: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    for key in [*(expected.keys() - rest.keys()), *(rest.keys() - expected.keys())]:
-        found, accepted = ("missing in", "present") if key in expected else ("in", "keys of the model only")
-        raise refusal("from_state", f"{key!r} is {found} the state", accepted)
-    for key, value in expected.items():
-        if isinstance(value, Tensor):
-            _check_tensor(key, rest[key], value)
-    for name, buffer in model.named_buffers():
-        if buffer.is_meta and name not in rest:
-            raise refusal(f"buffer {name!r}", "on the meta device, and in no state_dict", "a real tensor")
-
-
-def _check_tensor(key: str, found: object, expected: Tensor | None) -> None:
-    def told(value: object) -> str:
-        return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else str(value)
-
-    if told(found) != told(expected):
-        raise refusal(f"{key!r} in the state", told(found), f"{told(expected)}, as in the model")
-
-
-def _load(model: nn.Module, rest: Mapping[str, Any], versions: object) -> None:
-    """Fill the real tensors of ``model``, and replace those on the meta device; what was one tensor stays one."""
-    tensors, new = _tensors(model), dict[Tensor | None, Tensor]()
-    for key, tensor in tensors.items():
-        if key in rest and tensor not in new:
-            new[tensor] = _filled(tensor, rest[key])
-    # A tensor that is there already is assigned to itself.
-    state = OrderedDict({key: new.get(tensors.get(key), value) for key, value in rest.items()})
-    # Modules read from here how old a state is.
-    state._metadata = versions  # type: ignore[attr-defined] # an attribute that torch adds
-    model.load_state_dict(state, strict=False, assign=any(tensor.is_meta for tensor in tensors.values()))
-
-
 def _filled(tensor: Tensor, value: Tensor) -> Tensor:
+    """A real tensor itself, with ``value`` in it; in the place of one on the meta device, ``value``."""
     if tensor.is_meta:
         value = value.detach()
         return nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value

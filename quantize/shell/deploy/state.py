@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from quantize.core import LayerSpec, Solution
+from quantize.core import LayerSpec, Solution, round_to_nearest
 from quantize.shell.config import refusal, shown
 from quantize.shell.deploy.kernels import Layout, reference
 from quantize.shell.report.rows import Row, as_plain, from_plain
@@ -18,11 +19,25 @@ from quantize.shell.report.rows import Row, as_plain, from_plain
 EXTRA = "_extra_state"
 TENSORS = ("codes", "scale", "zero_point", "smoothing", "input_scale", "input_zero_point")
 KEYS = (*TENSORS, EXTRA)
-_MARK, _VERSION = "quantized_linear", 2
+_ERRORS = ("error", "baseline_error")
 _NOTE = "note."
+_MARK, _VERSION = "quantized_linear", 2
 # Descriptions are padded to whole blocks, because loaders that read in place need one shape for all.
 _BLOCK = 1024
 _DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
+_FLOATS = (torch.float32, torch.float64)
+
+# The shape of a tensor and its accepted dtypes; None: anything.
+Form = tuple[tuple[int, ...], tuple[torch.dtype, ...]] | None
+
+
+class Outline(OrderedDict[str, Any]):
+    """A ``state_dict`` without the quantized layers: ``layers`` names each, with the first of its prefixes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._metadata = OrderedDict[str, dict[str, Any]]()
+        self.layers: dict[nn.Module, str] = {}
 
 
 def describe(row: Row, dtype: torch.dtype) -> Tensor:
@@ -33,9 +48,15 @@ def describe(row: Row, dtype: torch.dtype) -> Tensor:
     return torch.tensor(list(padded), dtype=torch.uint8, device="cpu")
 
 
-def described(extra: object) -> bool:
-    """Whether ``extra`` is what :func:`describe` makes, in this version or another."""
-    return _MARK in _told(extra)
+def described(extra: object) -> Mapping[str, Any]:
+    """The content of what :func:`describe` makes, in this version or another; empty for anything else."""
+    if isinstance(extra, Tensor) and extra.dtype == torch.uint8 and extra.ndim == 1 and not extra.is_meta:
+        try:
+            extra = json.loads(bytes(extra.tolist()))
+        except ValueError:
+            return {}
+    # Version 1 was a dict.
+    return extra if isinstance(extra, Mapping) and _MARK in extra else {}
 
 
 def read(name: str, extra: object) -> tuple[Layout, Row]:
@@ -44,7 +65,7 @@ def read(name: str, extra: object) -> tuple[Layout, Row]:
     Raises:
         QuantizeError: it is something else, or of another version.
     """
-    where, told = f"layer {name!r}", _told(extra)
+    where, told = f"layer {name!r}", described(extra)
     if told.get(_MARK) != _VERSION:
         found = "no such state" if extra is None else f"version {told[_MARK]!r}" if told else shown(extra)
         raise refusal(where, found, f"the state of a converted layer, version {_VERSION}")
@@ -61,32 +82,47 @@ def tensors(solved: Solution) -> dict[str, Tensor]:
 
     Layers may share scales and smoothing, and savers drop shared tensors: those are copied. Codes are the layer's own.
     """
-    scalars = {"error": solved.error, "baseline_error": solved.baseline_error}
+    scalars = {key: getattr(solved, key) for key in _ERRORS}
     scalars |= {_NOTE + key: value for key, value in solved.notes.items()}
     parts = {**reference.prepare(solved), **scalars}
     return {key: t if key == "codes" else t.clone() for key, t in parts.items() if t is not None}
 
 
 def solution(name: str, held: Mapping[str, Any], layout: Layout) -> Solution:
-    """Undo :func:`tensors` for the layer ``name``; ``held`` may have other keys.
+    """Undo :func:`tensors` for the layer ``name``.
 
     Raises:
         QuantizeError: a tensor that is missing, has another shape or dtype than ``layout`` says, or does not belong
             to that format.
     """
-    where, forms = f"layer {name!r}", _forms(layout, held)
-    for key in (key for key in TENSORS if key in held and key not in forms):
-        raise refusal(where, f"{key!r} in the state", f"{', '.join(forms)} with {text(layout)}")
-    for key, (shape, dtypes) in forms.items():
-        tensor = held.get(key)
-        accepted = f"{key!r}, {' or '.join(map(str, dtypes))} {list(shape)}"
-        if not isinstance(tensor, Tensor):
-            raise refusal(where, f"no {key!r} in the state", accepted)
-        if tensor.shape != shape or tensor.dtype not in dtypes:
-            raise refusal(where, f"{key!r}, {tensor.dtype} {list(tensor.shape)}", accepted)
-    solved = reference.restore({key: held[key] for key in forms}, layout)
     notes = {key.removeprefix(_NOTE): value for key, value in held.items() if key.startswith(_NOTE)}
+    found = {key: held[key] for key in held if key not in (*_ERRORS, EXTRA) and not key.startswith(_NOTE)}
+    forms = _forms(layout, smoothed="smoothing" in held)
+    check(f"layer {name!r}", found, forms, f"{', '.join(forms)} with {text(layout)}")
+    solved = reference.restore(found, layout)
     return replace(solved, error=held.get("error"), baseline_error=held.get("baseline_error"), notes=notes)
+
+
+def check(where: str, found: Mapping[str, object], forms: Mapping[str, Form], keys: str) -> None:
+    """Refuse ``found`` unless it has the keys of ``forms`` and no other (``keys`` in words), each in its form.
+
+    Raises:
+        QuantizeError: it names the key.
+    """
+    for key in found.keys() - forms.keys():
+        raise refusal(where, f"{key!r} in the state", keys)
+    for key, form in forms.items():
+        value, (shape, dtypes) = found.get(key), form or ((), ())
+        tensor = value if isinstance(value, Tensor) else None
+        if key in found and (form is None or (tensor is not None and tensor.shape == shape and tensor.dtype in dtypes)):
+            continue
+        told = f"no {key!r} in the state" if tensor is None else f"{key!r}, {tensor.dtype} {list(tensor.shape)}"
+        raise refusal(where, told, f"{key!r}, {' or '.join(map(str, dtypes))} {list(shape)}" if form else repr(key))
+
+
+def form(value: object) -> Form:
+    """That of ``value`` itself."""
+    return (value.shape, (value.dtype,)) if isinstance(value, Tensor) else None
 
 
 def text(layout: Layout) -> str:
@@ -95,35 +131,12 @@ def text(layout: Layout) -> str:
     return f"{layout.n}x{layout.c}, weights {spec.weight}, inputs {spec.inputs or 'float'}, {layout.dtype}"
 
 
-def _told(extra: object) -> Mapping[str, Any]:
-    """The content of a description; empty for anything else."""
-    if isinstance(extra, Tensor) and extra.dtype == torch.uint8 and extra.ndim == 1 and not extra.is_meta:
-        try:
-            extra = json.loads(bytes(extra.tolist()))
-        except ValueError:
-            return {}
-    # Version 1 was a dict.
-    return extra if isinstance(extra, Mapping) and _MARK in extra else {}
-
-
-def _forms(layout: Layout, held: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]:
-    """Shape and accepted dtypes of each tensor."""
-    scheme, inputs = layout.spec.weight, layout.spec.inputs
-    n, c = layout.n, layout.c
-    g = scheme.grid_shape(n, c)
-    floats = (torch.float32, torch.float64)
-    # Narrow codes are kept two to a byte.
-    per_byte, integers = (2, (torch.uint8,)) if reference.narrow(scheme) else (1, (torch.int8,))
-    forms: dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]] = {
-        "codes": ((n, -(-c // per_byte)), integers),
-        "scale": (g, floats),
-    }
-    if not scheme.symmetric:
-        forms["zero_point"] = ((g[0], -(-g[1] // per_byte)), integers)
-    if "smoothing" in held:
-        forms["smoothing"] = ((c,), floats)
-    if inputs is not None and inputs.strategy == "tensor":
-        forms["input_scale"] = ((1, 1), floats)
-        if not inputs.symmetric:
-            forms["input_zero_point"] = ((1, 1), (torch.int8,))
-    return forms
+def _forms(layout: Layout, *, smoothed: bool) -> dict[str, Form]:
+    """Those of an example without data."""
+    weights, inputs = layout.spec.weight, layout.spec.inputs
+    with torch.device("meta"):
+        weight, smoothing = torch.empty(layout.n, layout.c), torch.empty(layout.c) if smoothed else None
+        static = inputs if inputs is not None and inputs.strategy == "tensor" else None
+        params = None if static is None else round_to_nearest(torch.empty(1, 1), static).params
+        held = reference.prepare(Solution(round_to_nearest(weight, weights), inputs, smoothing, params))
+    return {key: (t.shape, _FLOATS if t.is_floating_point() else (t.dtype,)) for key, t in held.items()}

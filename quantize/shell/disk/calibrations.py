@@ -11,6 +11,7 @@ from torch import nn
 from quantize.shell import offload
 from quantize.shell.calibrate.layer import calibrated
 from quantize.shell.config import refusal
+from quantize.shell.deploy import state as saved
 from quantize.shell.disk.files import replacing
 
 
@@ -50,18 +51,12 @@ def load_calibration(model: nn.Module, path: str | os.PathLike[str]) -> None:
         told = " ".join(str(error).split())
         raise refusal(where, f"cannot be read ({told[:200]})", "a file of save_calibration") from error
     own = model.state_dict()
-    for key in own.keys() ^ state.keys():
-        raise refusal(where, f"{key!r} is {'missing' if key in own else 'unknown'}", "a calibration of this model")
+    saved.check(where, state, {key: saved.form(value) for key, value in own.items()}, "a calibration of this model")
     for key, value in own.items():
-        theirs = state[key]
-        if isinstance(value, torch.Tensor):
-            shape = getattr(theirs, "shape", ())
-            if shape != value.shape:
-                raise refusal(where, f"{key!r} of shape {list(shape)}", f"shape {list(value.shape)}")
-            if theirs.is_meta != value.is_meta:
-                told = f"{key!r} is {'without' if theirs.is_meta else 'with'} its data"
-                raise refusal(where, told, "a calibration of a model that was dispatched as this one is")
-        elif isinstance(value, dict) and value.get("format") != theirs.get("format"):
-            layer = f"layer {key.rpartition('.')[0]!r}"
-            raise refusal(layer, str(theirs.get("format")), f"a state of {value.get('format')}")
+        if isinstance(value, torch.Tensor) and state[key].is_meta != value.is_meta:
+            told = f"{key!r} is {'with' if value.is_meta else 'without'} its data"
+            raise refusal(where, told, "a calibration of a model that was dispatched as this one is")
+        theirs, wanted = ((held.get("format") if isinstance(held, dict) else None) for held in (state[key], value))
+        if theirs != wanted:
+            raise refusal(f"layer {key.rpartition('.')[0]!r}", str(theirs), f"a state of {wanted}")
     model.load_state_dict(state)

@@ -58,7 +58,7 @@ def texts(parts: Parts, _names: Iterable[str]) -> dict[str, str]:
     """
     names: dict[LayerSpec, list[str]] = {}
     for name, layer in parts.layers.items():
-        names.setdefault(layer.layout.spec, []).append(name)
+        names.setdefault(layer.layout.spec, []).append(parts.names[name])
     groups = {f"group_{i}": {"targets": held, **_group(spec)} for i, (spec, held) in enumerate(names.items())}
     formats = {group["format"] for group in groups.values()}
     quantization = {
@@ -67,11 +67,20 @@ def texts(parts: Parts, _names: Iterable[str]) -> dict[str, str]:
         "quantization_status": "compressed",
         "config_groups": groups,
         # vLLM wants every linear layer here or among the targets.
-        "ignore": [name for name, m in parts.model.named_modules(remove_duplicate=False) if isinstance(m, nn.Linear)],
+        "ignore": _left(parts),
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
     return parts.configs(quantization_config=quantization)
+
+
+def _left(parts: Parts) -> list[str]:
+    """What is a linear layer here or, like routers, in vLLM, and stays in floating point."""
+    modules = dict(parts.model.named_modules(remove_duplicate=False))
+    embeddings = {f"{name}.weight" for name, module in modules.items() if isinstance(module, nn.Embedding)}
+    matrices = [key for key, tensor in parts.others.items() if key.endswith(".weight") and tensor.ndim == 2]
+    linears = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
+    return list(dict.fromkeys([*linears, *(key.removesuffix(".weight") for key in matrices if key not in embeddings)]))
 
 
 def _group(spec: LayerSpec) -> dict[str, Any]:

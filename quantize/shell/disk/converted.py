@@ -1,10 +1,11 @@
-"""A converted model in a directory of its own: one file of tensors, whose header says the rest."""
+"""A converted model in a directory of its own: files of tensors, whose header says the rest."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,21 @@ from torch import Tensor, nn
 from quantize.shell import offload
 from quantize.shell.config import QuantizeError, refusal, shown
 from quantize.shell.deploy import loading
+from quantize.shell.deploy import state as saved
 from quantize.shell.disk import files
 from quantize.shell.disk.parts import as_json, quantized
 
 _TENSORS, _HEADER, _VERSION = "model.safetensors", "quantize", 2
 
 
-def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
-    """Write a converted model: its whole ``state_dict``, a tensor under several names once.
+def save(model: nn.Module, directory: str | os.PathLike[str], *, max_shard_size: int | str | None = None) -> None:
+    """Write a converted model: its ``state_dict`` and all other buffers, a tensor under several names once.
 
     Args:
         model: a model after ``convert``.
         directory: a new or an empty one, in a directory that exists. It is there whole, or as it was.
+        max_shard_size: bytes of tensors in a file, or a string such as ``'5GB'``; a larger model is written as several
+            files and an index, as transformers does. No more than one of them is made at a time.
 
     Raises:
         QuantizeError: a model that is not converted, a state that JSON cannot hold, a directory with content, or no
@@ -32,28 +36,34 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         OSError: it cannot be written; nothing is left.
     """
     quantized(model)
-    files.check_new(directory)
-    state = offload.state(model)
+    limit, outline, buffers = files.shard_size(max_shard_size), saved.Outline(), loading.hidden(model)
+    state = offload.state(model, destination=outline)
+    held: dict[str, Any] = {**state, **buffers}
     first: dict[tuple[object, ...], str] = {}
     aliases: dict[str, str] = {}
     extra: dict[str, Any] = {}
-    for key, value in state.items():
-        where = f"{key!r} in the state"
-        if not isinstance(value, Tensor):
-            # Tuples, and keys that are no strings, would come back as others.
-            if json.loads(as_json(where, value)) != value:
-                raise refusal(where, shown(value), "what JSON gives back as it was")
-            extra[key] = value
-        elif value.is_meta:
-            raise refusal(where, "on the meta device", "a tensor with data")
-        else:
+    for key, value in held.items():
+        if isinstance(value, Tensor):
             # An empty tensor has no place in memory of its own.
             place = (value.data_ptr() or key, value.dtype, value.shape, value.stride(), value.device)
             if first.setdefault(place, key) != key:
                 aliases[key] = first[place]
-    rest = {"version": _VERSION, "extra": extra, "aliases": aliases, "modules": getattr(state, "_metadata", {})}
+        # Tuples, and keys that are no strings, would come back as others.
+        elif json.loads(as_json(f"{key!r} in the state", value)) != value:
+            raise refusal(f"{key!r} in the state", shown(value), "what JSON gives back as it was")
+        else:
+            extra[key] = value
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        yield from ((key, held[key]) for key in first.values())
+        for layer, prefix in outline.layers.items():
+            yield from layer.state_dict(prefix=prefix).items()
+
+    told = getattr(state, "_metadata", {})
+    modules = {at: {key: value for key, value in told[at].items() if key != loading.HIDDEN} for at in told}
+    rest = {"version": _VERSION, "extra": extra, "aliases": aliases, "modules": modules, "buffers": [*buffers]}
     header = {_HEADER: as_json("the versions of the modules", rest)}
-    files.write(directory, {_TENSORS: {key: state[key] for key in first.values()}}, {}, header)
+    files.write(directory, {_TENSORS: tensors()}, {}, header, limit=limit)
 
 
 def load(model: nn.Module, directory: str | os.PathLike[str], *, kernel: str | None = None) -> None:
@@ -70,19 +80,19 @@ def load(model: nn.Module, directory: str | os.PathLike[str], *, kernel: str | N
         OSError: a file cannot be read.
     """
     where, reader = os.fspath(directory), files.safetensors()
-    from safetensors import SafetensorError
-
     try:
-        with reader.safe_open(Path(directory, _TENSORS), framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
-            rest = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
+        tensors, header = files.read(directory, _TENSORS)
+        rest = json.loads(header.get(_HEADER, "{}"))
         if rest.get("version") != _VERSION:
             found = 1 if Path(directory, "quantize.json").exists() else rest.get("version")
             raise refusal(where, f"version {found}", f"version {_VERSION} of save, which writes no quantize.json")
-        state = OrderedDict({**tensors, **rest["extra"], **{k: tensors[v] for k, v in rest["aliases"].items()}})
-        state._metadata = rest["modules"]  # type: ignore[attr-defined] # an attribute that torch adds
+        tensors |= {alias: tensors[key] for alias, key in rest["aliases"].items()}
+        buffers = {key: tensors.pop(key) for key in rest["buffers"]}
+        state = OrderedDict({**tensors, **rest["extra"]})
+        told = {**rest["modules"], "": {**rest["modules"].get("", {}), loading.HIDDEN: buffers}}
     except QuantizeError:
         raise
-    except (KeyError, TypeError, AttributeError, ValueError, SafetensorError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, reader.SafetensorError) as error:
         raise refusal(where, f"cannot be read ({type(error).__name__}: {error})", "a directory of save") from error
+    state._metadata = told  # type: ignore[attr-defined] # an attribute that torch adds
     loading.convert(model, state, kernel)

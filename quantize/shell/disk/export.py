@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
-from torch import nn
+from torch import Tensor, nn
 
 from quantize.shell.config import refusal, shown
 from quantize.shell.disk import ascendv1, compressed_tensors, files
@@ -13,10 +14,17 @@ from quantize.shell.disk.parts import Parts
 FORMATS = {"compressed-tensors": compressed_tensors, "ascendv1": ascendv1}
 
 
-def export(model: nn.Module, directory: str | os.PathLike[str], *, format: str) -> None:  # noqa: A002 - the usual word
+def export(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    *,
+    format: str,  # noqa: A002 - the usual word
+    max_shard_size: int | str | None = None,
+) -> None:
     """Write a converted model as a checkpoint in the ``format`` of another program; the model stays as it is.
 
-    All parameters and persistent buffers are written, tied weights once; with the ``config`` and ``generation_config``
+    All parameters and persistent buffers are written, tied weights once, under the names that checkpoints of the model
+    have; with the ``config`` and ``generation_config``
     of a model of transformers also its ``config.json`` and ``generation_config.json``. Tokenizers are not.
 
     - ``'compressed-tensors'``: for transformers and vLLM. ``model.safetensors``, and the format in ``config.json``. All
@@ -33,6 +41,8 @@ def export(model: nn.Module, directory: str | os.PathLike[str], *, format: str) 
         model: a model after ``convert``.
         directory: a new or an empty one, in a directory that exists. It is there whole, or as it was.
         format: as above.
+        max_shard_size: bytes of tensors in a file, or a string such as ``'5GB'``; a larger model is written as several
+            files and an index, as transformers does. No more than one of them is made at a time.
 
     Raises:
         QuantizeError: a model that is not converted, a layer that the format cannot hold, a directory with content, or
@@ -41,9 +51,25 @@ def export(model: nn.Module, directory: str | os.PathLike[str], *, format: str) 
     """
     if not (isinstance(format, str) and format in FORMATS):
         raise refusal("format", shown(format), f"one of {', '.join(map(repr, FORMATS))}")
-    parts, written = Parts(model), FORMATS[format]
+    parts, limit = Parts(model), files.shard_size(max_shard_size)
     files.check_new(directory)
-    tensors = dict(parts.others)
+    # What is refused is refused before anything is written; then the tensors are made once more, shard by shard.
+    texts = checked(parts, format)
+    files.write(directory, {FORMATS[format].FILE: _tensors(parts, format)}, texts, limit=limit)
+
+
+def checked(parts: Parts, format: str) -> dict[str, str]:  # noqa: A002 - as above
+    """The texts that :func:`export` writes, by file.
+
+    Raises:
+        QuantizeError: a layer that the format cannot hold.
+    """
+    texts: dict[str, str] = FORMATS[format].texts(parts, [key for key, _ in _tensors(parts, format)])
+    return texts
+
+
+def _tensors(parts: Parts, format: str) -> Iterator[tuple[str, Tensor]]:  # noqa: A002 - as above
+    yield from parts.others.items()
     for name, layer in parts.layers.items():
-        tensors.update({f"{name}.{key}": tensor for key, tensor in written.tensors(name, layer).items()})
-    files.write(directory, {written.FILE: tensors}, written.texts(parts, tensors))
+        for key, tensor in FORMATS[format].tensors(name, layer).items():
+            yield f"{parts.names[name]}.{key}", tensor

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import math
 import os
+import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from quantize.shell.config import refusal
+from quantize.shell.config import refusal, shown
+
+_INDEX = "{}.index.json"
 
 
 def check_new(directory: str | os.PathLike[str]) -> None:
@@ -27,7 +32,7 @@ def check_new(directory: str | os.PathLike[str]) -> None:
 
 
 def safetensors() -> Any:
-    """The module ``safetensors.torch``.
+    """The package of that name.
 
     Raises:
         QuantizeError: it is not installed.
@@ -37,30 +42,83 @@ def safetensors() -> Any:
     except ImportError as error:
         wanted = "an environment after pip install 'torch-quantize-core[export]'"
         raise refusal("safetensors", "not installed", wanted) from error
-    return safetensors.torch
+    return safetensors
+
+
+def shard_size(given: object) -> float:
+    """The bytes of ``given``: an int, a string such as ``'5GB'`` or ``'500MiB'``, or None for no limit.
+
+    Raises:
+        QuantizeError: it is something else.
+    """
+    if given is None:
+        return math.inf
+    text = f"{given}B" if type(given) is int else str(given)
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)(I?)B", text.upper())
+    size = float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2] or " ") if found else 0
+    if size < 1:
+        raise refusal("max_shard_size", shown(given), "bytes as an int, or a string such as '5GB' or '500MiB'")
+    return size
 
 
 def write(
     directory: str | os.PathLike[str],
-    tensors: Mapping[str, Mapping[str, Tensor]],
+    tensors: Mapping[str, Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]],
     texts: Mapping[str, str],
     header: Mapping[str, str] | None = None,
+    *,
+    limit: float = math.inf,
+    index: str = _INDEX,
 ) -> None:
     """Make ``directory`` of files: the safetensors ``tensors``, by file and by name, and ``texts``, by file.
 
-    ``header`` is added to the metadata of every file of tensors.
+    Where the tensors of ``a.safetensors`` have more bytes than ``limit``, they become ``a-00001-of-00002.safetensors``
+    and so on, and the file ``index`` says which tensor is where, as transformers reads it. Of tensors that come as
+    pairs, no more than one such shard is held at a time. ``header`` is added to the metadata of every file of tensors.
 
     Raises:
-        QuantizeError: as :func:`check_new`.
+        QuantizeError: as :func:`check_new`, or a tensor on the meta device; nothing was written.
         OSError: it cannot be written; nothing is left.
     """
     check_new(directory)
+    metadata = {"format": "pt", **(header or {})}
     with replacing(directory) as temporary:
         temporary.mkdir()
-        for name, held in tensors.items():
-            safetensors().save_file(_apart(held), temporary / name, metadata={"format": "pt", **(header or {})})
+        for file, held in tensors.items():
+            shards: list[list[str]] = []
+            total = 0
+            for shard in _shards(held.items() if isinstance(held, Mapping) else held, limit):
+                safetensors().torch.save_file(shard, temporary / str(len(shards)), metadata=metadata)
+                shards.append([*shard])
+                total += sum(tensor.nbytes for tensor in shard.values())
+            where: dict[str, str] = {}
+            for i, keys in enumerate(shards):
+                part = f"{Path(file).stem}-{i + 1:05}-of-{len(shards):05}{Path(file).suffix}"
+                name = file if len(shards) == 1 else part
+                (temporary / str(i)).rename(temporary / name)
+                where |= dict.fromkeys(keys, name)
+            if len(shards) > 1:
+                told = {"metadata": {"total_size": total}, "weight_map": where}
+                texts = {**texts, index.format(file): json.dumps(told, indent=2) + "\n"}
         for name, text in texts.items():
             (temporary / name).write_text(text, encoding="utf-8")
+
+
+def read(directory: str | os.PathLike[str], file: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors that :func:`write` wrote as ``file`` or in its shards, and their metadata.
+
+    The tensors stay in the files until they are used.
+
+    Raises:
+        OSError, SafetensorError, ValueError, KeyError: the files are not there, or cannot be read.
+    """
+    index, tensors, metadata = Path(directory, _INDEX.format(file)), dict[str, Tensor](), dict[str, str]()
+    names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values() if index.exists() else [file]
+    for name in dict.fromkeys(names):
+        with safetensors().safe_open(Path(directory, name), framework="pt") as opened:
+            tensors |= {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - no mapping
+            metadata |= opened.metadata() or {}
+    return tensors, metadata
 
 
 @contextlib.contextmanager
@@ -96,13 +154,19 @@ def _sync(path: Path) -> None:
             os.close(opened)
 
 
-def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """On the CPU, contiguous, and no two in one storage: as the format wants them."""
-    seen: set[int] = set()
-    held: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
+def _shards(pairs: Iterable[tuple[str, Tensor]], limit: float) -> Iterator[dict[str, Tensor]]:
+    """As the format wants them: on the CPU, contiguous, no two in one storage. Each is emptied before the next."""
+    shard, seen, size = dict[str, Tensor](), set[int](), 0
+    for key, tensor in pairs:
+        if tensor.is_meta:
+            raise refusal(f"{key!r} in the state", "on the meta device", "a tensor with data")
+        if shard and size + tensor.nbytes > limit:
+            yield shard
+            shard.clear()
+            seen, size = set(), 0
         here = tensor.detach().cpu().contiguous()
         place = here.untyped_storage().data_ptr()
-        held[name] = here.clone() if place in seen else here
+        shard[key] = here.clone() if place in seen else here
         seen.add(place)
-    return held
+        size += here.nbytes
+    yield shard

@@ -13,6 +13,7 @@ from quantize.shell.calibrate.layer import CalibrationLinear
 from quantize.shell.config import QuantizeError, refusal, shown
 from quantize.shell.deploy import state as saved
 from quantize.shell.deploy.layer import QuantizedLinear
+from quantize.shell.disk.names import of_checkpoint
 
 
 def quantized(model: object) -> dict[str, QuantizedLinear]:
@@ -46,8 +47,9 @@ def unsmoothed(name: str, layer: QuantizedLinear) -> Solution:
 class Parts:
     """A converted model taken apart; nothing is copied.
 
-    - ``layers``: the quantized layers, by all names.
-    - ``others``: every other tensor of the ``state_dict``, the layers' biases among them; tied ones once.
+    - ``layers``: the quantized layers, by all names. ``names``: by these, those in a checkpoint.
+    - ``others``: every other tensor of the ``state_dict``, the layers' biases among them; tied ones once. Under the
+      names of checkpoints.
     - ``tied``: the names that ``others`` leaves out, since the config makes loaders tie them.
 
     Raises:
@@ -62,7 +64,7 @@ class Parts:
         named = dict(model.named_parameters(remove_duplicate=False))
         pairs = () if self.untied else tied.items()
         self.tied = {key for key, source in pairs if key in named and named[key] is named.get(source)}
-        self.others: dict[str, Tensor] = {}
+        others: dict[str, Tensor] = {}
         for key, value in state.items():
             owner, _, last = key.rpartition(".")
             if key in self.tied or (owner in self.layers and last in (*saved.TENSORS, saved.EXTRA)):
@@ -71,7 +73,8 @@ class Parts:
                 raise refusal(f"{key!r} in the state", f"a {type(value).__name__}", "tensors only")
             if value.is_meta:
                 raise refusal(f"{key!r} in the state", "on the meta device", "a tensor with data")
-            self.others[key] = value
+            others[key] = value
+        self.names, self.others = of_checkpoint(model, self.layers, others)
 
     def configs(self, **extra: Any) -> dict[str, str]:
         """``config.json`` with ``extra`` in it, and ``generation_config.json``, where the model has such configs.

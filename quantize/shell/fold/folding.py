@@ -102,15 +102,16 @@ def fold(root: nn.Module, units: Sequence[Sequence[Foldable]], run: Run, scale: 
 def _proven(root: nn.Module, found: list[Readers], outputs: Outputs, run: Run) -> list[Fold]:
     """The proposals that hold, none of them applied."""
     names = {module: re.sub(r"\d+", "#", name) for name, module in root.named_modules()}
-    proposals: dict[tuple[str, str, bool, bool], list[Fold]] = {}
+    proposals: dict[tuple[object, str, str, bool, bool], list[Fold]] = {}
     for readers in found:
         for producer in readers.producers:
             for one_plus in (False,) if isinstance(producer, nn.Linear) else (False, True):
                 # What is alike in all blocks of a model holds in all of them or is taken to hold in none.
-                relation = names[producer], names[readers.layers[0]], one_plus, width(producer) < len(readers.sums)
+                ends = type(producer), names[producer], names[readers.layers[0]]
+                relation = *ends, one_plus, width(producer) < len(readers.sums)
                 proposals.setdefault(relation, []).append(Fold(readers, producer, one_plus))
     proven: list[Fold] = []
-    for (_, _, one_plus, copies), alike in proposals.items():
+    for (*_, one_plus, copies), alike in proposals.items():
         taken = {end for each in proven for end in (each.readers, each.producer)}
         new: list[Fold] = []
         for each in alike:

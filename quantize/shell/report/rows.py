@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from quantize.core import Scheme
+
+_EXPERT = re.compile(r"(?<=\bexperts\.)\d+(?=\.|$)")
 
 
 @dataclass(frozen=True)
@@ -40,14 +43,46 @@ class Row:
         """The first name of the layer."""
         return self.names[0]
 
+    @property
+    def ratio(self) -> float | None:
+        """The error over that of plain rounding; None where the algorithm does not know them."""
+        return None if self.error is None or not self.baseline_error else self.error / self.baseline_error
+
 
 @dataclass(frozen=True)
 class Skipped:
-    """A module that holds a weight matrix and stays as it is; ``asked`` where ``skip_layers`` says so."""
+    """A module that holds a weight matrix and stays as it is; ``asked`` where ``skip_layers`` says so.
+
+    ``elements``: those of its own matrices; what several modules share belongs to the first of them.
+    """
 
     name: str
     reason: str
     asked: bool = False
+    elements: int = 0
+
+
+def share(elements: int, of: int) -> str:
+    """How much of the model ``elements`` are, in words."""
+    return f"{100 * elements / max(of, 1):.1f} % of the model's weights"
+
+
+def folded(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
+    """Rows with their titles: those of ``experts`` that differ in the number of the expert alone are together.
+
+    The title of one row is its names, that of 64 experts ``experts.*.up (64)``.
+    """
+    groups: dict[Any, list[Row]] = {}
+    for i, row in enumerate(rows):
+        names, like = _starred(row), (row.shape, row.weights, row.inputs, row.algorithm, row.stage)
+        key = (names, *like, row.kernel, row.kernel_reason)
+        groups.setdefault(i if names == " = ".join(row.names) else key, []).append(row)
+    return [(" = ".join(first.names) if not rest else f"{_starred(first)} ({1 + len(rest)})", [first, *rest])
+            for first, *rest in groups.values()]  # fmt: skip
+
+
+def _starred(row: Row) -> str:
+    return " = ".join(_EXPERT.sub("*", name, count=1) for name in row.names)
 
 
 def as_plain(row: Row) -> dict[str, Any]:
@@ -61,6 +96,6 @@ def from_plain(held: Mapping[str, Any]) -> Row:
     Raises:
         KeyError, TypeError, ValueError: something else made ``held``.
     """
-    (n, c), weights, inputs = held["shape"], Scheme(**held["weights"]), held["inputs"]
-    known = {"shape": (n, c), "weights": weights, "inputs": None if inputs is None else Scheme(**inputs)}
-    return Row(**{**held, **known, "names": tuple(held["names"])})
+    inputs = None if held["inputs"] is None else Scheme(**held["inputs"])
+    known = {"names": tuple(held["names"]), "shape": tuple(held["shape"]), "inputs": inputs}
+    return Row(**{**held, **known, "weights": Scheme(**held["weights"])})

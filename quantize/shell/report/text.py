@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median_low
 from typing import Any
 
 from quantize.shell.config import refusal
 from quantize.shell.report import picture
-from quantize.shell.report.rows import Row, Skipped, as_plain
+from quantize.shell.report.rows import Row, Skipped, as_plain, folded, share
 
 _HEADER = ("layer", "shape", "weights", "inputs", "algorithm", "stage", "kernel", "tokens", "SQNR dB", "error/minmax")
 
@@ -18,14 +20,16 @@ _HEADER = ("layer", "shape", "weights", "inputs", "algorithm", "stage", "kernel"
 class Report:
     """One row a quantized layer, one entry a module left in floating point with its reason.
 
-    ``unmatched``: entries of ``skip_layers`` that matched no name. ``remarks``: what else was not done as asked. Prints
-    as a table; :meth:`as_dict` gives plain values, ready for JSON.
+    ``unmatched``: entries of ``skip_layers`` that matched no name. ``remarks``: what else was not done as asked.
+    ``elements``: those of all weight matrices of the model. Prints as a table; :meth:`as_dict` gives plain values,
+    ready for JSON.
     """
 
     rows: tuple[Row, ...]
     skipped: tuple[Skipped, ...]
     unmatched: tuple[str, ...]
     remarks: tuple[str, ...] = ()
+    elements: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers."""
@@ -34,10 +38,11 @@ class Report:
             "skipped": [asdict(skipped) for skipped in self.skipped],
             "unmatched_skip_layers": list(self.unmatched),
             "remarks": list(self.remarks),
+            "elements": self.elements,
         }
 
     def plot(self, path: str | Path) -> None:
-        """Draw the errors of all layers, before and after, into the file ``path``: ``.png``, ``.pdf`` or ``.svg``.
+        """Draw the errors of the layers, before and after, into the file ``path``: ``.png``, ``.pdf`` or ``.svg``.
 
         Raises:
             QuantizeError: another suffix, a file that cannot be written, no layer solved yet, or no matplotlib.
@@ -50,40 +55,63 @@ class Report:
             raise refusal("plot", f"{path} ({error})", "a file that can be written") from None
 
     def __str__(self) -> str:
-        table = [_HEADER, *map(_cells, self.rows)]
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        table.insert(1, tuple("-" * width for width in widths))
-        lines = ["  ".join(map(str.ljust, cells, widths)).rstrip() for cells in table]
+        lines = table(self.rows)
         slower: dict[str, list[str]] = {}
-        for row in self.rows:
-            if row.notes:
-                lines.append(f"{row.name}: {', '.join(f'{key} {value:g}' for key, value in row.notes.items())}")
+        for title, (row, *_) in folded(self.rows):
             if row.kernel_reason:
-                slower.setdefault(row.kernel_reason, []).append(row.name)
-        for title, entries in {
+                slower.setdefault(row.kernel_reason, []).append(title)
+        left = share(sum(skipped.elements for skipped in self.skipped), self.elements)
+        for heading, entries in {
             "not as asked": self.remarks,
-            "why not a faster kernel": [f"{reason}: {', '.join(names)}" for reason, names in slower.items()],
-            "left in floating point": [f"{s.name or 'the model'}: {s.reason}" for s in self.skipped],
+            "why not a faster kernel": [f"{reason}: {', '.join(titles)}" for reason, titles in slower.items()],
+            f"{left} stay in floating point": [f"{s.name or 'the model'}: {s.reason}" for s in self.skipped],
             "entries of skip_layers that matched nothing": [repr(word) for word in self.unmatched],
         }.items():
             if entries:
-                lines += ["", f"{title} ({len(entries)})", *(f"  {entry}" for entry in entries)]
+                lines += ["", f"{heading} ({len(entries)})", *(f"  {entry}" for entry in entries)]
         return "\n".join(lines)
+
+
+def table(rows: Iterable[Row]) -> list[str]:
+    """A header, a line for each of ``rows``, and lines with what happened on the way; experts folded to one line.
+
+    Of experts the tokens are the least, the median and the most, and the errors those of the worst.
+    """
+    groups = folded(rows)
+    cells = [_HEADER, *(_cells(title, group) for title, group in groups)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    cells.insert(1, tuple("-" * width for width in widths))
+    lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
+    for title, group in groups:
+        told: list[str] = []
+        for key in dict.fromkeys(key for row in group for key in row.notes):
+            values = [row.notes[key] for row in group if key in row.notes]
+            told.append(f"{key} {'..'.join(dict.fromkeys(f'{each:g}' for each in (min(values), max(values))))}")
+        lines += [f"{title}: {', '.join(told)}"] * bool(told)
+    return lines
+
+
+def _cells(title: str, group: list[Row]) -> tuple[str, ...]:
+    row, tokens = group[0], [each.tokens for each in group]
+    sqnrs = [each.weight_sqnr for each in group if each.weight_sqnr is not None]
+    ratios = [each.ratio for each in group if each.ratio is not None]
+    reached = (min(tokens), median_low(tokens), max(tokens)) if len(group) > 1 else tokens
+    return (title, "x".join(map(str, row.shape)), str(row.weights), str(row.inputs or "float"), _algorithm(*group),
+            row.stage, row.kernel or "", "/".join(map(str, reached)),
+            f"{min(sqnrs):.1f}" if sqnrs else "", f"{max(ratios):.3f}" if ratios else "")  # fmt: skip
+
+
+def _algorithm(row: Row, *others: Row) -> str:
+    fallen = sum(each.fell_back for each in (row, *others))
+    if fallen and not others:
+        return f"minmax ({row.tokens or 'no'} tokens)"
+    return row.algorithm + f" ({fallen} fell back to minmax)" * bool(fallen)
 
 
 def _plain(row: Row) -> dict[str, Any]:
     plain = as_plain(row)
-    if plain.pop("fell_back"):
-        plain["algorithm"] = f"minmax ({row.tokens or 'no'} tokens)"
+    del plain["fell_back"]
     # JSON has no infinity: the ratio of a weight that is exact is no number there.
     exact = row.weight_sqnr is not None and math.isinf(row.weight_sqnr)
     return {**plain, "weights": str(row.weights), "inputs": row.inputs and str(row.inputs),
-            "weight_sqnr": None if exact else row.weight_sqnr}  # fmt: skip
-
-
-def _cells(row: Row) -> tuple[str, ...]:
-    plain = _plain(row)
-    ratio = "" if not row.baseline_error or row.error is None else f"{row.error / row.baseline_error:.3f}"
-    sqnr = "" if row.weight_sqnr is None else f"{row.weight_sqnr:.1f}"
-    return (" = ".join(row.names), "x".join(map(str, row.shape)), plain["weights"], plain["inputs"] or "float",
-            plain["algorithm"], row.stage, row.kernel or "", str(row.tokens), sqnr, ratio)  # fmt: skip
+            "algorithm": _algorithm(row), "weight_sqnr": None if exact else row.weight_sqnr}  # fmt: skip

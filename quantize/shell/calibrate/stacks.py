@@ -1,0 +1,55 @@
+"""Which layers are solved at once: those that share their statistics, and the experts of a mixture."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+import torch.utils._pytree as pytree
+
+from quantize.shell import offload
+from quantize.shell.calibrate.layer import CalibrationLinear
+
+# Measured: on the CPU, one after the other is as fast. More at once than this do not gain, and take memory.
+_ALONE, _MOST = frozenset({"cpu"}), 16
+_EXPERT = re.compile(r"\bexperts\.\d+\.")
+
+
+def solve_together(units: list[list[CalibrationLinear]]) -> None:
+    """Solve a stack of units, each of layers that share their statistics; at once, where that saves work."""
+    first, algorithm = units[0][0], units[0][0].session.algorithm
+    if len(units) > 1:
+        statistics = pytree.tree_map(lambda *leaves: torch.stack(leaves), *(unit[0].statistic() for unit in units))
+        for layers in zip(*units, strict=True):
+            solved = algorithm.solve_stack(torch.stack([layer.float_weight() for layer in layers]), statistics)
+            for number, layer in enumerate(layers):
+                layer.adopt(pytree.tree_map(lambda leaf, number=number: leaf[number].clone(), solved))
+    elif algorithm.together is None or first.fell_back or len({layer.weight.dtype for layer in units[0]}) > 1:
+        for layer in units[0]:
+            layer.solve()
+    else:
+        solutions = algorithm.together([layer.float_weight() for layer in units[0]], first.statistic())
+        for layer, solution in zip(units[0], solutions, strict=True):
+            layer.adopt(solution)
+
+
+def stacks(units: list[list[CalibrationLinear]]) -> list[list[list[CalibrationLinear]]]:
+    """The units in stacks: experts of one mixture and one shape, some at a time, where many small calls cost most."""
+    found: dict[object, list[list[CalibrationLinear]]] = {}
+    for unit in units:
+        first, device = unit[0], offload.device(unit[0])
+        name, experts = _EXPERT.subn("experts.#.", first.names[0])
+        alone = not experts or device.type in _ALONE or first.session.algorithm.data_free
+        alone = alone or first.fell_back or any(layer.folded is not None for layer in unit)
+        shapes = tuple((layer.weight.shape, layer.weight.dtype) for layer in unit)
+        found.setdefault(id(unit) if alone else (name, device, shapes), []).append(unit)
+    return [stack[start : start + _MOST] for stack in found.values() for start in range(0, len(stack), _MOST)]
+
+
+def siblings(layers: list[CalibrationLinear]) -> list[list[CalibrationLinear]]:
+    """The layers by the statistics that they share, in their order."""
+    found: dict[object, list[CalibrationLinear]] = {}
+    for layer in layers:
+        leaves = pytree.tree_leaves(layer.statistics)
+        found.setdefault(id(leaves[0]) if leaves else layer, []).append(layer)
+    return list(found.values())

@@ -1,0 +1,153 @@
+"""Linear layers that a model keeps in another form, as ``nn.Linear`` on views of the same memory.
+
+- A mixture of experts as transformers keeps it: 3-D parameters in a module whose class was decorated by
+  ``use_experts_implementation``. It is known by the attributes that the decorator leaves, not by its name.
+- ``Conv1D`` of transformers (GPT-2): a linear layer with its weight transposed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from quantize.shell.config import refusal
+
+_MARKS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm", "num_experts")
+
+
+def modules(model: nn.Module, views: dict[nn.Module, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    """All modules under all names, as they will be with the views, which are written into ``views`` on the way.
+
+    Raises:
+        QuantizeError: as :func:`view`.
+    """
+    inside = ""
+    for name, module in model.named_modules(remove_duplicate=False):
+        if inside and name.startswith(inside):
+            continue
+        seen = views[module] if module in views else view(name, module)
+        if seen is None or not name:
+            yield name, module
+        else:
+            views[module], inside = seen, f"{name}."
+            yield from seen.named_modules(prefix=name, remove_duplicate=False)
+
+
+def view(name: str, module: nn.Module) -> nn.Module | None:
+    """What to put in the place of ``module`` so that its weights are linear layers; None if it needs no other form.
+
+    Raises:
+        QuantizeError: experts whose attributes do not fit their parameters; it names the module.
+    """
+    kind = type(module)
+    if "forward" in module.__dict__:
+        return None
+    if kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers."):
+        weight, bias = (module._parameters.get(key) for key in ("weight", "bias"))
+        if weight is None:
+            return None
+        layer = _linear(weight.T, bias, module)
+        layer.__dict__.update({key: value for key, value in module.__dict__.items() if "_hook" in key})
+        return layer
+    # Where a subclass has a forward of its own, that of the decorator is not what runs.
+    decorated = hasattr(kind.forward, "__wrapped__") and all(hasattr(module, mark) for mark in _MARKS)
+    return Experts(name, module) if decorated and module._parameters.get("down_proj") is not None else None
+
+
+def release(model: nn.Module) -> None:
+    """Give weights of experts that stay in floating point memory of their own, so that the rest of it is freed."""
+    for module in model.modules():
+        for p in module.parameters() if isinstance(module, Experts) else ():
+            if p.nbytes < p.untyped_storage().nbytes():
+                p.data = p.data.clone()
+
+
+class Experts(nn.Module):
+    """A mixture's experts, each a module ``0``, ``1``, ... with ``gate_proj`` (if any), ``up_proj`` and ``down_proj``.
+
+    All else is the original's: the gate function, the norm after an expert, hooks, attributes. The router is outside.
+    """
+
+    num_experts: int
+    has_gate: bool
+    has_bias: bool
+    is_transposed: bool
+    is_concatenated: bool
+    has_post_expert_norm: bool
+    act_fn: nn.Module
+    post_expert_norm: nn.Module
+
+    def __init__(self, name: str, original: nn.Module) -> None:
+        super().__init__()
+        self.__dict__.update(original.__dict__)
+        self._modules, self._parameters = dict(original._modules), dict(original._parameters)
+        self.name, self.original = name, cast("Any", type(original))
+        up, e = "gate_up_proj" if self.has_gate else "up_proj", self.num_experts
+        down = original._parameters["down_proj"]
+        assert down is not None
+        if down.ndim != 3:
+            raise refusal(f"module {name!r}", f"'down_proj' as {list(down.shape)}", "[experts, hidden, inner]")
+        h, i = (down.mT if self.is_transposed else down).shape[1:]
+        wide, held = 2 * i if self.has_gate else i, dict[str, Tensor]()
+        shapes = {up: (e, wide, h), "down_proj": (e, h, i), f"{up}_bias": (e, wide), "down_proj_bias": (e, h)}
+        for key, (_, *shape) in shapes.items():
+            p = self._parameters.pop(key, None)
+            wanted = None if "bias" in key and not self.has_bias else [e, *shape[:: -1 if self.is_transposed else 1]]
+            if (found := None if p is None else list(p.shape)) != wanted:
+                raise refusal(f"module {name!r}", f"{key!r} as {found}", f"{wanted}, as its attributes say")
+            if p is not None:
+                held[key] = p.mT if self.is_transposed and p.ndim == 3 else p
+        # Concatenated: [gate; up]. Interleaved: gate, up, gate, up, ...
+        halves = (slice(i), slice(i, None)) if self.is_concatenated else (slice(0, None, 2), slice(1, None, 2))
+        rows = dict(zip(("gate_proj", "up_proj"), halves, strict=True)) if self.has_gate else {"up_proj": slice(None)}
+        for number in range(e):
+            part, expert = {key: p[number] for key, p in held.items()}, nn.ModuleDict().train(original.training)
+            up_bias = part.get(f"{up}_bias")
+            for key, at in rows.items():
+                expert[key] = _linear(part[up][at], None if up_bias is None else up_bias[at], original)
+            expert["down_proj"] = _linear(part["down_proj"], part.get("down_proj_bias"), original)
+            self.add_module(str(number), expert)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """``[t, h]`` by way of the experts ``[t, k]`` with their weights ``[t, k]``: ``[t, h]``.
+
+        The index ``num_experts`` stands for no expert, as in transformers.
+
+        Raises:
+            QuantizeError: an index of no expert.
+        """
+        chosen, k = top_k_index.flatten(), top_k_index.shape[1]
+        outside = chosen[(chosen < 0) | (chosen > self.num_experts)]
+        if len(outside):
+            raise refusal(f"module {self.name!r}", f"expert {int(outside[0])}", f"0 to {self.num_experts}")
+        counts = torch.bincount(chosen, minlength=self.num_experts + 1).tolist()
+        total = torch.zeros_like(hidden_states)
+        for number, place in enumerate(torch.split(torch.argsort(chosen, stable=True), counts)[: self.num_experts]):
+            if len(place):
+                token = place // k
+                y = self._expert(self._modules[str(number)], hidden_states[token])
+                total.index_add_(0, token, (y * top_k_weights[token, place % k, None]).to(total.dtype))
+        return total
+
+    def _expert(self, expert: Any, x: Tensor) -> Tensor:
+        if self.has_gate:
+            pair = expert["gate_proj"](x), expert["up_proj"](x)
+            both = torch.cat(pair, -1) if self.is_concatenated else torch.stack(pair, -1).flatten(-2)
+            inner = self.original._apply_gate(self, both)
+        else:
+            inner = self.act_fn(expert["up_proj"](x))
+        y: Tensor = expert["down_proj"](inner)
+        return self.post_expert_norm(y) if self.has_post_expert_norm else y
+
+
+def _linear(weight: Tensor, bias: Tensor | None, original: nn.Module) -> nn.Linear:
+    n, c = weight.shape
+    layer = nn.Linear(c, n, bias=bias is not None, device="meta")
+    wants = any(p.requires_grad for p in original.parameters(recurse=False))
+    for key, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None:
+            layer._parameters[key] = nn.Parameter(tensor.detach(), requires_grad=wants)
+    return layer.train(original.training)
