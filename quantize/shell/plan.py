@@ -11,7 +11,7 @@ from torch import nn
 from quantize.shell import offload
 from quantize.shell.config import Config, refusal
 from quantize.shell.report.rows import Skipped, share
-from quantize.shell.views import modules
+from quantize.shell.views import known, modules
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Children whose weight their owner reads without calling them.
@@ -19,6 +19,7 @@ _READ_DIRECTLY: dict[type[nn.Module], tuple[str, ...]] = {
     nn.MultiheadAttention: ("out_proj",),
     nn.TransformerEncoderLayer: ("linear1", "linear2"),
 }
+_REPLACED = "its forward is replaced on the instance"
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,10 @@ def _reason(module: nn.Module, names: list[str], config: Config, owner: str | No
         # Experts of a class of their own may be most of a model; those of torch's convolutions are no experts.
         stacked = sum(p.numel() for p in module.parameters(recurse=False) if p.ndim == 3)
         told = f": its 3-D parameters, such as those of experts, are {share(stacked, total)}"
-        return f"{kind} is not an nn.Linear{told * (stacked > 0 and not module.__module__.startswith('torch.'))}"
+        wrong = f"{kind} is not an nn.Linear"
+        if "forward" in module.__dict__ and known(module):
+            wrong = _REPLACED + ", by a hook of accelerate" * offload.dispatched(module)
+        return f"{wrong}{told * (stacked > 0 and not module.__module__.startswith('torch.'))}"
     if type(module) is not nn.Linear:
         return f"{kind} is a subclass of nn.Linear: its forward may do something else"
     if "" in names:
@@ -118,7 +122,7 @@ def _reason(module: nn.Module, names: list[str], config: Config, owner: str | No
     if module._parameters.get("weight") is None:
         return "its weight is no parameter of its own, but computed by a hook"
     if "forward" in module.__dict__ and not offload.dispatched(module):
-        return "its forward is replaced on the instance"
+        return _REPLACED
     if 0 in module.weight.shape:
         return "it is empty"
     if module.weight.dtype not in _FLOATS:
