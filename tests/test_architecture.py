@@ -61,6 +61,7 @@ def test_nothing_rebinds_the_function_to_a_module():
 ROOMS = [
     "config",
     "progress",
+    "offload",
     "modes",
     "values",
     "views",

@@ -2,7 +2,8 @@
 
 Each line may import from those above it, and from no other::
 
-    config progress modes values   a dict as frozen values; a bar; the state of torch; what can be kept and given again
+    config progress offload        a dict as frozen values; a bar; what accelerate keeps elsewhere
+    modes values                   the state of torch; what can be kept and given again
     views                          linear layers that a model keeps in another form
     report/                        what was done to every layer: rows, text, picture
     plan                           the only walk over a model: which layers are quantized, and why the others are not

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from quantize.shell import offload
+
 
 @dataclass(frozen=True)
 class Modes:
@@ -138,9 +140,9 @@ def put(owner: nn.Module, name: str, value: Tensor) -> None:
 @contextmanager
 def undisturbed(root: nn.Module) -> Iterator[None]:
     """Random numbers and the buffers of ``root`` are afterwards as before."""
-    states = random_states(frozenset(p.device for p in root.parameters()))
+    states = random_states(offload.devices(root))
     buffers = [(module, name, buffer, buffer.clone()) for module in root.modules()
-               for name, buffer in module._buffers.items() if buffer is not None]  # fmt: skip
+               for name, buffer in module._buffers.items() if buffer is not None and not buffer.is_meta]  # fmt: skip
     try:
         yield
     finally:

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from quantize.shell import offload
 from quantize.shell.config import Config, refusal
 from quantize.shell.report.rows import Skipped, share
-from quantize.shell.views import modules
+from quantize.shell.views import known, modules
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Children whose weight their owner reads without calling them.
@@ -18,6 +19,7 @@ _READ_DIRECTLY: dict[type[nn.Module], tuple[str, ...]] = {
     nn.MultiheadAttention: ("out_proj",),
     nn.TransformerEncoderLayer: ("linear1", "linear2"),
 }
+_REPLACED = "its forward is replaced on the instance"
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ def plan(model: nn.Module, config: Config) -> Plan:
     """Decide for every module with a weight matrix; nothing is changed.
 
     Raises:
-        QuantizeError: nothing to quantize, or a weight with NaN or inf.
+        QuantizeError: nothing to quantize, or a weight with NaN or inf, or parameters that cannot be read.
     """
     names: dict[nn.Module, list[str]] = {}
     views: dict[nn.Module, nn.Module] = {}
@@ -73,7 +75,7 @@ def plan(model: nn.Module, config: Config) -> Plan:
         found = "; ".join(f"{s.name or type(model).__name__!r}: {s.reason}" for s in skipped) or "no weight matrix"
         raise refusal("model", f"nothing to quantize ({found})", "a model that contains an nn.Linear")
     for layer, (name, *_) in layers.items():
-        check_weight(name, layer.weight)
+        check_parameters(name, layer)
     # A module of which nothing is quantized stays as it is.
     views = {old: new for old, new in views.items() if any(module in layers for module in new.modules())}
     return Plan(layers, views, tuple(skipped), unmatched, total)
@@ -87,14 +89,18 @@ def swap(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
                 parent._modules[key] = replacements[child]
 
 
-def check_weight(name: str, weight: torch.Tensor) -> None:
-    """Refuse a weight with NaN or inf: it has no scale.
+def check_parameters(name: str, layer: nn.Module) -> None:
+    """Refuse a weight with NaN or inf, which has no scale, and parameters that lie apart or cannot be read.
 
     Raises:
         QuantizeError: it names the layer.
     """
+    weight, bias = offload.weight(layer, name), offload.bias(layer, name)
     if not bool(torch.isfinite(weight).all()):
         raise refusal(f"layer {name!r}", "a weight with NaN or inf", "finite weights, or the layer in skip_layers")
+    if bias is not None and bias.device != weight.device:
+        told = f"its weight on {weight.device}, its bias on {bias.device}"
+        raise refusal(f"layer {name!r}", told, "one device for both, or the layer in skip_layers")
 
 
 def _reason(module: nn.Module, names: list[str], config: Config, owner: str | None, total: int) -> str | None:
@@ -105,20 +111,23 @@ def _reason(module: nn.Module, names: list[str], config: Config, owner: str | No
         # Experts of a class of their own may be most of a model; those of torch's convolutions are no experts.
         stacked = sum(p.numel() for p in module.parameters(recurse=False) if p.ndim == 3)
         told = f": its 3-D parameters, such as those of experts, are {share(stacked, total)}"
-        return f"{kind} is not an nn.Linear{told * (stacked > 0 and not module.__module__.startswith('torch.'))}"
+        wrong = f"{kind} is not an nn.Linear"
+        if "forward" in module.__dict__ and known(module):
+            wrong = _REPLACED + ", by a hook of accelerate" * offload.dispatched(module)
+        return f"{wrong}{told * (stacked > 0 and not module.__module__.startswith('torch.'))}"
     if type(module) is not nn.Linear:
         return f"{kind} is a subclass of nn.Linear: its forward may do something else"
     if "" in names:
         return "the model is the layer itself: nothing holds it to put another in its place"
     if module._parameters.get("weight") is None:
         return "its weight is no parameter of its own, but computed by a hook"
-    if "forward" in module.__dict__:
-        return "its forward is replaced on the instance"
+    if "forward" in module.__dict__ and not offload.dispatched(module):
+        return _REPLACED
     if 0 in module.weight.shape:
         return "it is empty"
     if module.weight.dtype not in _FLOATS:
         return f"its weight is {module.weight.dtype}"
-    if module.weight.is_meta:
+    if module.weight.is_meta and offload.keeper(module) is None:
         return "its weight is on the meta device, without data"
     size = config.spec.weight.group_size
     if size is not None and size >= module.weight.shape[1]:

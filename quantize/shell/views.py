@@ -43,19 +43,23 @@ def view(name: str, module: nn.Module) -> nn.Module | None:
     Raises:
         QuantizeError: experts whose attributes do not fit their parameters; it names the module.
     """
-    kind = type(module)
-    if "forward" in module.__dict__:
+    if "forward" in module.__dict__ or not known(module):
         return None
+    if "down_proj" in module._parameters:
+        return Experts(name, module)
+    layer = _linear(cast("Tensor", module._parameters["weight"]).T, module._parameters.get("bias"), module)
+    layer.__dict__.update({key: value for key, value in module.__dict__.items() if "_hook" in key})
+    return layer
+
+
+def known(module: nn.Module) -> bool:
+    """Whether ``module`` is of a kind that has such a view, provided that its forward is that of its class."""
+    kind = type(module)
     if kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers."):
-        weight, bias = (module._parameters.get(key) for key in ("weight", "bias"))
-        if weight is None:
-            return None
-        layer = _linear(weight.T, bias, module)
-        layer.__dict__.update({key: value for key, value in module.__dict__.items() if "_hook" in key})
-        return layer
+        return module._parameters.get("weight") is not None
     # Where a subclass has a forward of its own, that of the decorator is not what runs.
     decorated = hasattr(kind.forward, "__wrapped__") and all(hasattr(module, mark) for mark in _MARKS)
-    return Experts(name, module) if decorated and module._parameters.get("down_proj") is not None else None
+    return decorated and module._parameters.get("down_proj") is not None
 
 
 def release(model: nn.Module) -> None:

@@ -11,6 +11,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from quantize.shell import offload
 from quantize.shell.modes import put, random_states, set_random_states
 from quantize.shell.values import copied
 
@@ -46,7 +47,7 @@ class Batch:
         random, weight = random_states(frozenset(t.device for t in tensors)), next(root.parameters())
         with torch.inference_mode(False):
             mask = attention_mask(root, args, kwargs)
-            buffers = copied(dict(root.named_buffers())) if first else None
+            buffers = copied(offload.buffers(root)) if first else None
             args, kwargs = copied((args, kwargs))
             return cls(args, kwargs, mask, weight.dtype, weight.device, autocast, random, buffers)
 
@@ -70,14 +71,14 @@ class Batch:
 
     def close(self, root: nn.Module) -> None:
         """The pass has ended: find out whether it wrote to the buffers of ``root``."""
-        before, now = self.buffers, dict(root.named_buffers())
+        before, now = self.buffers, offload.buffers(root)
         self.stateful = before is not None and (
             now.keys() != before.keys() or any(not torch.equal(now[name], old) for name, old in before.items())
         )
 
     def rewind(self, root: nn.Module) -> None:
         """Put the buffers of ``root`` back as they were before this first batch."""
-        buffers = dict(root.named_buffers())
+        buffers = offload.buffers(root)
         for name, value in (self.buffers or {}).items():
             if name in buffers and not buffers[name].equal(value.to(buffers[name].device)):
                 owner, _, last = name.rpartition(".")

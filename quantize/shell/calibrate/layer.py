@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from quantize.core import Scheme, Solution, affine, linear, metrics, minmax
+from quantize.shell import offload
 from quantize.shell.calibrate.session import Session
 from quantize.shell.config import refusal
 from quantize.shell.deploy import layer as deployment
@@ -41,6 +42,7 @@ class CalibrationLinear(Foldable):
         self.solution: Solution | None = None
         self.folded = None
 
+    @offload.hooked
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Linear gives it
         """``input`` ``[..., c]`` to ``[..., n]``: float, or fake-quantized once the model is solved."""
         watching = self.session.watching
@@ -49,10 +51,11 @@ class CalibrationLinear(Foldable):
         s = self.solution
         if s is None or not quantized:
             x = input if self.folded is None else input * self.folded.to(input.dtype)
-            return functional.linear(x, self.weight, self.bias)
+            return functional.linear(x, offload.weight(self, self.names[0]), offload.bias(self, self.names[0]))
+        bias = offload.bias(self, self.names[0])
         with torch.autocast(input.device.type, enabled=False):
             return linear.fake_quantized_linear(
-                input, s.weight, self.bias, inputs=s.inputs, smoothing=s.smoothing, static=s.static
+                input, s.weight, bias, inputs=s.inputs, smoothing=s.smoothing, static=s.static
             )
 
     def solve(self) -> None:
@@ -60,7 +63,7 @@ class CalibrationLinear(Foldable):
 
         The fallback knows no range of the inputs: static inputs become dynamic, one scale a token.
         """
-        algorithm, weight = self.session.algorithm, self.weight.detach()
+        algorithm, weight = self.session.algorithm, self.float_weight()
         if self.fell_back:
             spec = self.session.config.spec
             self.solution = minmax.algorithm(replace(spec, inputs=_dynamic(spec.inputs))).solve(weight, None)
@@ -70,6 +73,10 @@ class CalibrationLinear(Foldable):
             solved = algorithm.solve(weight, self.statistic(), self.folded)
             self.solution = replace(solved, smoothing=None, notes={**solved.notes, "folded": torch.ones(())})
         self.statistics = None
+
+    def float_weight(self) -> Tensor:
+        """The weight ``[n, c]`` where the layer computes, without gradients; read from where it is kept."""
+        return offload.weight(self, self.names[0]).detach()
 
     def statistic(self) -> Any:
         """What the algorithm learns from the inputs, in the dtype that it computes in."""
@@ -82,11 +89,14 @@ class CalibrationLinear(Foldable):
         self.solution, self.statistics = solution, None
         self._follow_weight()
 
-    def deployed(self, kernel: str | None = None) -> deployment.QuantizedLinear:
-        """The layer to put in the place of this one, once it is solved."""
+    def deployed(self, kernel: str | None = None, *, kept: bool = False) -> deployment.QuantizedLinear:
+        """The layer to put in the place of this one, once it is solved; ``kept`` where its float weight is kept."""
         assert self.solution is not None
         row = replace(self.record(), stage="converted")
-        layer = deployment.QuantizedLinear(self.solution, self.bias, row, self.weight.dtype, kernel)
+        bias, away = offload.bias(self, self.names[0]), offload.away(self) if kept else None
+        if bias is not None and bias is not self.bias:
+            bias = nn.Parameter(bias.clone(), self.bias.requires_grad)
+        layer = deployment.QuantizedLinear(self.solution, bias, row, self.weight.dtype, kernel, away)
         deployment.adopt(layer, self)
         return layer
 
@@ -102,7 +112,7 @@ class CalibrationLinear(Foldable):
         known: dict[str, Any] = {}
         if s is not None:
             reached = s.effective_weight()
-            weight = self.weight.detach().to(reached.dtype)
+            weight = self.float_weight().to(reached.device, reached.dtype)
             known = {
                 "weight_sqnr": metrics.sqnr(weight if self.folded is None else weight * self.folded, reached).item(),
                 "error": None if s.error is None else s.error.item(),
@@ -170,7 +180,7 @@ class CalibrationLinear(Foldable):
 
     def _follow_weight(self) -> None:
         # Statistics and solution follow the device of the weight, never its dtype.
-        device = self.weight.device
+        device = offload.device(self)
         self.statistics, self.solution, self.folded = pytree.tree_map_only(
             Tensor, lambda tensor: tensor.to(device), (self.statistics, self.solution, self.folded)
         )

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from quantize.core import affine
+from quantize.shell import offload
 from quantize.shell.calibrate.batches import Batch
 from quantize.shell.calibrate.layer import CalibrationLinear
 from quantize.shell.config import refusal
@@ -110,10 +111,9 @@ def restart(layers: Iterable[CalibrationLinear]) -> None:
     """
     initial: dict[tuple[int, torch.dtype, torch.device], Any] = {}
     for layer in layers:
-        weight = layer.weight
-        key = (layer.in_features, affine.working_dtype(weight), weight.device)
+        key = (layer.in_features, affine.working_dtype(layer.weight), offload.device(layer))
         if key not in initial:
-            with untracked(weight.device):
+            with untracked(key[2]):
                 initial[key] = layer.session.observer.init(key[0], dtype=key[1], device=key[2])
         layer.statistics, layer.tokens = initial[key], 0
 

@@ -143,7 +143,7 @@ class Ranks:
 
 
 def _fingerprint(layer: CalibrationLinear) -> str:
-    weight = layer.weight.detach()
+    weight = layer.float_weight()
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
     checksum = int(weight.contiguous().view(integer).sum(dtype=torch.int64))
     shape = f"{layer.out_features}x{layer.in_features}"

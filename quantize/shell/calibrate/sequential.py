@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from quantize.shell import offload
 from quantize.shell.calibrate import passes
 from quantize.shell.calibrate.layer import CalibrationLinear
 from quantize.shell.calibrate.observing import check_finite, counted, restart
@@ -33,6 +34,7 @@ def solve(root: nn.Module, session: Session, layers: list[CalibrationLinear], ra
     stateful = any(ranks.gather(any(batch.stateful for batch in batches)))
     # Compiled parts run as they were written: the compiler cannot follow a pass that stops half-way.
     with torch.compiler.set_stance("force_eager"), undisturbed(root), same_attributes(root, layers):
+        offload.hold(root)
         trouble = "the model writes to its buffers" if stateful else _in_lock_step(root, session, ordered, ranks)
         if trouble is None:
             return

@@ -10,6 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from quantize.shell import offload
 from quantize.shell.calibrate import sequential
 from quantize.shell.calibrate.layer import CalibrationLinear, calibrated
 from quantize.shell.calibrate.ranks import Ranks
@@ -19,7 +20,7 @@ from quantize.shell.config import QuantizeWarning, refusal
 from quantize.shell.fold import folding
 from quantize.shell.fold.producers import Foldable
 from quantize.shell.modes import undisturbed, untracked
-from quantize.shell.plan import check_weight
+from quantize.shell.plan import check_parameters
 from quantize.shell.progress import layers_progress
 
 
@@ -71,7 +72,7 @@ def solve(model: nn.Module, ranks: Ranks | None = None) -> None:
     try:
         for session in sessions:
             session.solving = True
-        with untracked(layers[0].weight.device):
+        with untracked(offload.device(layers[0])):
             mode = f"{len(ordered)} of {len(sessions)} sessions layer by layer"
             ranks.agree([layer for layer in layers if layer.solution is None], mode)
             for session in ordered:
@@ -117,12 +118,14 @@ def _fold(root: nn.Module, session: Session, layers: list[CalibrationLinear]) ->
 def _common_scale(layers: Sequence[Foldable], rows: Tensor | None) -> Tensor:
     first = cast("CalibrationLinear", layers[0])
     assert first.session.algorithm.scale is not None
-    return first.session.algorithm.scale([layer.weight.detach() for layer in layers], first.statistic(), rows)
+    return first.session.algorithm.scale(
+        [cast("CalibrationLinear", layer).float_weight() for layer in layers], first.statistic(), rows
+    )
 
 
 def _check(layers: list[CalibrationLinear], roots: Mapping[Session, nn.Module]) -> None:
     for layer in layers:
-        check_weight(layer.names[0], layer.weight)
+        check_parameters(layer.names[0], layer)
         # The batches run from the root of the session.
         if layer.session.sequential and layer.session not in roots:
             raise refusal("model", "a part of a model that is calibrated layer by layer", "the model given to quantize")

@@ -7,6 +7,7 @@ import re
 import torch
 import torch.utils._pytree as pytree
 
+from quantize.shell import offload
 from quantize.shell.calibrate.layer import CalibrationLinear
 
 # Measured: on the CPU, one after the other is as fast. More at once than this do not gain, and take memory.
@@ -20,14 +21,14 @@ def solve_together(units: list[list[CalibrationLinear]]) -> None:
     if len(units) > 1:
         statistics = pytree.tree_map(lambda *leaves: torch.stack(leaves), *(unit[0].statistic() for unit in units))
         for layers in zip(*units, strict=True):
-            solved = algorithm.solve_stack(torch.stack([layer.weight.detach() for layer in layers]), statistics)
+            solved = algorithm.solve_stack(torch.stack([layer.float_weight() for layer in layers]), statistics)
             for number, layer in enumerate(layers):
                 layer.adopt(pytree.tree_map(lambda leaf, number=number: leaf[number].clone(), solved))
     elif algorithm.together is None or first.fell_back or len({layer.weight.dtype for layer in units[0]}) > 1:
         for layer in units[0]:
             layer.solve()
     else:
-        solutions = algorithm.together([layer.weight.detach() for layer in units[0]], first.statistic())
+        solutions = algorithm.together([layer.float_weight() for layer in units[0]], first.statistic())
         for layer, solution in zip(units[0], solutions, strict=True):
             layer.adopt(solution)
 
@@ -36,12 +37,12 @@ def stacks(units: list[list[CalibrationLinear]]) -> list[list[list[CalibrationLi
     """The units in stacks: experts of one mixture and one shape, some at a time, where many small calls cost most."""
     found: dict[object, list[list[CalibrationLinear]]] = {}
     for unit in units:
-        first = unit[0]
+        first, device = unit[0], offload.device(unit[0])
         name, experts = _EXPERT.subn("experts.#.", first.names[0])
-        alone = not experts or first.weight.device.type in _ALONE or first.session.algorithm.data_free
+        alone = not experts or device.type in _ALONE or first.session.algorithm.data_free
         alone = alone or first.fell_back or any(layer.folded is not None for layer in unit)
         shapes = tuple((layer.weight.shape, layer.weight.dtype) for layer in unit)
-        found.setdefault(id(unit) if alone else (name, shapes), []).append(unit)
+        found.setdefault(id(unit) if alone else (name, device, shapes), []).append(unit)
     return [stack[start : start + _MOST] for stack in found.values() for start in range(0, len(stack), _MOST)]
 
 

@@ -24,6 +24,7 @@ from typing import Any
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
+from quantize.shell import offload
 from quantize.shell.calibrate.batches import Batch
 from quantize.shell.calibrate.layer import CalibrationLinear
 from quantize.shell.calibrate.observing import fingerprint, near
@@ -122,8 +123,7 @@ class Walk:
             self._walks.tell(f"layer {layer.names[0]!r} is called where it was not called in floating point")
             return
         self._place = place
-        expected = len(self._batch.reads.get(layer.names[0], ()))
-        last = call + 1 >= expected
+        last = call + 1 >= len(self._batch.reads.get(layer.names[0], ()))
         self._open = None if last else unit
         self.unsolved.add(unit)
         # What runs on may write to it.
@@ -155,7 +155,7 @@ class Walks:
 
     def __init__(self, root: nn.Module, units: list[Unit], batches: list[Batch], *, floats: int) -> None:
         self.root, self.units, self.batches = root, units, batches
-        self.devices = frozenset(p.device for p in root.parameters())
+        self.devices = offload.devices(root)
         self.modes, self.fixed = Modes.now(self.devices), fixed()
         self.trouble: str | None = None
         # The place of the first unit that a quantized walk has read and that is not solved.

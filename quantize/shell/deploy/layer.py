@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 
 from quantize.core import LayerSpec, Solution
+from quantize.shell import offload
 from quantize.shell.config import refusal
 from quantize.shell.deploy import state as saved
 from quantize.shell.deploy.kernels import KERNELS, Layout, choose, reference
@@ -24,6 +25,7 @@ def adopt(new: nn.Module, old: nn.Module) -> None:
     """Give ``new`` what users attach to a module: its hooks, the very same dicts, and the training flag."""
     new.__dict__.update({key: value for key, value in old.__dict__.items() if "_hook" in key})
     new.training = old.training
+    offload.settle(new)
 
 
 class QuantizedLinear(nn.Module):
@@ -40,15 +42,22 @@ class QuantizedLinear(nn.Module):
         row: what the report says of it.
         dtype: that of the float layer, and of the inputs to come.
         kernel: the name of the kernel to use wherever it can serve; None chooses the fastest.
+        away: where the buffers of the kernel are kept, if not where the layer computes.
     """
 
     bias: nn.Parameter | None
 
     def __init__(
-        self, solved: Solution, bias: nn.Parameter | None, row: Row, dtype: torch.dtype, kernel: str | None = None
+        self,
+        solved: Solution,
+        bias: nn.Parameter | None,
+        row: Row,
+        dtype: torch.dtype,
+        kernel: str | None = None,
+        away: offload.Away | None = None,
     ) -> None:
         super().__init__()
-        self.row, self.wanted = row, kernel
+        self.row, self.wanted, self.away = row, kernel, away
         # The names of the buffers that are the kernel's; others are a user's.
         self._kept: tuple[str, ...] = ()
         # The description in the last state_dict, and its prefix there.
@@ -58,11 +67,14 @@ class QuantizedLinear(nn.Module):
 
     def _hold(self, solved: Solution, dtype: torch.dtype) -> None:
         """Choose a kernel for ``solved``, and make what it keeps the buffers, instead of those before."""
+        if (away := self.away) is not None:
+            solved = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(away.device), solved)
         self.kernel, self.reason = choose(solved, self.bias, dtype, self.wanted)
         self.out_features, self.in_features = n, c = solved.weight.codes.shape
         self.layout = Layout(LayerSpec(solved.weight.scheme, solved.inputs), n, c, dtype)
         with torch.no_grad():
             held = KERNELS[self.kernel].prepare(solved, self.bias, dtype)
+            held = held if away is None else away.put(held)
         for name in self._kept:
             del self._buffers[name]
         self._non_persistent_buffers_set.difference_update(self._kept)
@@ -81,8 +93,10 @@ class QuantizedLinear(nn.Module):
         return self.solution.effective_weight().to(self.layout.dtype)
 
     def _held(self) -> dict[str, Tensor]:
-        return {name: tensor for name in self._kept if (tensor := self._buffers[name]) is not None}
+        held = {name: tensor for name in self._kept if (tensor := self._buffers[name]) is not None}
+        return held if self.away is None else self.away.here(held)
 
+    @offload.hooked
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Linear gives it
         """Compute with the kernel; see :func:`quantize.core.linear.quantized_linear`."""
         if not input.is_floating_point():
@@ -117,7 +131,7 @@ class QuantizedLinear(nn.Module):
             return tensor.to(new.device) if id(tensor) in kept and new.dtype != tensor.dtype else new
 
         probe = fn(torch.empty(0, dtype=dtype, device=device))
-        stays = (probe.dtype, probe.device) == (dtype, device)
+        stays = (probe.dtype, probe.device) == (dtype, device) and self.away is None
         solved = solved if stays else pytree.tree_map_only(Tensor, moved, solved)
         super()._apply(moved, recurse)  # type: ignore[no-untyped-call] # torch leaves it bare
         if not stays:

@@ -10,6 +10,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from quantize.shell import offload
 from quantize.shell.config import refusal, shown
 from quantize.shell.deploy import state as saved
 from quantize.shell.deploy.kernels import KERNELS
@@ -66,6 +67,9 @@ def convert(model: nn.Module, state: object, kernel: str | None) -> None:
     check_kernel(kernel)
     if not isinstance(state, Mapping):
         raise refusal("from_state", shown(state), "the state_dict of a converted model")
+    for name, module in model.named_modules():
+        if offload.keeper(module) is not None:
+            raise refusal(f"module {name!r}", "its parameters are offloaded", "a model before it is dispatched")
     views: dict[nn.Module, nn.Module] = {}
     names = {module: name for name, module in modules(model, views)}
     used = {old: new for old, new in views.items() if any(f"{names[m]}.{saved.EXTRA}" in state for m in new.modules())}

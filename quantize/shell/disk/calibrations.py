@@ -8,6 +8,7 @@ import pickle
 import torch
 from torch import nn
 
+from quantize.shell import offload
 from quantize.shell.calibrate.layer import calibrated
 from quantize.shell.config import refusal
 from quantize.shell.deploy import state as saved
@@ -26,6 +27,9 @@ def save_calibration(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """
     if not calibrated(model):
         raise refusal("model", "not under calibration", "a model after quantize(model, config)")
+    if offload.changed(model):
+        told = "scales are folded into weights that are offloaded"
+        raise refusal("model", told, "a model before its last batch, without fold, or in memory")
     with replacing(path) as temporary, temporary.open("wb") as file:
         torch.save(model.state_dict(), file)
 
@@ -37,17 +41,21 @@ def load_calibration(model: nn.Module, path: str | os.PathLike[str]) -> None:
         QuantizeError: a model that is not under calibration, or of another config.
         OSError: the file cannot be read.
     """
-    if not calibrated(model):
+    layers = calibrated(model)
+    if not layers:
         raise refusal("model", "not under calibration", "a model after quantize(model, config), with the same config")
     where = os.fspath(path)
     try:
-        state = torch.load(path, map_location=next(model.parameters()).device, weights_only=True)
+        state = torch.load(path, map_location=offload.device(layers[0]), weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError) as error:
         told = " ".join(str(error).split())
         raise refusal(where, f"cannot be read ({told[:200]})", "a file of save_calibration") from error
     own = model.state_dict()
     saved.check(where, state, {key: saved.form(value) for key, value in own.items()}, "a calibration of this model")
     for key, value in own.items():
+        if isinstance(value, torch.Tensor) and state[key].is_meta != value.is_meta:
+            told = f"{key!r} is {'with' if value.is_meta else 'without'} its data"
+            raise refusal(where, told, "a calibration of a model that was dispatched as this one is")
         theirs, wanted = ((held.get("format") if isinstance(held, dict) else None) for held in (state[key], value))
         if theirs != wanted:
             raise refusal(f"layer {key.rpartition('.')[0]!r}", str(theirs), f"a state of {wanted}")

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from quantize.shell import offload
 from quantize.shell.config import QuantizeError, refusal, shown
 from quantize.shell.deploy import loading
 from quantize.shell.deploy import state as saved
@@ -36,7 +37,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str], *, max_shard_size:
     """
     quantized(model)
     limit, outline, buffers = files.shard_size(max_shard_size), saved.Outline(), loading.hidden(model)
-    state = model.state_dict(destination=outline)
+    state = offload.state(model, destination=outline)
     held: dict[str, Any] = {**state, **buffers}
     first: dict[tuple[object, ...], str] = {}
     aliases: dict[str, str] = {}

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from quantize.core import Solution
+from quantize.shell import offload
 from quantize.shell.calibrate.layer import CalibrationLinear
 from quantize.shell.config import QuantizeError, refusal, shown
 from quantize.shell.deploy import state as saved
@@ -56,7 +57,7 @@ class Parts:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.model, self.layers, state = model, quantized(model), model.state_dict()
+        self.model, self.layers, state = model, quantized(model), offload.state(model)
         tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
         # A weight that was quantized is no longer the embedding's.
         self.untied = any(key.rpartition(".")[0] in self.layers for pair in tied.items() for key in pair)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from quantize.core import affine
+from quantize.shell import offload
 from quantize.shell.fold.outputs import Outputs, visible
 from quantize.shell.fold.producers import Foldable, Readers, Run, find, magnitudes, width
 
@@ -41,24 +42,28 @@ class Fold:
 
     def apply(self, scale: Tensor) -> Callable[[], None]:
         """Divide what the producer gives by ``scale`` ``[c]``; the readers multiply by it. Returns what undoes this."""
-        weight = self.readers.layers[0].weight
-        scale = scale.to(weight.device, affine.working_dtype(weight))
+        first, own = self.readers.layers[0], self.producer._parameters["weight"]
+        assert own is not None
+        scale = scale.to(offload.device(first), affine.working_dtype(first.weight))
         rows = scale if self.rows is None else scale.new_ones(width(self.producer)).scatter(0, self.rows, scale)
-        own = self.producer.named_parameters(recurse=False)
-        before, after = {name: old for name, old in own if name in ("weight", "bias")}, {}
-        for name, old in before.items():
-            wide, divisor = old.detach().to(scale.dtype), rows if old.ndim == 1 else rows[:, None]
-            new = (1 + wide) / divisor - 1 if self.one_plus and name == "weight" else wide / divisor
-            after[name] = nn.Parameter(new.to(old.dtype), requires_grad=old.requires_grad)
-        if before["weight"].ndim == 1:
-            # The new weight is rounded to its dtype: the layers make up for what was really divided.
-            wide, new = (each["weight"].detach().to(scale.dtype) + self.one_plus for each in (before, after))
-            scale = torch.where(torch.isfinite(wide / new) & (wide / new > 0), wide / new, scale)
-        self._put(after, scale)
-        return partial(self._put, before, None)
 
-    def _put(self, parameters: Mapping[str, nn.Parameter], scale: Tensor | None) -> None:
-        self.producer._parameters.update(parameters)
+        def divided(name: str, old: Tensor) -> Tensor:
+            wide, divisor = old.to(rows.device, rows.dtype), rows if old.ndim == 1 else rows[:, None]
+            new = (1 + wide) / divisor - 1 if self.one_plus and name == "weight" else wide / divisor
+            return new.to(old.dtype)
+
+        if own.ndim == 1:
+            # The new weight is rounded to its dtype: the layers make up for what was really divided.
+            old = offload.weight(self.producer, type(self.producer).__name__).detach()
+            wide, new = (each.to(scale.dtype) + self.one_plus for each in (old, divided("weight", old)))
+            scale = torch.where(torch.isfinite(wide / new) & (wide / new > 0), wide / new, scale)
+        with ExitStack() as undo:
+            undo.callback(self._hand, None)
+            undo.callback(offload.change(self.producer, ("weight", "bias"), divided))
+            self._hand(scale)
+            return undo.pop_all().close
+
+    def _hand(self, scale: Tensor | None) -> None:
         for layer in self.readers.layers:
             layer.folded = scale
 

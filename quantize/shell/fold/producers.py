@@ -15,6 +15,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from quantize.shell import offload
 from quantize.shell.fold.outputs import Outputs, visible
 from quantize.shell.values import keepable
 
@@ -54,6 +55,9 @@ def magnitudes(x: Tensor) -> Tensor:
 def width(module: nn.Module | None) -> int:
     """For how many output channels ``module`` has a weight each; 0 if for none."""
     weight = None if module is None else module._parameters.get("weight")
+    # The hook of a module around it may keep it: nobody else can read it.
+    if module is not None and weight is not None and weight.is_meta and offload.keeper(module) is None:
+        return 0
     return len(weight) if weight is not None and (isinstance(module, nn.Linear) or weight.ndim == 1) else 0
 
 
