@@ -61,6 +61,18 @@ def test_transformers_reads_the_experts_of_a_checkpoint(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", NAMES)
+def test_experts_that_stay_in_floating_point_have_the_same_names(kind, tmp_path):
+    qz.export(converted(kind), tmp_path / "all", format="compressed-tensors")
+    given = config("minmax", weights=WEIGHTS, skip_layers=["lm_head", "experts.0."])
+    qz.export(converted(kind, given), tmp_path / "some", format="compressed-tensors")
+    whole, part = ({key.rpartition(".")[0] for key in load_file(tmp_path / name / "model.safetensors")}
+                   for name in ("all", "some"))  # fmt: skip
+    assert part == whole
+    settings = json.loads((tmp_path / "some" / "config.json").read_text())["quantization_config"]
+    assert {*NAMES[kind]} < {*settings["ignore"]}
+
+
+@pytest.mark.parametrize("kind", NAMES)
 def test_ascendv1_has_the_names_of_checkpoints(kind, tmp_path):
     dynamic = {"type": "int8", "symmetric": True, "strategy": "token"}
     model = made(kind)

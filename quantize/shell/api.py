@@ -54,17 +54,18 @@ def quantize(model: nn.Module, config: object = None) -> None:
         layer: CalibrationLinear(layer, names, session) for layer, names in planned.layers.items()
     }
     restart(layers.values())
-    swap(model, planned.views)
-    swap(model, layers)
-    counting.attach(model, session)
-    if parsed.algorithm.data_free:
-        try:
-            solving.solve(model)
-        except BaseException:
-            counting.detach(model)
-            del model.__dict__[KEY]
-            swap(model, {new: old for old, new in (*layers.items(), *planned.views.items())})
-            raise
+    try:
+        swap(model, planned.views)
+        swap(model, layers)
+        counting.attach(model, session)
+        if parsed.algorithm.data_free:
+            solving.solve(model, [*layers.values()])
+    except BaseException:
+        counting.detach(model)
+        model.__dict__.pop(KEY, None)
+        swap(model, {new: old for old, new in layers.items()})
+        swap(model, {new: old for old, new in planned.views.items()})
+        raise
 
 
 def finish(model: nn.Module, *, process_group: Any = None) -> None:

@@ -46,7 +46,7 @@ def plan(model: nn.Module, config: Config) -> Plan:
     """
     names: dict[nn.Module, list[str]] = {}
     views: dict[nn.Module, nn.Module] = {}
-    for name, module in modules(model, views):
+    for name, module in modules(model, views, skip=config.skip_layers):
         names.setdefault(module, []).append(name)
     owners = {module.get_submodule(child): owner.__name__ for module in names
               for owner, children in _READ_DIRECTLY.items() if isinstance(module, owner)

@@ -63,3 +63,8 @@ def tokens_of(x: Tensor) -> tuple[Tensor | None, int]:
     """What :func:`with_tokens` told of ``x``."""
     known: tuple[Tensor | None, int] = getattr(x, "_quantize_tokens", (None, 0))
     return known
+
+
+def kept(x: Tensor) -> Tensor:
+    """A copy of ``x`` that nobody writes to, and that knows as much of its tokens."""
+    return with_tokens(x.detach().clone(), *tokens_of(x))

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, cast
 
 import torch
@@ -19,8 +19,12 @@ from quantize.shell.values import tokens_of, with_tokens
 _MARKS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm", "num_experts")
 
 
-def modules(model: nn.Module, views: dict[nn.Module, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+def modules(
+    model: nn.Module, views: dict[nn.Module, nn.Module], *, skip: Collection[str] = ()
+) -> Iterator[tuple[str, nn.Module]]:
     """All modules under all names, as they will be with the views, which are written into ``views`` on the way.
+
+    What has one of the words ``skip`` in its name gets no view.
 
     Raises:
         QuantizeError: as :func:`view`.
@@ -29,8 +33,10 @@ def modules(model: nn.Module, views: dict[nn.Module, nn.Module]) -> Iterator[tup
     for name, module in model.named_modules(remove_duplicate=False):
         if inside and name.startswith(inside):
             continue
-        seen = views[module] if module in views else view(name, module)
-        if seen is None or not name:
+        seen = views.get(module)
+        if seen is None and name and not any(word in name for word in skip):
+            seen = view(name, module)
+        if seen is None:
             yield name, module
         else:
             views[module], inside = seen, f"{name}."
@@ -45,9 +51,12 @@ def view(name: str, module: nn.Module) -> nn.Module | None:
     """
     if "forward" in module.__dict__ or not known(module):
         return None
-    if "down_proj" in module._parameters:
-        return Experts(name, module)
-    layer = _linear(cast("Tensor", module._parameters["weight"]).T, module._parameters.get("bias"), module)
+    # A view wants gradients where its parameter does, if they are on when it is made.
+    with torch.enable_grad():
+        if "down_proj" in module._parameters:
+            return Experts(name, module)
+        weight, bias = cast("Tensor", module._parameters["weight"]), module._parameters.get("bias")
+        layer = _linear(weight.T, bias, training=module.training)
     layer.__dict__.update({key: value for key, value in module.__dict__.items() if "_hook" in key})
     return layer
 
@@ -58,7 +67,8 @@ def known(module: nn.Module) -> bool:
     if kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers."):
         return module._parameters.get("weight") is not None
     # Where a subclass has a forward of its own, that of the decorator is not what runs.
-    decorated = hasattr(kind.forward, "__wrapped__") and all(hasattr(module, mark) for mark in _MARKS)
+    decorated = getattr(kind.forward, "__globals__", {}).get("__name__") == "transformers.integrations.moe"
+    decorated = decorated and all(hasattr(module, mark) for mark in _MARKS)
     return decorated and module._parameters.get("down_proj") is not None
 
 
@@ -112,8 +122,8 @@ class Experts(nn.Module):
             part, expert = {key: p[number] for key, p in held.items()}, nn.ModuleDict().train(original.training)
             up_bias = part.get(f"{up}_bias")
             for key, at in rows.items():
-                expert[key] = _linear(part[up][at], None if up_bias is None else up_bias[at], original)
-            expert["down_proj"] = _linear(part["down_proj"], part.get("down_proj_bias"), original)
+                expert[key] = _linear(part[up][at], None if up_bias is None else up_bias[at], training=self.training)
+            expert["down_proj"] = _linear(part["down_proj"], part.get("down_proj_bias"), training=self.training)
             self.add_module(str(number), expert)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -149,11 +159,10 @@ class Experts(nn.Module):
         return self.post_expert_norm(y) if self.has_post_expert_norm else y
 
 
-def _linear(weight: Tensor, bias: Tensor | None, original: nn.Module) -> nn.Linear:
+def _linear(weight: Tensor, bias: Tensor | None, *, training: bool) -> nn.Linear:
     n, c = weight.shape
     layer = nn.Linear(c, n, bias=bias is not None, device="meta")
-    wants = any(p.requires_grad for p in original.parameters(recurse=False))
     for key, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None:
-            layer._parameters[key] = nn.Parameter(tensor.detach(), requires_grad=wants)
-    return layer.train(original.training)
+            layer._parameters[key] = nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
+    return layer.train(training)

@@ -91,7 +91,7 @@ def attention_mask(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         given = inspect.signature(root.forward).bind_partial(*args, **kwargs).arguments
     except (TypeError, ValueError):
         given = {}
-    mask = given.get("attention_mask", kwargs.get("attention_mask", given.get("kwargs", {}).get("attention_mask")))
+    mask = given.get("attention_mask", kwargs.get("attention_mask"))
     # Masks of floats are added to scores: 0 means the opposite there.
     if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.is_floating_point():
         return None

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from quantize.shell.calibrate.batches import Batch, attention_mask
+from quantize.shell.calibrate.layer import CalibrationLinear, calibrated
 from quantize.shell.calibrate.observing import Reads, Statistics, restart
 from quantize.shell.calibrate.session import KEY, Session
 from quantize.shell.calibrate.solving import solve, unsolved
@@ -44,12 +45,14 @@ def detach(model: nn.Module) -> None:
 def _begin(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Before a forward pass: watch it, if it counts. What an unfinished pass left is forgotten."""
     session: Session = root.__dict__[KEY]
+    if not calibrated(root):
+        detach(root)
     if session.solving:
         return
-    session.watching = None
+    session.watching, layers = None, [layer for layer in unsolved(root) if layer.session is session]
     # An interrupt may have come between keeping a batch and counting it.
     del session.batches[session.seen :]
-    if not unsolved(root) or session.seen >= session.config.batch_num:
+    if not layers or session.seen >= session.config.batch_num:
         return
     odd = [each for each in (*args, *kwargs.values()) if not keepable(each)]
     told = f"an argument of type {type(odd[0]).__name__}, which may not be given twice" if odd else ""
@@ -57,7 +60,7 @@ def _begin(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> No
         if session.batches:
             raise refusal("model", told, "arguments like those of the batches before: tensors and plain values")
         session.sequential = False
-        restart(unsolved(root))
+        restart(layers)
         session.remark(f"calibrated in one pass, not layer by layer: the model was called with {told}")
     if session.sequential:
         session.watching = Reads(Batch.of(root, args, kwargs, first=not session.batches))
@@ -86,16 +89,24 @@ def _end(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _output
     if session.seen == session.config.batch_num:
         # The compiler cannot follow a pass that stops half-way; where it was never imported, nothing is compiled.
         compiling = "torch._dynamo" in sys.modules
-        (torch.compiler.disable(solve) if compiling else solve)(root)  # type: ignore[no-untyped-call] # torch leaves it bare
+        layers = [layer for layer in unsolved(root) if layer.session is session]
+        (torch.compiler.disable(solve) if compiling else solve)(root, layers)  # type: ignore[no-untyped-call] # torch leaves it bare
 
 
 def _saved(root: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
-    state[prefix + KEY] = root.__dict__[KEY].state()
+    # Its parts may have been converted one by one.
+    if calibrated(root):
+        state[prefix + KEY] = root.__dict__[KEY].state()
 
 
 def _loaded(root: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    if prefix + KEY in state:
-        root.__dict__[KEY].restore(state.pop(prefix + KEY))
+    if prefix + KEY not in state:
+        return
+    # Before anything is taken over, as every layer checks on its own.
+    for name, module in root.named_modules():
+        if isinstance(module, CalibrationLinear):
+            module.check(state.get(f"{prefix}{name}._extra_state", {}))
+    root.__dict__[KEY].restore(state.pop(prefix + KEY))
 
 
 _HOOKS = (_begin, _end, _saved, _loaded)

@@ -140,9 +140,15 @@ class CalibrationLinear(Foldable):
     def get_extra_state(self) -> dict[str, Any]:
         """Plain containers of tensors and numbers, so that ``torch.load`` reads them with ``weights_only``."""
         solved = None if self.solution is None else saved.tensors(self.solution)
-        leaves = pytree.tree_leaves(self.statistics)
-        return {"format": self.format(), "tokens": self.tokens, "active": self.active, "statistics": leaves,
-                "solution": solved, "folded": self.folded}  # fmt: skip
+        return {
+            "format": self.format(),
+            "seen": self.session.seen,
+            "tokens": self.tokens,
+            "active": self.active,
+            "statistics": pytree.tree_leaves(self.statistics),
+            "solution": solved,
+            "folded": self.folded,
+        }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Continue where the saved layer was.
@@ -150,8 +156,9 @@ class CalibrationLinear(Foldable):
         Raises:
             QuantizeError: the saved layer was quantized with another config.
         """
-        if state["format"] != self.format():
-            raise refusal(f"layer {self.names[0]!r}", state["format"], f"a state of {self.format()}")
+        self.check(state)
+        # So that parts of a model may be loaded one by one.
+        self.session.seen = state["seen"]
         self.tokens, self.active = state["tokens"], state["active"]
         self.statistics, self.solution, self.folded = None, None, state["folded"]
         held = state["solution"]
@@ -164,6 +171,11 @@ class CalibrationLinear(Foldable):
             layout = Layout(spec, self.out_features, self.in_features, self.weight.dtype)
             self.solution = saved.solution(self.names[0], held, layout)
         self._follow_weight()
+
+    def check(self, state: dict[str, Any]) -> None:
+        """Refuse the ``state`` of a layer that was quantized with another config."""
+        if state.get("format", self.format()) != self.format():
+            raise refusal(f"layer {self.names[0]!r}", state["format"], f"a state of {self.format()}")
 
     def format(self) -> str:
         """Algorithm, schemes and options: what a saved state must agree in."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from quantize.shell.calibrate.layer import CalibrationLinear
 from quantize.shell.calibrate.session import Session
 from quantize.shell.calibrate.units import Unit
+from quantize.shell.values import kept
 
 
 class _Pass:
@@ -23,7 +24,7 @@ class _Pass:
         """A call of ``layer`` with ``x`` ``[..., c]``: whether it is to compute as quantized."""
         if layer in self.read:
             # What runs on may write to it.
-            self.read[layer].append(x.detach().clone())
+            self.read[layer].append(kept(x))
         return layer.solution is not None and not self._floating
 
 

@@ -32,7 +32,8 @@ def unsolved(model: nn.Module) -> list[CalibrationLinear]:
 def finish(model: nn.Module, ranks: Ranks) -> None:
     """Solve with what was seen so far, or stay as it is where all is solved; see :func:`quantize.finish`."""
     layers = unsolved(model)
-    everyone = ranks.gather([(layer.names[0], layer.session.seen) for layer in layers])
+    # By place as well: parts that were quantized apart may have layers of one name.
+    everyone = ranks.gather([((i, layer.names[0]), layer.session.seen) for i, layer in enumerate(layers)])
     solved = ranks.gather(_checksum(model) if not layers and ranks.size > 1 else None)
     if not any(everyone):
         # Ranks that finished together hold equal codes; ranks that finished alone do not.
@@ -43,21 +44,21 @@ def finish(model: nn.Module, ranks: Ranks) -> None:
         if not theirs:
             raise refusal(f"rank {rank}", "solved already, alone", "batch_num above what any process runs")
     seen = [dict(theirs) for theirs in everyone]
-    for name, _ in everyone[0]:
-        if all(theirs.get(name, 1) == 0 for theirs in seen):
-            raise refusal(f"layer {name!r}", "0 batches seen", "a model after at least one forward pass")
-    solve(model, ranks)
+    for place, _ in everyone[0]:
+        if all(theirs.get(place, 1) == 0 for theirs in seen):
+            raise refusal(f"layer {place[1]!r}", "0 batches seen", "a model after at least one forward pass")
+    solve(model, layers, ranks)
 
 
-def solve(model: nn.Module, ranks: Ranks | None = None) -> None:
-    """Solve every layer, then let all compute as quantized; layers solved before an interruption are kept.
+def solve(model: nn.Module, layers: list[CalibrationLinear], ranks: Ranks | None = None) -> None:
+    """Solve ``layers`` of ``model``, then let all compute as quantized; layers solved before an interruption are kept.
 
     With ``ranks``, on what all of them have seen.
 
     Raises:
         QuantizeError: a weight became NaN or inf since ``quantize``; models or configs that differ between ranks.
     """
-    layers, ranks = unsolved(model), ranks or Ranks()
+    ranks = ranks or Ranks()
     roots = {module.__dict__[KEY]: module for module in model.modules() if KEY in module.__dict__}
     sessions = list(dict.fromkeys(layer.session for layer in layers))
     if ranks.size > 1 and any(session.config.schedule.fold for session in sessions):
@@ -65,9 +66,9 @@ def solve(model: nn.Module, ranks: Ranks | None = None) -> None:
     ranks.together(partial(_check, layers, roots))
     ordered = [session for session in sessions if session.sequential]
     # Ranks that stopped at different layers go on from the layers that all have solved.
-    solved = ranks.gather({layer.names[0] for layer in layers if layer.solution is not None})
-    for layer in layers:
-        if layer.session.sequential and not all(layer.names[0] in theirs for theirs in solved):
+    solved = ranks.gather({i for i, layer in enumerate(layers) if layer.solution is not None})
+    for i, layer in enumerate(layers):
+        if layer.session.sequential and not all(i in theirs for theirs in solved):
             layer.solution = None
     try:
         for session in sessions:
@@ -88,7 +89,7 @@ def solve(model: nn.Module, ranks: Ranks | None = None) -> None:
             session.solving, session.watching = False, None
     for layer in layers:
         layer.active = True
-    for session in roots:
+    for session in sessions:
         session.batches = []
     idle = [layer for layer in layers if layer.fell_back]
     if idle:

@@ -42,7 +42,7 @@ def stacks(units: list[list[CalibrationLinear]]) -> list[list[list[CalibrationLi
         alone = not experts or device.type in _ALONE or first.session.algorithm.data_free
         alone = alone or first.fell_back or any(layer.folded is not None for layer in unit)
         shapes = tuple((layer.weight.shape, layer.weight.dtype) for layer in unit)
-        found.setdefault(id(unit) if alone else (name, device, shapes), []).append(unit)
+        found.setdefault(id(unit) if alone else (first.session, name, device, shapes), []).append(unit)
     return [stack[start : start + _MOST] for stack in found.values() for start in range(0, len(stack), _MOST)]
 
 

@@ -30,6 +30,7 @@ from quantize.shell.calibrate.layer import CalibrationLinear
 from quantize.shell.calibrate.observing import fingerprint, near
 from quantize.shell.calibrate.units import Unit
 from quantize.shell.modes import Modes, fixed
+from quantize.shell.values import kept
 
 
 class Unwound(BaseException):
@@ -127,7 +128,7 @@ class Walk:
         self._open = None if last else unit
         self.unsolved.add(unit)
         # What runs on may write to it.
-        reads.append(_Read(x, x if last else x.detach().clone()))
+        reads.append(_Read(x, x if last else kept(x)))
         if self.floating and not self._as_before(layer, call, x):
             self._walks.tell(f"layer {layer.names[0]!r} reads something else where batches run side by side")
         elif last:
@@ -215,8 +216,7 @@ class Walks:
         for walk in self._walks:
             reads = walk.reads.get(unit, ())
             found[walk.floating][walk.number] += [read.tokens for read in reads if read.tokens is not None]
-        masks = [batch.mask for batch in self.batches]
-        return list(zip(masks, found[False], found[True], strict=True))
+        return list(zip((batch.mask for batch in self.batches), found[False], found[True], strict=True))
 
     def solved(self, unit: Unit) -> None:
         """``unit`` is solved: its inputs are dropped, and walks that came through it in floating point begin again."""

@@ -71,8 +71,8 @@ def convert(model: nn.Module, state: object, kernel: str | None) -> None:
         if offload.keeper(module) is not None:
             raise refusal(f"module {name!r}", "its parameters are offloaded", "a model before it is dispatched")
     views: dict[nn.Module, nn.Module] = {}
-    names = {module: name for name, module in modules(model, views)}
-    used = {old: new for old, new in views.items() if any(f"{names[m]}.{saved.EXTRA}" in state for m in new.modules())}
+    held = {module for name, module in modules(model, views) if f"{name}.{saved.EXTRA}" in state}
+    used = {old: new for old, new in views.items() if held & {*new.modules()}}
     swap(model, used)
     try:
         _convert(model, state, kernel)

@@ -50,6 +50,8 @@ def load_calibration(model: nn.Module, path: str | os.PathLike[str]) -> None:
     except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError) as error:
         told = " ".join(str(error).split())
         raise refusal(where, f"cannot be read ({told[:200]})", "a file of save_calibration") from error
+    if not isinstance(state, dict):
+        raise refusal(where, f"a {type(state).__name__}", "a file of save_calibration")
     own = model.state_dict()
     saved.check(where, state, {key: saved.form(value) for key, value in own.items()}, "a calibration of this model")
     for key, value in own.items():
