@@ -27,6 +27,7 @@ def outputs(model, ids):
     return model(input_ids=ids, **({} if "Bert" in type(model).__name__ else {"use_cache": False})).logits
 
 
+@pytest.mark.filterwarnings("ignore:fewer than 16 tokens reached 2 of 14 layers:quantize.QuantizeWarning")
 @pytest.mark.parametrize("sequential", [False, True])
 @pytest.mark.parametrize("family", DENSE)
 def test_dense_models_are_fitted_and_converted(family, sequential):

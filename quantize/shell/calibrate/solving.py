@@ -89,7 +89,8 @@ def solve(model: nn.Module, layers: list[CalibrationLinear], ranks: Ranks | None
             session.solving, session.watching = False, None
     for layer in layers:
         layer.active = True
-    for session in sessions:
+    # A part of a model may be solved before the rest.
+    for session in filter(roots.__contains__, sessions):
         session.batches = []
     idle = [layer for layer in layers if layer.fell_back]
     if idle:
