@@ -64,8 +64,7 @@ def test_parts_of_a_calibration_may_be_loaded_one_by_one():
 
 
 def test_a_session_solves_its_own_layers_only():
-    model = nn.ModuleDict({"outer": nn.Linear(64, 64), "inner": nn.Sequential(nn.Linear(64, 64))})
-    whole = filled(nn.Sequential(model["outer"], model["inner"]))
+    whole = filled(nn.Sequential(nn.Linear(64, 64), nn.Sequential(nn.Linear(64, 64))))
     qz.quantize(whole, {**AWQ, "batch_num": 1, "skip_layers": "1."})
     qz.quantize(whole[1], AWQ)
     with torch.no_grad():

@@ -117,8 +117,8 @@ def convert(
     """
     _check_model(model)
     loading.check_kernel(kernel)
-    kept = [layer for layer in calibrated(model) if keeper(layer) is not None]
-    if offload not in (True, False) or (offload and (from_state is not None or not kept)):
+    kept = from_state is None and any(keeper(layer) is not None for layer in calibrated(model))
+    if offload not in ((True, False) if kept else (False,)):
         raise refusal("offload", shown(offload), "False, or True for a calibrated model that accelerate offloads")
     if from_state is not None:
         loading.convert(model, from_state, kernel)

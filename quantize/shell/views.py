@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from quantize.shell import offload
 from quantize.shell.config import refusal
 from quantize.shell.values import tokens_of, with_tokens
 
@@ -57,8 +58,15 @@ def view(name: str, module: nn.Module) -> nn.Module | None:
             return Experts(name, module)
         weight, bias = cast("Tensor", module._parameters["weight"]), module._parameters.get("bias")
         layer = _linear(weight.T, bias, training=module.training)
-    layer.__dict__.update({key: value for key, value in module.__dict__.items() if "_hook" in key})
+    adopt(layer, module)
     return layer
+
+
+def adopt(new: nn.Module, old: nn.Module) -> None:
+    """Give ``new`` what users attach to a module: its hooks, the very same dicts, and the training flag."""
+    new.__dict__.update({key: value for key, value in old.__dict__.items() if "_hook" in key})
+    new.training = old.training
+    offload.settle(new)
 
 
 def known(module: nn.Module) -> bool:

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from quantize.shell.calibrate.batches import Batch, attention_mask
-from quantize.shell.calibrate.layer import CalibrationLinear, calibrated
+from quantize.shell.calibrate.layer import CalibrationLinear, calibrated, check_states
 from quantize.shell.calibrate.observing import Reads, Statistics, restart
 from quantize.shell.calibrate.session import KEY, Session
-from quantize.shell.calibrate.solving import solve, unsolved
+from quantize.shell.calibrate.solving import solve
 from quantize.shell.config import refusal
 from quantize.shell.values import keepable
 
@@ -45,11 +45,12 @@ def detach(model: nn.Module) -> None:
 def _begin(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Before a forward pass: watch it, if it counts. What an unfinished pass left is forgotten."""
     session: Session = root.__dict__[KEY]
-    if not calibrated(root):
-        detach(root)
     if session.solving:
         return
-    session.watching, layers = None, [layer for layer in unsolved(root) if layer.session is session]
+    layers = calibrated(root)
+    if not layers:
+        detach(root)
+    session.watching, layers = None, _unsolved(session, layers)
     # An interrupt may have come between keeping a batch and counting it.
     del session.batches[session.seen :]
     if not layers or session.seen >= session.config.batch_num:
@@ -67,7 +68,7 @@ def _begin(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> No
     else:
         kept = len(session.batches) < session.wanted and not odd
         batch = Batch.of(root, args, kwargs, first=False) if kept else None
-        session.watching = Statistics(attention_mask(root, args, kwargs), batch)
+        session.watching = Statistics(attention_mask(root, args, kwargs) if batch is None else batch.mask, batch)
 
 
 def _end(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any) -> None:
@@ -89,8 +90,12 @@ def _end(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _output
     if session.seen == session.config.batch_num:
         # The compiler cannot follow a pass that stops half-way; where it was never imported, nothing is compiled.
         compiling = "torch._dynamo" in sys.modules
-        layers = [layer for layer in unsolved(root) if layer.session is session]
+        layers = _unsolved(session, calibrated(root))
         (torch.compiler.disable(solve) if compiling else solve)(root, layers)  # type: ignore[no-untyped-call] # torch leaves it bare
+
+
+def _unsolved(session: Session, layers: list[CalibrationLinear]) -> list[CalibrationLinear]:
+    return [layer for layer in layers if layer.session is session and not layer.active]
 
 
 def _saved(root: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
@@ -102,10 +107,7 @@ def _saved(root: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) 
 def _loaded(root: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     if prefix + KEY not in state:
         return
-    # Before anything is taken over, as every layer checks on its own.
-    for name, module in root.named_modules():
-        if isinstance(module, CalibrationLinear):
-            module.check(state.get(f"{prefix}{name}._extra_state", {}))
+    check_states(root, state, prefix)
     root.__dict__[KEY].restore(state.pop(prefix + KEY))
 
 

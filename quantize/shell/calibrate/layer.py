@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from quantize.shell.deploy import state as saved
 from quantize.shell.deploy.kernels import Layout
 from quantize.shell.fold.producers import Foldable
 from quantize.shell.report.rows import Row
+from quantize.shell.views import adopt
 
 
 class CalibrationLinear(Foldable):
@@ -37,7 +38,7 @@ class CalibrationLinear(Foldable):
         self.out_features, self.in_features = original.weight.shape
         # The very same objects: ties to other modules, gradients and optimizers stay.
         self._parameters.update(original._parameters)
-        deployment.adopt(self, original)
+        adopt(self, original)
         self.tokens, self.statistics, self.active = 0, None, False
         self.solution: Solution | None = None
         self.folded = None
@@ -97,7 +98,7 @@ class CalibrationLinear(Foldable):
         if bias is not None and bias is not self.bias:
             bias = nn.Parameter(bias.clone(), self.bias.requires_grad)
         layer = deployment.QuantizedLinear(self.solution, bias, row, self.weight.dtype, kernel, away)
-        deployment.adopt(layer, self)
+        adopt(layer, self)
         return layer
 
     @property
@@ -172,10 +173,11 @@ class CalibrationLinear(Foldable):
             self.solution = saved.solution(self.names[0], held, layout)
         self._follow_weight()
 
-    def check(self, state: dict[str, Any]) -> None:
+    def check(self, state: object) -> None:
         """Refuse the ``state`` of a layer that was quantized with another config."""
-        if state.get("format", self.format()) != self.format():
-            raise refusal(f"layer {self.names[0]!r}", state["format"], f"a state of {self.format()}")
+        found = state.get("format") if isinstance(state, dict) else None
+        if found != self.format():
+            raise refusal(f"layer {self.names[0]!r}", str(found), f"a state of {self.format()}")
 
     def format(self) -> str:
         """Algorithm, schemes and options: what a saved state must agree in."""
@@ -196,6 +198,18 @@ class CalibrationLinear(Foldable):
         self.statistics, self.solution, self.folded = pytree.tree_map_only(
             Tensor, lambda tensor: tensor.to(device), (self.statistics, self.solution, self.folded)
         )
+
+
+def check_states(model: nn.Module, state: Mapping[str, Any], prefix: str = "") -> None:
+    """Refuse ``state``, in which ``model`` is at ``prefix``, before anything of it is taken over.
+
+    Raises:
+        QuantizeError: as :meth:`CalibrationLinear.check`, of any layer.
+    """
+    for name, module in model.named_modules():
+        key = f"{prefix}{name}.{saved.EXTRA}"
+        if isinstance(module, CalibrationLinear) and key in state:
+            module.check(state[key])
 
 
 def calibrated(model: nn.Module) -> list[CalibrationLinear]:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import re
-
 import torch
 import torch.utils._pytree as pytree
 
 from quantize.shell import offload
 from quantize.shell.calibrate.layer import CalibrationLinear
+from quantize.shell.report.rows import starred
 
 # Measured: on the CPU, one after the other is as fast. More at once than this do not gain, and take memory.
 _ALONE, _MOST = frozenset({"cpu"}), 16
-_EXPERT = re.compile(r"\bexperts\.\d+\.")
 
 
 def solve_together(units: list[list[CalibrationLinear]]) -> None:
@@ -38,8 +36,8 @@ def stacks(units: list[list[CalibrationLinear]]) -> list[list[list[CalibrationLi
     found: dict[object, list[list[CalibrationLinear]]] = {}
     for unit in units:
         first, device = unit[0], offload.device(unit[0])
-        name, experts = _EXPERT.subn("experts.#.", first.names[0])
-        alone = not experts or device.type in _ALONE or first.session.algorithm.data_free
+        name = starred(first.names[0])
+        alone = name == first.names[0] or device.type in _ALONE or first.session.algorithm.data_free
         alone = alone or first.fell_back or any(layer.folded is not None for layer in unit)
         shapes = tuple((layer.weight.shape, layer.weight.dtype) for layer in unit)
         found.setdefault(id(unit) if alone else (first.session, name, device, shapes), []).append(unit)

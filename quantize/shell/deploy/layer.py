@@ -21,13 +21,6 @@ from quantize.shell.deploy.kernels import KERNELS, Layout, choose, reference
 from quantize.shell.report.rows import Row
 
 
-def adopt(new: nn.Module, old: nn.Module) -> None:
-    """Give ``new`` what users attach to a module: its hooks, the very same dicts, and the training flag."""
-    new.__dict__.update({key: value for key, value in old.__dict__.items() if "_hook" in key})
-    new.training = old.training
-    offload.settle(new)
-
-
 class QuantizedLinear(nn.Module):
     """A linear layer on integer codes: ``[..., c]`` to ``[..., n]`` in the dtype of its input.
 

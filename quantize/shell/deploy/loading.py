@@ -14,9 +14,9 @@ from quantize.shell import offload
 from quantize.shell.config import refusal, shown
 from quantize.shell.deploy import state as saved
 from quantize.shell.deploy.kernels import KERNELS
-from quantize.shell.deploy.layer import QuantizedLinear, adopt
+from quantize.shell.deploy.layer import QuantizedLinear
 from quantize.shell.plan import swap
-from quantize.shell.views import modules, release
+from quantize.shell.views import adopt, modules, release
 
 # Among what a state_dict tells of a module (its version): the buffers that are under no key.
 HIDDEN = "hidden_buffers"

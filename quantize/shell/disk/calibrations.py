@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from quantize.shell import offload
-from quantize.shell.calibrate.layer import calibrated
+from quantize.shell.calibrate.layer import calibrated, check_states
 from quantize.shell.config import refusal
 from quantize.shell.deploy import state as saved
 from quantize.shell.disk.files import replacing
@@ -58,7 +58,5 @@ def load_calibration(model: nn.Module, path: str | os.PathLike[str]) -> None:
         if isinstance(value, torch.Tensor) and state[key].is_meta != value.is_meta:
             told = f"{key!r} is {'with' if value.is_meta else 'without'} its data"
             raise refusal(where, told, "a calibration of a model that was dispatched as this one is")
-        theirs, wanted = ((held.get("format") if isinstance(held, dict) else None) for held in (state[key], value))
-        if theirs != wanted:
-            raise refusal(f"layer {key.rpartition('.')[0]!r}", str(theirs), f"a state of {wanted}")
+    check_states(model, state)
     model.load_state_dict(state)

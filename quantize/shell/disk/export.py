@@ -24,8 +24,8 @@ def export(
     """Write a converted model as a checkpoint in the ``format`` of another program; the model stays as it is.
 
     All parameters and persistent buffers are written, tied weights once, under the names that checkpoints of the model
-    have; with the ``config`` and ``generation_config``
-    of a model of transformers also its ``config.json`` and ``generation_config.json``. Tokenizers are not.
+    have; with the ``config`` and ``generation_config`` of a model of transformers also its ``config.json`` and
+    ``generation_config.json``. Tokenizers are not.
 
     - ``'compressed-tensors'``: for transformers and vLLM. ``model.safetensors``, and the format in ``config.json``. All
       formats but groups that do not divide the inputs. Asymmetric weights are read by transformers with

@@ -63,18 +63,18 @@ def shard_size(given: object) -> float:
 
 def write(
     directory: str | os.PathLike[str],
-    tensors: Mapping[str, Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]],
+    tensors: Mapping[str, Iterable[tuple[str, Tensor]]],
     texts: Mapping[str, str],
     header: Mapping[str, str] | None = None,
     *,
     limit: float = math.inf,
     index: str = _INDEX,
 ) -> None:
-    """Make ``directory`` of files: the safetensors ``tensors``, by file and by name, and ``texts``, by file.
+    """Make ``directory`` of files: the safetensors ``tensors``, by file pairs with their names, and ``texts``, by file.
 
     Where the tensors of ``a.safetensors`` have more bytes than ``limit``, they become ``a-00001-of-00002.safetensors``
-    and so on, and the file ``index`` says which tensor is where, as transformers reads it. Of tensors that come as
-    pairs, no more than one such shard is held at a time. ``header`` is added to the metadata of every file of tensors.
+    and so on, and the file ``index`` says which tensor is where, as transformers reads it. No more than
+    one such shard is held at a time. ``header`` is added to the metadata of every file of tensors.
 
     Raises:
         QuantizeError: as :func:`check_new`, or a tensor on the meta device; nothing was written.
@@ -87,7 +87,7 @@ def write(
         for file, held in tensors.items():
             shards: list[list[str]] = []
             total = 0
-            for shard in _shards(held.items() if isinstance(held, Mapping) else held, limit):
+            for shard in _shards(held, limit):
                 safetensors().torch.save_file(shard, temporary / str(len(shards)), metadata=metadata)
                 shards.append([*shard])
                 total += sum(tensor.nbytes for tensor in shard.values())

@@ -82,7 +82,12 @@ def folded(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
 
 
 def _starred(row: Row) -> str:
-    return " = ".join(_EXPERT.sub("*", name, count=1) for name in row.names)
+    return " = ".join(map(starred, row.names))
+
+
+def starred(name: str) -> str:
+    """``name`` with a star for the number of an expert: equal for what differs in it alone."""
+    return _EXPERT.sub("*", name, count=1)
 
 
 def as_plain(row: Row) -> dict[str, Any]:
