@@ -156,7 +156,7 @@ def _check_out(directory: Path, format: str | None, config: Any) -> None:  # noq
         model(torch.randn(32, 2 * size, generator=torch.Generator().manual_seed(0)))
         api.convert(model)
     try:
-        export.checked(Parts(model), format)
+        export.FORMATS[format].texts(Parts(model))
     except QuantizeError as error:
         told = str(error).removeprefix("layer '1': ")
         raise QuantizeError(f"--format {format}: {told}") from None

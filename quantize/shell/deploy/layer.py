@@ -150,10 +150,10 @@ class QuantizedLinear(nn.Module):
         _, self.row = saved.read(self.row.name, state)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        if isinstance(destination, saved.Outline):
-            destination.layers.setdefault(self, prefix)
-            return
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if isinstance(destination, saved.Outline):
+            del destination[prefix + saved.EXTRA]
+            return
         mark, first = self._saved or (object, "")
         if destination.get(first + saved.EXTRA, self) is mark():
             # Under a second name the very same tensors: savers that drop shared ones drop all of them, or none.

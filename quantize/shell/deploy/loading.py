@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -83,36 +83,53 @@ def convert(model: nn.Module, state: object, kernel: str | None) -> None:
 
 
 def _convert(model: nn.Module, state: Mapping[str, Any], kernel: str | None) -> None:
-    (first, tensors), layers = _names(model), _layers(model, state)
+    modules: dict[str, Any] = dict(model.named_modules(remove_duplicate=False))
+    tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    tensors |= model.named_buffers(remove_duplicate=False)
+    names: dict[object, str] = {}
+    for name, thing in (*modules.items(), *tensors.items()):
+        names.setdefault(thing, name)
+
+    def first(key: str) -> str:
+        # Of the names that the model has for the same.
+        owner, _, last = key.rpartition(".")
+        if key in tensors:
+            return names[tensors[key]]
+        return f"{names[modules[owner]]}.{last}" if owner and owner in modules else key
+
+    layers = {names[modules[name]]: modules[name] for name in _described(state, modules)}
     empty = [name for name, buffer in hidden(model).items() if buffer.is_meta]
     told = {at: {**versions} for at, versions in getattr(state, "_metadata", {}).items()}
     brought = {f"{at}.{key}".lstrip("."): t for at in told for key, t in told[at].pop(HIDDEN, {}).items()}
-    rest: dict[str, Any] = {}
-    doubles: list[tuple[str, Any, Any]] = []
-    for key, value in (*state.items(), *((name, brought[name]) for name in empty if name in brought)):
-        if (other := rest.setdefault(first(key), value)) is not value:
-            doubles.append((key, value, other))
-    parts: dict[str, dict[str, Any]] = {name: {} for name in layers.values()}
-    for key in [key for key in rest if key not in tensors]:
-        owner, _, last = key.rpartition(".")
-        if owner in parts:
-            parts[owner][last] = rest.pop(key)
+    given = {**state, **{name: brought[name] for name in empty if name in brought}}
+    whole: dict[str, Any] = {}
+    for key, value in given.items():
+        whole.setdefault(first(key), value)
     # What the model loads by itself: everything but the weights of the layers.
-    weights = {f"{name}.weight" for name, module in model.named_modules(remove_duplicate=False) if module in layers}
+    rest: dict[str, Any] = {}
+    parts: dict[str, dict[str, Any]] = {name: {} for name in layers}
+    for key, value in whole.items():
+        owner, _, last = key.rpartition(".")
+        if owner in parts and key not in tensors:
+            parts[owner][last] = value
+        else:
+            rest[key] = value
+    weights = {f"{name}.weight" for name, module in modules.items() if names[module] in layers}
     own = {key: value for key, value in model.state_dict().items() if key not in weights}
     for name in empty:
         if first(name) not in rest:
             accepted = "a real tensor, or a state_dict as torch.save keeps it, or quantize.save and quantize.load"
             raise refusal(f"buffer {name!r}", "on the meta device, and not in the state", accepted)
     # Since the model was built, a hidden buffer may have grown, or been cast.
-    forms = dict.fromkeys(map(first, empty)) | {first(key): saved.form(value) for key, value in own.items()}
-    saved.check("from_state", rest, forms, "keys of the model only")
+    like = dict.fromkeys(map(first, empty)) | {first(key): value for key, value in own.items()}
+    saved.check("from_state", rest, like, "keys of the model only")
     built: dict[nn.Module, QuantizedLinear] = {
         module: _layer(name, parts[name], module, rest.get(first(f"{name}.bias")), kernel)
-        for module, name in layers.items()
+        for name, module in layers.items()
     }
     check_served(built.values(), kernel)
-    for key, value, other in doubles:
+    for key, value in given.items():
+        other = whole[first(key)]
         # The same place in memory: what is tied, and what has no data.
         tied = isinstance(value, Tensor) and (value.data_ptr(), value.shape) == (other.data_ptr(), other.shape)
         if isinstance(value, Tensor) and not tied and not torch.equal(value, other):
@@ -125,45 +142,24 @@ def _convert(model: nn.Module, state: Mapping[str, Any], kernel: str | None) -> 
     model.load_state_dict(ready, strict=False, assign=any(tensor.is_meta for tensor in tensors.values()))
     for name in empty:
         owner, _, last = name.rpartition(".")
-        model.get_submodule(owner)._buffers[last] = new[first(name)]
+        modules[owner]._buffers[last] = new[first(name)]
     for old, layer in built.items():
         layer._parameters["bias"] = old._parameters["bias"]
     swap(model, built)
     carry_hidden(model)
 
 
-def _names(model: nn.Module) -> tuple[Callable[[str], str], dict[str, Tensor]]:
-    """From a key of a state to the first that ``model`` has for the same; and all tensors under all names."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    tensors |= model.named_buffers(remove_duplicate=False)
-    names: dict[object, str] = {}
-    for name, thing in (*modules.items(), *tensors.items()):
-        names.setdefault(thing, name)
-
-    def first(key: str) -> str:
-        owner, _, last = key.rpartition(".")
-        if key in tensors:
-            return names[tensors[key]]
-        return f"{names[modules[owner]]}.{last}" if owner and owner in modules else key
-
-    return first, tensors
-
-
-def _layers(model: nn.Module, state: Mapping[str, Any]) -> dict[nn.Linear, str]:
-    """The layers that ``state`` describes, by their first names in the model."""
+def _described(state: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> list[str]:
+    """The names of the layers that ``state`` describes."""
     end = f".{saved.EXTRA}"
     names = [key.removesuffix(end) for key, value in state.items() if key.endswith(end) and saved.described(value)]
     if not names:
         raise refusal("from_state", "no converted layer inside a model", "the state_dict of a converted model")
-    modules: dict[str, Any] = dict(model.named_modules(remove_duplicate=False))
     for name in names:
-        if name not in modules:
-            raise refusal(f"layer {name!r}", "not in the model", "the model that the state was saved from")
-        if type(modules[name]) is not nn.Linear:
-            raise refusal(f"layer {name!r}", f"a {type(modules[name]).__name__} in the model", "an nn.Linear")
-    found = {modules[name] for name in names}
-    return {module: name for name, module in model.named_modules() if module in found}
+        if type(modules.get(name)) is not nn.Linear:
+            found = f"a {type(modules[name]).__name__} in the model" if name in modules else "not in the model"
+            raise refusal(f"layer {name!r}", found, "an nn.Linear, as in the model that the state was saved from")
+    return names
 
 
 def _layer(

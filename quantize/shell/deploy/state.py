@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from quantize.core import LayerSpec, Solution, round_to_nearest
 from quantize.shell.config import refusal, shown
@@ -27,17 +27,13 @@ _BLOCK = 1024
 _DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
 _FLOATS = (torch.float32, torch.float64)
 
-# The shape of a tensor and its accepted dtypes; None: anything.
-Form = tuple[tuple[int, ...], tuple[torch.dtype, ...]] | None
-
 
 class Outline(OrderedDict[str, Any]):
-    """A ``state_dict`` without the quantized layers: ``layers`` names each, with the first of its prefixes."""
+    """A ``state_dict`` to be filled, without the solutions and the descriptions of quantized layers."""
 
     def __init__(self) -> None:
         super().__init__()
         self._metadata = OrderedDict[str, dict[str, Any]]()
-        self.layers: dict[nn.Module, str] = {}
 
 
 def describe(row: Row, dtype: torch.dtype) -> Tensor:
@@ -60,11 +56,7 @@ def described(extra: object) -> Mapping[str, Any]:
 
 
 def read(name: str, extra: object) -> tuple[Layout, Row]:
-    """Undo :func:`describe` for the layer ``name``.
-
-    Raises:
-        QuantizeError: it is something else, or of another version.
-    """
+    """Undo :func:`describe` for the layer ``name``; a QuantizeError for something else, or another version."""
     where, told = f"layer {name!r}", described(extra)
     if told.get(_MARK) != _VERSION:
         found = "no such state" if extra is None else f"version {told[_MARK]!r}" if told else shown(extra)
@@ -97,32 +89,32 @@ def solution(name: str, held: Mapping[str, Any], layout: Layout) -> Solution:
     """
     notes = {key.removeprefix(_NOTE): value for key, value in held.items() if key.startswith(_NOTE)}
     found = {key: held[key] for key in held if key not in (*_ERRORS, EXTRA) and not key.startswith(_NOTE)}
-    forms = _forms(layout, smoothed="smoothing" in held)
-    check(f"layer {name!r}", found, forms, f"{', '.join(forms)} with {text(layout)}")
+    like = _example(layout, smoothed="smoothing" in held)
+    check(f"layer {name!r}", found, like, f"{', '.join(like)} with {text(layout)}", floats=_FLOATS)
     solved = reference.restore(found, layout)
     return replace(solved, error=held.get("error"), baseline_error=held.get("baseline_error"), notes=notes)
 
 
-def check(where: str, found: Mapping[str, object], forms: Mapping[str, Form], keys: str) -> None:
-    """Refuse ``found`` unless it has the keys of ``forms`` and no other (``keys`` in words), each in its form.
+def check(
+    where: str, found: Mapping[str, Any], like: Mapping[str, Any], keys: str, *, floats: tuple[torch.dtype, ...] = ()
+) -> None:
+    """Refuse ``found`` unless it has the keys of ``like`` and no other (``keys`` in words).
 
-    Raises:
-        QuantizeError: it names the key.
+    Tensors have the shapes and dtypes of those in ``like``; where one is in floating point, any of ``floats`` will do.
     """
-    for key in found.keys() - forms.keys():
+    for key in found.keys() - like.keys():
         raise refusal(where, f"{key!r} in the state", keys)
-    for key, form in forms.items():
-        value, (shape, dtypes) = found.get(key), form or ((), ())
-        tensor = value if isinstance(value, Tensor) else None
-        if key in found and (form is None or (tensor is not None and tensor.shape == shape and tensor.dtype in dtypes)):
-            continue
-        told = f"no {key!r} in the state" if tensor is None else f"{key!r}, {tensor.dtype} {list(tensor.shape)}"
-        raise refusal(where, told, f"{key!r}, {' or '.join(map(str, dtypes))} {list(shape)}" if form else repr(key))
-
-
-def form(value: object) -> Form:
-    """That of ``value`` itself."""
-    return (value.shape, (value.dtype,)) if isinstance(value, Tensor) else None
+    for key, wanted in like.items():
+        value, told = found.get(key), f"no {key!r} in the state"
+        fits, accepted = key in found, repr(key)
+        if isinstance(wanted, Tensor):
+            dtypes = floats if floats and wanted.is_floating_point() else (wanted.dtype,)
+            fits, accepted = False, f"{key!r}, {' or '.join(map(str, dtypes))} {list(wanted.shape)}"
+            if isinstance(value, Tensor):
+                fits = value.shape == wanted.shape and value.dtype in dtypes
+                told = f"{key!r}, {value.dtype} {list(value.shape)}"
+        if not fits:
+            raise refusal(where, told, accepted)
 
 
 def text(layout: Layout) -> str:
@@ -131,12 +123,11 @@ def text(layout: Layout) -> str:
     return f"{layout.n}x{layout.c}, weights {spec.weight}, inputs {spec.inputs or 'float'}, {layout.dtype}"
 
 
-def _forms(layout: Layout, *, smoothed: bool) -> dict[str, Form]:
-    """Those of an example without data."""
+def _example(layout: Layout, *, smoothed: bool) -> dict[str, Tensor]:
+    """What :func:`reference.prepare` keeps of such a layer, without data."""
     weights, inputs = layout.spec.weight, layout.spec.inputs
     with torch.device("meta"):
         weight, smoothing = torch.empty(layout.n, layout.c), torch.empty(layout.c) if smoothed else None
         static = inputs if inputs is not None and inputs.strategy == "tensor" else None
         params = None if static is None else round_to_nearest(torch.empty(1, 1), static).params
-        held = reference.prepare(Solution(round_to_nearest(weight, weights), inputs, smoothing, params))
-    return {key: (t.shape, _FLOATS if t.is_floating_point() else (t.dtype,)) for key, t in held.items()}
+        return reference.prepare(Solution(round_to_nearest(weight, weights), inputs, smoothing, params))

@@ -14,6 +14,8 @@ from quantize.shell.config import refusal
 from quantize.shell.deploy import state as saved
 from quantize.shell.disk.files import replacing
 
+_STARTED = "a model after quantize(model, config)"
+
 
 def save_calibration(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write the ``state_dict`` of a model under calibration to ``path``: the old file or the new one, never a part.
@@ -26,11 +28,11 @@ def save_calibration(model: nn.Module, path: str | os.PathLike[str]) -> None:
         OSError: the file cannot be written; what was there stays.
     """
     if not calibrated(model):
-        raise refusal("model", "not under calibration", "a model after quantize(model, config)")
+        raise refusal("model", "not under calibration", _STARTED)
     if offload.changed(model):
         told = "scales are folded into weights that are offloaded"
         raise refusal("model", told, "a model before its last batch, without fold, or in memory")
-    with replacing(path) as temporary, temporary.open("wb") as file:
+    with replacing(path) as made, made.open("wb") as file:
         torch.save(model.state_dict(), file)
 
 
@@ -41,10 +43,9 @@ def load_calibration(model: nn.Module, path: str | os.PathLike[str]) -> None:
         QuantizeError: a model that is not under calibration, or of another config.
         OSError: the file cannot be read.
     """
-    layers = calibrated(model)
+    layers, where = calibrated(model), os.fspath(path)
     if not layers:
-        raise refusal("model", "not under calibration", "a model after quantize(model, config), with the same config")
-    where = os.fspath(path)
+        raise refusal("model", "not under calibration", f"{_STARTED}, with the same config")
     try:
         state = torch.load(path, map_location=offload.device(layers[0]), weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError) as error:
@@ -53,7 +54,7 @@ def load_calibration(model: nn.Module, path: str | os.PathLike[str]) -> None:
     if not isinstance(state, dict):
         raise refusal(where, f"a {type(state).__name__}", "a file of save_calibration")
     own = model.state_dict()
-    saved.check(where, state, {key: saved.form(value) for key, value in own.items()}, "a calibration of this model")
+    saved.check(where, state, own, "a calibration of this model")
     for key, value in own.items():
         if isinstance(value, torch.Tensor) and state[key].is_meta != value.is_meta:
             told = f"{key!r} is {'with' if value.is_meta else 'without'} its data"

@@ -6,7 +6,6 @@ which of them a loader takes for which scheme: vLLM, ``compressed_tensors.py``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,48 +15,40 @@ from quantize.core import LayerSpec, Scheme
 from quantize.core.packing import pack_offset
 from quantize.shell.config import refusal
 from quantize.shell.deploy.layer import QuantizedLinear
-from quantize.shell.disk.parts import Parts, unsmoothed
+from quantize.shell.disk.parts import Parts
 
 FILE = "model.safetensors"
 
 
-def tensors(name: str, layer: QuantizedLinear) -> dict[str, Tensor]:
-    """What the checkpoint holds of a layer. One scale for a tensor becomes the same scale for each channel.
-
-    Raises:
-        QuantizeError: a layer with smoothing, or with a last group that is shorter than the others.
-    """
-    solved = unsmoothed(name, layer)
-    weight, static, dtype = solved.weight, solved.static, layer.layout.dtype
-    n, c = weight.codes.shape
-    size, scale = weight.scheme.group_size, weight.scale.expand(n, -1)
-    if size is not None and c % size:
-        found = f"in_features {c} in groups of {size}, the last one shorter, which the format cannot hold"
-        raise refusal(f"layer {name!r}", found, "a group_size that divides in_features, or the layer in skip_layers")
-    if solved.inputs is not None:
-        held = {"weight": weight.codes, "weight_scale": scale}
-        if static is not None:
-            held["input_scale"] = static.scale[0]
-            if static.zero_point is not None:
-                held["input_zero_point"] = static.zero_point[0]
-        return held
-    # All loaders compute with these scales in the dtype of the model.
-    if not bool(scale.to(dtype).all()):
-        found = f"a scale too small for {dtype}, in which the format holds it"
-        raise refusal(f"layer {name!r}", found, "a model in bfloat16 or float32, or the layer in skip_layers")
-    held = {"weight_packed": pack_offset(weight.codes, weight.scheme.bits), "weight_scale": scale.to(dtype)}
-    if weight.zero_point is not None:
-        held["weight_zero_point"] = pack_offset(weight.zero_point.expand(n, -1).T, weight.scheme.bits).T
-    return {**held, "weight_shape": torch.tensor([n, c])}
+def tensors(layer: QuantizedLinear) -> dict[str, Tensor]:
+    """What the checkpoint holds of a layer. One scale for a tensor becomes the same scale for each channel."""
+    solved = layer.solution
+    weight, static, (n, c) = solved.weight, solved.static, solved.weight.codes.shape
+    bits, zero_point, scale = weight.scheme.bits, weight.zero_point, weight.scale.expand(n, -1)
+    if solved.inputs is None:
+        # All loaders compute with these scales in the dtype of the model.
+        held = {"weight_packed": pack_offset(weight.codes, bits), "weight_scale": scale.to(layer.layout.dtype)}
+        if zero_point is not None:
+            held["weight_zero_point"] = pack_offset(zero_point.expand(n, -1).T, bits).T
+        return {**held, "weight_shape": torch.tensor([n, c])}
+    held = {"weight": weight.codes, "weight_scale": scale}
+    if static is not None:
+        held |= {"input_scale": static.scale[0]}
+        held |= {} if static.zero_point is None else {"input_zero_point": static.zero_point[0]}
+    return held
 
 
-def texts(parts: Parts, _names: Iterable[str]) -> dict[str, str]:
+def texts(parts: Parts) -> dict[str, str]:
     """``config.json`` with the formats of all layers.
 
     Targets are full names: vLLM looks for a class in parts of the names of classes, where it finds routers and experts.
+
+    Raises:
+        QuantizeError: a layer with a last group that is shorter than the others, or a scale too small for its dtype.
     """
     names: dict[LayerSpec, list[str]] = {}
     for name, layer in parts.layers.items():
+        _check(name, layer)
         names.setdefault(layer.layout.spec, []).append(parts.names[name])
     groups = {f"group_{i}": {"targets": held, **_group(spec)} for i, (spec, held) in enumerate(names.items())}
     formats = {group["format"] for group in groups.values()}
@@ -74,13 +65,25 @@ def texts(parts: Parts, _names: Iterable[str]) -> dict[str, str]:
     return parts.configs(quantization_config=quantization)
 
 
+def _check(name: str, layer: QuantizedLinear) -> None:
+    spec, c, dtype = layer.layout.spec, layer.in_features, layer.layout.dtype
+    size = spec.weight.group_size
+    if size is not None and c % size:
+        found = f"in_features {c} in groups of {size}, the last one shorter, which the format cannot hold"
+        raise refusal(f"layer {name!r}", found, "a group_size that divides in_features, or the layer in skip_layers")
+    if spec.inputs is None and not bool(layer.get_buffer("scale").to(dtype).all()):
+        found = f"a scale too small for {dtype}, in which the format holds it"
+        raise refusal(f"layer {name!r}", found, "a model in bfloat16 or float32, or the layer in skip_layers")
+
+
 def _left(parts: Parts) -> list[str]:
     """What is a linear layer here or, like routers, in vLLM, and stays in floating point."""
     modules = dict(parts.model.named_modules(remove_duplicate=False))
     embeddings = {f"{name}.weight" for name, module in modules.items() if isinstance(module, nn.Embedding)}
-    matrices = [key for key, tensor in parts.others.items() if key.endswith(".weight") and tensor.ndim == 2]
     linears = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
-    return list(dict.fromkeys([*linears, *(key.removesuffix(".weight") for key in matrices if key not in embeddings)]))
+    matrices = [key.removesuffix(".weight") for key, tensor in parts.others.items()
+                if key.endswith(".weight") and tensor.ndim == 2 and key not in embeddings]  # fmt: skip
+    return list(dict.fromkeys([*linears, *matrices]))
 
 
 def _group(spec: LayerSpec) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,9 @@ from quantize.shell import offload
 from quantize.shell.config import QuantizeError, refusal, shown
 from quantize.shell.deploy import loading
 from quantize.shell.deploy import state as saved
+from quantize.shell.deploy.layer import QuantizedLinear
 from quantize.shell.disk import files
-from quantize.shell.disk.parts import as_json, quantized
+from quantize.shell.disk.parts import pairs, quantized
 
 _TENSORS, _HEADER, _VERSION = "model.safetensors", "quantize", 2
 
@@ -32,38 +32,36 @@ def save(model: nn.Module, directory: str | os.PathLike[str], *, max_shard_size:
 
     Raises:
         QuantizeError: a model that is not converted, a state that JSON cannot hold, a directory with content, or no
-            safetensors; nothing was written.
+            safetensors; nothing is left.
         OSError: it cannot be written; nothing is left.
     """
-    quantized(model)
-    limit, outline, buffers = files.shard_size(max_shard_size), saved.Outline(), loading.hidden(model)
-    state = offload.state(model, destination=outline)
-    held: dict[str, Any] = {**state, **buffers}
-    first: dict[tuple[object, ...], str] = {}
+    layers, limit, buffers = quantized(model), files.shard_size(max_shard_size), loading.hidden(model)
+    files.check_new(directory)
+    # With the tensors themselves, which are the same objects under several names.
+    state = offload.state(model, destination=saved.Outline(), keep_vars=True)
+    first: dict[Tensor, str] = {}
     aliases: dict[str, str] = {}
     extra: dict[str, Any] = {}
-    for key, value in held.items():
+    for key, value in {**state, **buffers}.items():
         if isinstance(value, Tensor):
-            # An empty tensor has no place in memory of its own.
-            place = (value.data_ptr() or key, value.dtype, value.shape, value.stride(), value.device)
-            if first.setdefault(place, key) != key:
-                aliases[key] = first[place]
+            if first.setdefault(value, key) != key:
+                aliases[key] = first[value]
         # Tuples, and keys that are no strings, would come back as others.
-        elif json.loads(as_json(f"{key!r} in the state", value)) != value:
+        elif json.loads(files.as_json(f"{key!r} in the state", value)) != value:
             raise refusal(f"{key!r} in the state", shown(value), "what JSON gives back as it was")
         else:
             extra[key] = value
-
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        yield from ((key, held[key]) for key in first.values())
-        for layer, prefix in outline.layers.items():
-            yield from layer.state_dict(prefix=prefix).items()
-
     told = getattr(state, "_metadata", {})
     modules = {at: {key: value for key, value in told[at].items() if key != loading.HIDDEN} for at in told}
     rest = {"version": _VERSION, "extra": extra, "aliases": aliases, "modules": modules, "buffers": [*buffers]}
-    header = {_HEADER: as_json("the versions of the modules", rest)}
-    files.write(directory, {_TENSORS: tensors()}, {}, header, limit=limit)
+    header = {_HEADER: files.as_json("the versions of the modules", rest)}
+    once = {name: layer for layer, name in {layer: name for name, layer in reversed(layers.items())}.items()}
+    tensors = pairs({key: tensor for tensor, key in first.items()}, once, _tensors)
+    files.write(directory, _TENSORS, tensors, {}, header, limit)
+
+
+def _tensors(layer: QuantizedLinear) -> dict[str, Tensor]:
+    return {**saved.tensors(layer.solution), saved.EXTRA: layer.get_extra_state()}
 
 
 def load(model: nn.Module, directory: str | os.PathLike[str], *, kernel: str | None = None) -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 
-from torch import Tensor, nn
+from torch import nn
 
 from quantize.shell.config import refusal, shown
 from quantize.shell.disk import ascendv1, compressed_tensors, files
-from quantize.shell.disk.parts import Parts
+from quantize.shell.disk.parts import Parts, pairs
 
+# Each has FILE, the name of the file of tensors; ``texts``, the other files by name, which refuses layers that the format
+# has no place for; and ``tensors`` of one layer.
 FORMATS = {"compressed-tensors": compressed_tensors, "ascendv1": ascendv1}
 
 
@@ -46,30 +47,13 @@ def export(
 
     Raises:
         QuantizeError: a model that is not converted, a layer that the format cannot hold, a directory with content, or
-            no safetensors; nothing was written.
+            no safetensors; nothing is left.
         OSError: it cannot be written; nothing is left.
     """
     if not (isinstance(format, str) and format in FORMATS):
         raise refusal("format", shown(format), f"one of {', '.join(map(repr, FORMATS))}")
-    parts, limit = Parts(model), files.shard_size(max_shard_size)
+    form, parts, limit = FORMATS[format], Parts(model), files.shard_size(max_shard_size)
     files.check_new(directory)
-    # What is refused is refused before anything is written; then the tensors are made once more, shard by shard.
-    texts = checked(parts, format)
-    files.write(directory, {FORMATS[format].FILE: _tensors(parts, format)}, texts, limit=limit)
-
-
-def checked(parts: Parts, format: str) -> dict[str, str]:  # noqa: A002 - as above
-    """The texts that :func:`export` writes, by file.
-
-    Raises:
-        QuantizeError: a layer that the format cannot hold.
-    """
-    texts: dict[str, str] = FORMATS[format].texts(parts, [key for key, _ in _tensors(parts, format)])
-    return texts
-
-
-def _tensors(parts: Parts, format: str) -> Iterator[tuple[str, Tensor]]:  # noqa: A002 - as above
-    yield from parts.others.items()
-    for name, layer in parts.layers.items():
-        for key, tensor in FORMATS[format].tensors(name, layer).items():
-            yield f"{parts.names[name]}.{key}", tensor
+    texts = form.texts(parts)
+    tensors = pairs(parts.others, {parts.names[name]: layer for name, layer in parts.layers.items()}, form.tensors)
+    files.write(directory, form.FILE, tensors, texts, {}, limit)

@@ -7,36 +7,28 @@ import json
 import math
 import os
 import re
-import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from quantize.shell.config import refusal, shown
+from quantize.shell.config import QuantizeError, refusal, shown
 
 _INDEX = "{}.index.json"
 
 
 def check_new(directory: str | os.PathLike[str]) -> None:
-    """Refuse a directory that holds something, and a process that could not write tensors into it.
-
-    Raises:
-        QuantizeError: a file, a directory with content, or no safetensors.
-    """
+    """Refuse a directory that holds something, and a process that could not write tensors into it."""
     target = Path(directory)
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise refusal(os.fspath(directory), "exists, and holds something", "a new or an empty directory")
     safetensors()
 
 
 def safetensors() -> Any:
-    """The package of that name.
-
-    Raises:
-        QuantizeError: it is not installed.
-    """
+    """The package of that name; a QuantizeError where it is not installed."""
     try:
         import safetensors.torch
     except ImportError as error:
@@ -61,47 +53,48 @@ def shard_size(given: object) -> float:
     return size
 
 
+def as_json(where: str, value: object) -> str:
+    """``value`` as the text of a file; a QuantizeError where it holds more than plain containers and values."""
+    try:
+        return json.dumps(value, indent=2) + "\n"
+    except (TypeError, ValueError) as error:
+        raise QuantizeError(f"{where}: {error}; accepted: what JSON can hold") from error
+
+
 def write(
     directory: str | os.PathLike[str],
-    tensors: Mapping[str, Iterable[tuple[str, Tensor]]],
+    file: str,
+    tensors: Iterable[tuple[str, Tensor]],
     texts: Mapping[str, str],
-    header: Mapping[str, str] | None = None,
-    *,
-    limit: float = math.inf,
-    index: str = _INDEX,
+    header: Mapping[str, str],
+    limit: float,
 ) -> None:
-    """Make ``directory`` of files: the safetensors ``tensors``, by file pairs with their names, and ``texts``, by file.
+    """Make ``directory`` of the safetensors ``file``, which holds ``tensors`` by name, and of ``texts`` by file.
 
     Where the tensors of ``a.safetensors`` have more bytes than ``limit``, they become ``a-00001-of-00002.safetensors``
-    and so on, and the file ``index`` says which tensor is where, as transformers reads it. No more than
+    and so on, and ``a.safetensors.index.json`` says which tensor is where, as transformers reads it. No more than
     one such shard is held at a time. ``header`` is added to the metadata of every file of tensors.
 
     Raises:
-        QuantizeError: as :func:`check_new`, or a tensor on the meta device; nothing was written.
+        QuantizeError: a tensor on the meta device; nothing is left.
         OSError: it cannot be written; nothing is left.
     """
-    check_new(directory)
-    metadata = {"format": "pt", **(header or {})}
-    with replacing(directory) as temporary:
-        temporary.mkdir()
-        for file, held in tensors.items():
-            shards: list[list[str]] = []
-            total = 0
-            for shard in _shards(held, limit):
-                safetensors().torch.save_file(shard, temporary / str(len(shards)), metadata=metadata)
-                shards.append([*shard])
-                total += sum(tensor.nbytes for tensor in shard.values())
-            where: dict[str, str] = {}
-            for i, keys in enumerate(shards):
-                part = f"{Path(file).stem}-{i + 1:05}-of-{len(shards):05}{Path(file).suffix}"
-                name = file if len(shards) == 1 else part
-                (temporary / str(i)).rename(temporary / name)
-                where |= dict.fromkeys(keys, name)
-            if len(shards) > 1:
-                told = {"metadata": {"total_size": total}, "weight_map": where}
-                texts = {**texts, index.format(file): json.dumps(told, indent=2) + "\n"}
+    with replacing(directory) as made:
+        made.mkdir()
+        shards: list[dict[str, int]] = []
+        for shard in _shards(tensors, limit):
+            safetensors().torch.save_file(shard, made / str(len(shards)), metadata={"format": "pt", **header})
+            shards.append({key: tensor.nbytes for key, tensor in shard.items()})
+        stem, many = file.removesuffix(".safetensors"), len(shards)
+        names = [f"{stem}-{i + 1:05}-of-{many:05}.safetensors" for i in range(many)] if many > 1 else [file]
+        for i, name in enumerate(names):
+            (made / str(i)).rename(made / name)
+        if many > 1:
+            where = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+            told = {"metadata": {"total_size": sum(sum(shard.values()) for shard in shards)}, "weight_map": where}
+            texts = {**texts, _INDEX.format(file): as_json("index", told)}
         for name, text in texts.items():
-            (temporary / name).write_text(text, encoding="utf-8")
+            (made / name).write_text(text, encoding="utf-8")
 
 
 def read(directory: str | os.PathLike[str], file: str) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -123,24 +116,19 @@ def read(directory: str | os.PathLike[str], file: str) -> tuple[dict[str, Tensor
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A path beside ``path``. The file or directory that the block makes there takes the place of ``path`` at its end.
+    """A path near ``path``. The file or directory that the block makes there takes the place of ``path`` at its end.
 
     Raises:
         OSError: it cannot be written; nothing is left of it, and what was at ``path`` stays.
     """
     # A link stays one: its target is replaced.
     target = Path(path).resolve()
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        yield temporary
-        for written in (*temporary.glob("*"), temporary):
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as beside:
+        made = Path(beside, target.name)
+        yield made
+        for written in (*made.glob("*"), made):
             _sync(written)
-        temporary.replace(target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
+        made.replace(target)
     _sync(target.parent)
 
 

@@ -33,13 +33,17 @@ def of_checkpoint(
     floats = [f"{name}.{inner}" for name, mixture in mixtures.items() for inner, module in mixture.named_modules()
               if isinstance(module, nn.Linear)]  # fmt: skip
     given = [*layers, *floats]
-    numbers = {name: number for number, name in enumerate(given)}
-    marks = {key: part for name, mixture in mixtures.items() for key, part in _parts(name, mixture, numbers).items()}
-    inside = {int(number) for part in marks.values() for number in part.flatten()}
-    marks |= {f"{name}.weight": torch.tensor([number]) for name, number in numbers.items() if number not in inside}
-    own = {key: tensor for key, tensor in others.items() if key.rpartition(".")[0] in floats}
-    rest = {key: tensor for key, tensor in others.items() if key not in own}
+    left = {name: torch.tensor([number]) for number, name in enumerate(given)}
+    marks: dict[str, Tensor] = {}
+    for name, m in mixtures.items():
+        ups = ("gate_proj", "up_proj") if m.has_gate else ("up_proj",)
+        for fused, parts in (("gate_up_proj" if m.has_gate else "up_proj", ups), ("down_proj", ("down_proj",))):
+            numbers = [torch.stack([left.pop(f"{name}.{e}.{part}") for part in parts]) for e in range(m.num_experts)]
+            marks[f"{name}.{fused}"] = torch.stack(numbers)
+    marks |= {f"{name}.weight": number for name, number in left.items()}
     names, kept = {name: name for name in given}, dict[str, Tensor]()
+    own = {key: key.rpartition(".") for key in others if key.rpartition(".")[0] in floats}
+    rest = {key: tensor for key, tensor in others.items() if key not in own}
     for key, tensor in revert(model, {**rest, **marks}).items():
         if tensor.dtype != torch.int64 or key in rest:
             kept[key] = tensor
@@ -48,19 +52,4 @@ def of_checkpoint(
             raise refusal("model", told, "the experts in skip_layers")
         else:
             names[given[int(tensor)]] = key.removesuffix(".weight")
-    for key, tensor in own.items():
-        owner, _, last = key.rpartition(".")
-        kept[f"{names[owner]}.{last}"] = tensor
-    return names, kept
-
-
-def _parts(name: str, module: Experts, numbers: Mapping[str, int]) -> dict[str, Tensor]:
-    """The 3-D parameters of ``module`` with the number of a layer for each of its matrices."""
-    ups = ("gate_proj", "up_proj") if module.has_gate else ("up_proj",)
-    fused = "gate_up_proj" if module.has_gate else "up_proj"
-    return {
-        f"{name}.{key}": torch.tensor(
-            [[[numbers[f"{name}.{e}.{part}"]] for part in parts] for e in range(module.num_experts)]
-        )
-        for key, parts in ((fused, ups), ("down_proj", ("down_proj",)))
-    }
+    return names, kept | {f"{names[owner]}.{last}": others[key] for key, (owner, _, last) in own.items()}

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from quantize.core import Solution
 from quantize.shell import offload
 from quantize.shell.calibrate.layer import CalibrationLinear
-from quantize.shell.config import QuantizeError, refusal, shown
-from quantize.shell.deploy import state as saved
+from quantize.shell.config import refusal, shown
 from quantize.shell.deploy.layer import QuantizedLinear
+from quantize.shell.deploy.state import Outline
+from quantize.shell.disk.files import as_json
 from quantize.shell.disk.names import of_checkpoint
 
 
 def quantized(model: object) -> dict[str, QuantizedLinear]:
-    """The quantized layers of a converted model, under all of their names.
-
-    Raises:
-        QuantizeError: a model that is not converted.
-    """
+    """The quantized layers of a converted model, under all of their names; a QuantizeError for any other model."""
     if not isinstance(model, nn.Module):
         raise refusal("model", shown(model), "a torch.nn.Module")
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -34,14 +30,15 @@ def quantized(model: object) -> dict[str, QuantizedLinear]:
     return found
 
 
-def unsmoothed(name: str, layer: QuantizedLinear) -> Solution:
-    """The solution of a layer; one that smooths its inputs is refused, as no format has a place for that."""
-    solved = layer.solution
-    if solved.smoothing is not None:
-        fold = f"algorithm {{{layer.row.algorithm!r}: {{'fold': True}}}}"
-        how = f"{fold}, which smooths in the module before (report says why it did not), or the layer in skip_layers"
-        raise refusal(f"layer {name!r}", "its inputs are smoothed at run time, which the format cannot hold", how)
-    return solved
+def pairs(
+    others: Mapping[str, Tensor],
+    layers: Mapping[str, QuantizedLinear],
+    tensors: Callable[[QuantizedLinear], Mapping[str, Tensor]],
+) -> Iterator[tuple[str, Tensor]]:
+    """All tensors of a file with their names: ``others``, and those that ``tensors`` makes of a layer at a time."""
+    yield from others.items()
+    for name, layer in layers.items():
+        yield from ((f"{name}.{key}", tensor) for key, tensor in tensors(layer).items())
 
 
 class Parts:
@@ -53,27 +50,26 @@ class Parts:
     - ``tied``: the names that ``others`` leaves out, since the config makes loaders tie them.
 
     Raises:
-        QuantizeError: a model that is not converted, or a state that no checkpoint can hold.
+        QuantizeError: a model that is not converted, or one that no checkpoint can hold.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.model, self.layers, state = model, quantized(model), offload.state(model)
+        self.model, self.layers = model, quantized(model)
+        for name, layer in self.layers.items():
+            if hasattr(layer, "smoothing"):
+                how = f"algorithm {{{layer.row.algorithm!r}: {{'fold': True}}}}, which smooths in the module before"
+                how += " (report says why it did not), or the layer in skip_layers"
+                raise refusal(f"layer {name!r}", "its inputs are smoothed at run time, which no format can hold", how)
         tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
         # A weight that was quantized is no longer the embedding's.
         self.untied = any(key.rpartition(".")[0] in self.layers for pair in tied.items() for key in pair)
-        named = dict(model.named_parameters(remove_duplicate=False))
-        pairs = () if self.untied else tied.items()
-        self.tied = {key for key, source in pairs if key in named and named[key] is named.get(source)}
-        others: dict[str, Tensor] = {}
-        for key, value in state.items():
-            owner, _, last = key.rpartition(".")
-            if key in self.tied or (owner in self.layers and last in (*saved.TENSORS, saved.EXTRA)):
-                continue
+        named = {} if self.untied else dict(model.named_parameters(remove_duplicate=False))
+        self.tied = {key for key, source in tied.items() if key in named and named[key] is named.get(source)}
+        state = offload.state(model, destination=Outline())
+        others = {key: value for key, value in state.items() if key not in self.tied}
+        for key, value in others.items():
             if not isinstance(value, Tensor):
                 raise refusal(f"{key!r} in the state", f"a {type(value).__name__}", "tensors only")
-            if value.is_meta:
-                raise refusal(f"{key!r} in the state", "on the meta device", "a tensor with data")
-            others[key] = value
         self.names, self.others = of_checkpoint(model, self.layers, others)
 
     def configs(self, **extra: Any) -> dict[str, str]:
@@ -95,18 +91,6 @@ class Parts:
         if callable(getattr(generation, "to_json_string", None)):
             texts["generation_config.json"] = generation.to_json_string()
         return texts
-
-
-def as_json(where: str, value: object) -> str:
-    """``value`` as the text of a file.
-
-    Raises:
-        QuantizeError: it holds something else than plain containers, strings and numbers.
-    """
-    try:
-        return json.dumps(value, indent=2) + "\n"
-    except (TypeError, ValueError) as error:
-        raise QuantizeError(f"{where}: {error}; accepted: what JSON can hold") from error
 
 
 def _without_ties(config: dict[str, Any]) -> dict[str, Any]:
