@@ -13,9 +13,8 @@ from quantize import core, presets
 from quantize.shell.api import convert, finish, quantize, report
 from quantize.shell.config import QuantizeError, QuantizeWarning
 from quantize.shell.deploy.layer import QuantizedLinear
-from quantize.shell.disk.calibrations import load_calibration, save_calibration
-from quantize.shell.disk.converted import load, save
 from quantize.shell.disk.export import export
+from quantize.shell.disk.storage import load, load_calibration, save, save_calibration
 
 __all__ = [
     "QuantizeError",

@@ -16,7 +16,7 @@ from quantize.__main__ import main
 from quantize.shell.cli import commandline
 from quantize.shell.cli.demonstration import CONFIG
 from quantize.shell.cli.subjects import Encoder, Language
-from quantize.shell.disk import converted as storage
+from quantize.shell.disk import storage
 from quantize.shell.progress import progress
 
 INT4 = {"type": "int4", "symmetric": True, "strategy": "group", "group_size": 32}

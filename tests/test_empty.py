@@ -234,6 +234,10 @@ def test_layers_are_unpacked_one_shard_at_a_time(tmp_path):
         qz.save(model, tmp_path / "out", max_shard_size="93KB")
     assert len(listed(tmp_path / "out")) == 7
     assert alive.most <= 4
+    with Alive(256 * 128) as alive:
+        qz.export(model, tmp_path / "exported", format="compressed-tensors", max_shard_size="93KB")
+    assert len(listed(tmp_path / "exported")) == 8
+    assert alive.most <= 4
     with torch.device("meta"):
         fresh = nn.Sequential(*(nn.Linear(256, 256) for _ in range(12))).bfloat16()
     qz.load(fresh, tmp_path / "out")

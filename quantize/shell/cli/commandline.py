@@ -19,8 +19,7 @@ from quantize.shell import api
 from quantize.shell.cli import subjects
 from quantize.shell.cli.demonstration import CONFIG, demonstrate
 from quantize.shell.config import QuantizeError, QuantizeWarning, parse, refusal
-from quantize.shell.disk import converted as storage
-from quantize.shell.disk import export, files
+from quantize.shell.disk import export, files, storage
 from quantize.shell.disk.parts import Parts
 from quantize.shell.report import picture
 

@@ -97,7 +97,12 @@ def _convert(model: nn.Module, state: Mapping[str, Any], kernel: str | None) -> 
             return names[tensors[key]]
         return f"{names[modules[owner]]}.{last}" if owner and owner in modules else key
 
-    layers = {names[modules[name]]: modules[name] for name in _described(state, modules)}
+    end = f".{saved.EXTRA}"
+    described = [key.removesuffix(end) for key in state if key.endswith(end) and saved.described(state[key])]
+    found = [_linear(name, modules) for name in described]
+    layers = {names[module]: module for module in found}
+    if not layers:
+        raise refusal("from_state", "no converted layer inside a model", "the state_dict of a converted model")
     empty = [name for name, buffer in hidden(model).items() if buffer.is_meta]
     told = {at: {**versions} for at, versions in getattr(state, "_metadata", {}).items()}
     brought = {f"{at}.{key}".lstrip("."): t for at in told for key, t in told[at].pop(HIDDEN, {}).items()}
@@ -110,10 +115,8 @@ def _convert(model: nn.Module, state: Mapping[str, Any], kernel: str | None) -> 
     parts: dict[str, dict[str, Any]] = {name: {} for name in layers}
     for key, value in whole.items():
         owner, _, last = key.rpartition(".")
-        if owner in parts and key not in tensors:
-            parts[owner][last] = value
-        else:
-            rest[key] = value
+        part, at = (parts[owner], last) if owner in parts and key not in tensors else (rest, key)
+        part[at] = value
     weights = {f"{name}.weight" for name, module in modules.items() if names[module] in layers}
     own = {key: value for key, value in model.state_dict().items() if key not in weights}
     for name in empty:
@@ -149,17 +152,12 @@ def _convert(model: nn.Module, state: Mapping[str, Any], kernel: str | None) -> 
     carry_hidden(model)
 
 
-def _described(state: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> list[str]:
-    """The names of the layers that ``state`` describes."""
-    end = f".{saved.EXTRA}"
-    names = [key.removesuffix(end) for key, value in state.items() if key.endswith(end) and saved.described(value)]
-    if not names:
-        raise refusal("from_state", "no converted layer inside a model", "the state_dict of a converted model")
-    for name in names:
-        if type(modules.get(name)) is not nn.Linear:
-            found = f"a {type(modules[name]).__name__} in the model" if name in modules else "not in the model"
-            raise refusal(f"layer {name!r}", found, "an nn.Linear, as in the model that the state was saved from")
-    return names
+def _linear(name: str, modules: Mapping[str, nn.Module]) -> nn.Linear:
+    module = modules.get(name)
+    if type(module) is not nn.Linear:
+        found = "not in the model" if module is None else f"a {type(module).__name__} in the model"
+        raise refusal(f"layer {name!r}", found, "an nn.Linear, as in the model that the state was saved from")
+    return module
 
 
 def _layer(

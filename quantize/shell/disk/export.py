@@ -10,8 +10,8 @@ from quantize.shell.config import refusal, shown
 from quantize.shell.disk import ascendv1, compressed_tensors, files
 from quantize.shell.disk.parts import Parts, pairs
 
-# Each has FILE, the name of the file of tensors; ``texts``, the other files by name, which refuses layers that the format
-# has no place for; and ``tensors`` of one layer.
+# Each has FILE, the name of the file of tensors; ``texts``, the other files by name, which refuses layers that have no
+# place in the format; and ``tensors`` of one layer.
 FORMATS = {"compressed-tensors": compressed_tensors, "ascendv1": ascendv1}
 
 

@@ -38,11 +38,7 @@ def safetensors() -> Any:
 
 
 def shard_size(given: object) -> float:
-    """The bytes of ``given``: an int, a string such as ``'5GB'`` or ``'500MiB'``, or None for no limit.
-
-    Raises:
-        QuantizeError: it is something else.
-    """
+    """The bytes of ``given``: an int, a string such as ``'5GB'`` or ``'500MiB'``, or None for no limit."""
     if given is None:
         return math.inf
     text = f"{given}B" if type(given) is int else str(given)
@@ -73,11 +69,8 @@ def write(
 
     Where the tensors of ``a.safetensors`` have more bytes than ``limit``, they become ``a-00001-of-00002.safetensors``
     and so on, and ``a.safetensors.index.json`` says which tensor is where, as transformers reads it. No more than
-    one such shard is held at a time. ``header`` is added to the metadata of every file of tensors.
-
-    Raises:
-        QuantizeError: a tensor on the meta device; nothing is left.
-        OSError: it cannot be written; nothing is left.
+    one such shard is held at a time. ``header`` is added to the metadata of every file of tensors. Nothing is left of
+    what cannot be written: an OSError, or a QuantizeError for a tensor on the meta device.
     """
     with replacing(directory) as made:
         made.mkdir()
@@ -100,10 +93,8 @@ def write(
 def read(directory: str | os.PathLike[str], file: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors that :func:`write` wrote as ``file`` or in its shards, and their metadata.
 
-    The tensors stay in the files until they are used.
-
-    Raises:
-        OSError, SafetensorError, ValueError, KeyError: the files are not there, or cannot be read.
+    The tensors stay in the files until they are used. What is not there or cannot be read raises an OSError,
+    SafetensorError, ValueError or KeyError.
     """
     index, tensors, metadata = Path(directory, _INDEX.format(file)), dict[str, Tensor](), dict[str, str]()
     names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values() if index.exists() else [file]
@@ -118,8 +109,7 @@ def read(directory: str | os.PathLike[str], file: str) -> tuple[dict[str, Tensor
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A path near ``path``. The file or directory that the block makes there takes the place of ``path`` at its end.
 
-    Raises:
-        OSError: it cannot be written; nothing is left of it, and what was at ``path`` stays.
+    After an error nothing is left of it, and what was at ``path`` stays.
     """
     # A link stays one: its target is replaced.
     target = Path(path).resolve()

@@ -1,16 +1,19 @@
-"""A converted model in a directory of its own: files of tensors, whose header says the rest."""
+"""The library's own files: a converted model in a directory, and a calibration that goes on after its process ends."""
 
 from __future__ import annotations
 
 import json
 import os
+import pickle
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from quantize.shell import offload
+from quantize.shell.calibrate.layer import calibrated, check_states
 from quantize.shell.config import QuantizeError, refusal, shown
 from quantize.shell.deploy import loading
 from quantize.shell.deploy import state as saved
@@ -18,7 +21,8 @@ from quantize.shell.deploy.layer import QuantizedLinear
 from quantize.shell.disk import files
 from quantize.shell.disk.parts import pairs, quantized
 
-_TENSORS, _HEADER, _VERSION = "model.safetensors", "quantize", 2
+_FILE, _HEADER, _VERSION = "model.safetensors", "quantize", 2
+_STARTED = "a model after quantize(model, config)"
 
 
 def save(model: nn.Module, directory: str | os.PathLike[str], *, max_shard_size: int | str | None = None) -> None:
@@ -27,8 +31,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str], *, max_shard_size:
     Args:
         model: a model after ``convert``.
         directory: a new or an empty one, in a directory that exists. It is there whole, or as it was.
-        max_shard_size: bytes of tensors in a file, or a string such as ``'5GB'``; a larger model is written as several
-            files and an index, as transformers does. No more than one of them is made at a time.
+        max_shard_size: as for ``export``.
 
     Raises:
         QuantizeError: a model that is not converted, a state that JSON cannot hold, a directory with content, or no
@@ -55,9 +58,9 @@ def save(model: nn.Module, directory: str | os.PathLike[str], *, max_shard_size:
     modules = {at: {key: value for key, value in told[at].items() if key != loading.HIDDEN} for at in told}
     rest = {"version": _VERSION, "extra": extra, "aliases": aliases, "modules": modules, "buffers": [*buffers]}
     header = {_HEADER: files.as_json("the versions of the modules", rest)}
-    once = {name: layer for layer, name in {layer: name for name, layer in reversed(layers.items())}.items()}
+    once = {name: layers[name] for name, _ in model.named_modules() if name in layers}
     tensors = pairs({key: tensor for tensor, key in first.items()}, once, _tensors)
-    files.write(directory, _TENSORS, tensors, {}, header, limit)
+    files.write(directory, _FILE, tensors, {}, header, limit)
 
 
 def _tensors(layer: QuantizedLinear) -> dict[str, Tensor]:
@@ -79,7 +82,7 @@ def load(model: nn.Module, directory: str | os.PathLike[str], *, kernel: str | N
     """
     where, reader = os.fspath(directory), files.safetensors()
     try:
-        tensors, header = files.read(directory, _TENSORS)
+        tensors, header = files.read(directory, _FILE)
         rest = json.loads(header.get(_HEADER, "{}"))
         if rest.get("version") != _VERSION:
             found = 1 if Path(directory, "quantize.json").exists() else rest.get("version")
@@ -94,3 +97,49 @@ def load(model: nn.Module, directory: str | os.PathLike[str], *, kernel: str | N
         raise refusal(where, f"cannot be read ({type(error).__name__}: {error})", "a directory of save") from error
     state._metadata = told  # type: ignore[attr-defined] # an attribute that torch adds
     loading.convert(model, state, kernel)
+
+
+def save_calibration(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write the ``state_dict`` of a model under calibration to ``path``: the old file or the new one, never a part.
+
+    Call it between forward passes. It holds the parameters, the statistics, and what was solved already; with
+    ``sequential``, the arguments of the batches.
+
+    Raises:
+        QuantizeError: a model that is not under calibration.
+        OSError: the file cannot be written; what was there stays.
+    """
+    if not calibrated(model):
+        raise refusal("model", "not under calibration", _STARTED)
+    if offload.changed(model):
+        told = "scales are folded into weights that are offloaded"
+        raise refusal("model", told, "a model before its last batch, without fold, or in memory")
+    with files.replacing(path) as made, made.open("wb") as file:
+        torch.save(model.state_dict(), file)
+
+
+def load_calibration(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Go on from a file of :func:`save_calibration`, in a model that was given the same config.
+
+    Raises:
+        QuantizeError: a model that is not under calibration, or of another config.
+        OSError: the file cannot be read.
+    """
+    layers, where = calibrated(model), os.fspath(path)
+    if not layers:
+        raise refusal("model", "not under calibration", f"{_STARTED}, with the same config")
+    try:
+        state = torch.load(path, map_location=offload.device(layers[0]), weights_only=True)
+        found = None if isinstance(state, dict) else f"a {type(state).__name__}"
+    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError) as error:
+        found = f"cannot be read ({' '.join(str(error).split())[:200]})"
+    if found is not None:
+        raise refusal(where, found, "a file of save_calibration")
+    own = model.state_dict()
+    saved.check(where, state, own, "a calibration of this model")
+    for key, value in own.items():
+        if isinstance(value, Tensor) and state[key].is_meta != value.is_meta:
+            told = f"{key!r} is {'with' if value.is_meta else 'without'} its data"
+            raise refusal(where, told, "a calibration of a model that was dispatched as this one is")
+    check_states(model, state)
+    model.load_state_dict(state)
