@@ -17,19 +17,5 @@ from quantize.shell.disk.calibrations import load_calibration, save_calibration
 from quantize.shell.disk.converted import load, save
 from quantize.shell.disk.export import export
 
-__all__ = [
-    "QuantizeError",
-    "QuantizeWarning",
-    "QuantizedLinear",
-    "convert",
-    "core",
-    "export",
-    "finish",
-    "load",
-    "load_calibration",
-    "presets",
-    "quantize",
-    "report",
-    "save",
-    "save_calibration",
-]
+__all__ = ["QuantizeError", "QuantizeWarning", "QuantizedLinear", "convert", "core", "export", "finish", "load",
+           "load_calibration", "presets", "quantize", "report", "save", "save_calibration"]  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
 from torch import nn
@@ -22,6 +23,8 @@ from quantize.shell.plan import Plan, plan, swap
 from quantize.shell.report.rows import share
 from quantize.shell.report.text import Report
 from quantize.shell.views import release
+
+_QUANTIZED = (CalibrationLinear, QuantizedLinear)
 
 
 def quantize(model: nn.Module, config: object = None) -> None:
@@ -45,27 +48,18 @@ def quantize(model: nn.Module, config: object = None) -> None:
     parsed = parse(INT8_MINMAX_WEIGHT_QUANT_CFG if config is None else config)
     _check_model(model)
     for name, module in model.named_modules():
-        if isinstance(module, (CalibrationLinear, QuantizedLinear)):
+        if isinstance(module, _QUANTIZED):
             raise refusal("model", f"layer {name!r} is quantized already", "a model in floating point")
     planned = plan(model, parsed)
     _warn(planned)
     session = Session(parsed, planned)
-    layers: dict[nn.Module, CalibrationLinear] = {
-        layer: CalibrationLinear(layer, names, session) for layer, names in planned.layers.items()
-    }
+    layers = {layer: CalibrationLinear(layer, names, session) for layer, names in planned.layers.items()}
     restart(layers.values())
-    try:
-        swap(model, planned.views)
-        swap(model, layers)
-        counting.attach(model, session)
-        if parsed.algorithm.data_free:
-            solving.solve(model, [*layers.values()])
-    except BaseException:
-        counting.detach(model)
-        model.__dict__.pop(KEY, None)
-        swap(model, {new: old for old, new in layers.items()})
-        swap(model, {new: old for old, new in planned.views.items()})
-        raise
+    if parsed.algorithm.data_free:
+        solving.solve(model, [*layers.values()])
+    swap(model, planned.views)
+    swap(model, layers)
+    counting.attach(model, session)
 
 
 def finish(model: nn.Module, *, process_group: Any = None) -> None:
@@ -117,35 +111,30 @@ def convert(
     """
     _check_model(model)
     loading.check_kernel(kernel)
-    kept = from_state is None and any(keeper(layer) is not None for layer in calibrated(model))
-    if offload not in ((True, False) if kept else (False,)):
+    layers = [] if from_state is not None else calibrated(model)
+    if offload not in ((True, False) if any(map(keeper, layers)) else (False,)):
         raise refusal("offload", shown(offload), "False, or True for a calibrated model that accelerate offloads")
     if from_state is not None:
         loading.convert(model, from_state, kernel)
         return
-    layers = _deployed(model, kernel, offload)
-    loading.check_served(layers.values(), kernel)
-    swap(model, layers)
-    release(model)
-    counting.detach(model)
-    loading.carry_hidden(model)
-
-
-def _deployed(model: nn.Module, kernel: str | None, kept: bool) -> dict[nn.Module, QuantizedLinear]:
-    layers = calibrated(model)
     if not layers:
         raise refusal("model", "not calibrated", "a model after quantize(model, config) and its forward passes")
     for layer in layers:
-        seen, wanted = layer.session.seen, layer.session.config.batch_num
-        where = f"layer {layer.names[0]!r}"
-        if not layer.active and seen < wanted:
-            told = f"{seen} of {wanted} batches seen"
-            raise refusal(where, told, f"{wanted - seen} more forward passes of the whole model, or finish(model)")
+        missing = layer.session.config.batch_num - layer.session.seen
         if not layer.active:
-            raise refusal(where, "solving was interrupted", "a model after finish(model)")
+            told, wanted = "solving was interrupted", "a model after finish(model)"
+            if missing > 0:
+                told = f"{layer.session.seen} of {layer.session.config.batch_num} batches seen"
+                wanted = f"{missing} more forward passes of the whole model, or finish(model)"
+            raise refusal(f"layer {layer.names[0]!r}", told, wanted)
     if model in layers:
         raise refusal("model", "the layer itself: nothing holds it", "a model that contains the layer")
-    return {layer: layer.deployed(kernel, kept=kept) for layer in layers}
+    deployed = {layer: layer.deployed(kernel, kept=offload) for layer in layers}
+    loading.check_served(deployed.values(), kernel)
+    swap(model, deployed)
+    release(model)
+    counting.detach(model)
+    loading.carry_hidden(model)
 
 
 def report(model: nn.Module) -> Report:
@@ -155,17 +144,13 @@ def report(model: nn.Module) -> Report:
         QuantizeError: a model without any quantized layer.
     """
     _check_model(model)
-    rows = [module.record() for module in model.modules() if isinstance(module, (CalibrationLinear, QuantizedLinear))]
+    rows = tuple(module.record() for module in model.modules() if isinstance(module, _QUANTIZED))
     if not rows:
         raise refusal("model", "not quantized", "a model after quantize(model, config)")
     found = [module.__dict__[KEY] for module in model.modules() if KEY in module.__dict__]
-    return Report(
-        tuple(rows),
-        tuple(skipped for each in found for skipped in each.skipped),
-        tuple(word for each in found for word in each.unmatched),
-        tuple(remark for each in found for remark in each.remarks),
-        sum(each.elements for each in found),
-    )
+    told: dict[str, Any] = {key: tuple(chain(*(getattr(session, key) for session in found)))
+                            for key in ("skipped", "unmatched", "remarks")}  # fmt: skip
+    return Report(rows, **told, elements=sum(session.elements for session in found))
 
 
 def _check_model(model: object) -> None:
