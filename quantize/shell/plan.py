@@ -28,7 +28,7 @@ _REPLACED = "its forward is replaced on the instance"
 class Plan:
     """What :func:`plan` found: the ``layers`` to quantize, each with all names that it will have in the model.
 
-    ``specs``: the format of each, by its first name. ``views``: what to put in the place of modules first, so that their
+    ``specs``: the format of each, by first name. ``views``: what to put in the place of modules first, so that their
     weights are such layers; see :mod:`.views`. ``unmatched``: entries of ``skip_layers`` that match no module with a
     weight matrix. ``elements``: those of all weight matrices of the model, each tensor counted once.
     """

@@ -71,17 +71,17 @@ def draw(rows: Sequence[Row], skipped: Sequence[Skipped]) -> Figure:
     lines = [(groups[i][0], _OUTLIER["color"] if outliers[i] else "black",
               "" if known[i].any() else "not solved yet" if layers[i].weight_sqnr is None else "exact")
              for i in chosen]  # fmt: skip
-    note = [f"{len(rows)} layers, in the order of the model" + "; of experts the worst" * (len(groups) < len(rows))]
-    if outliers.any():
-        note += ["outlier: worse than three quarters of the layers, by over 1.5 times the range of the middle half"]
+    note = f"{len(rows)} layers, in the order of the model" + "; of experts the worst" * (len(groups) < len(rows))
     if len(groups) + len(skipped) <= _MOST:
         lines += [(left.name or "the model", "0.4", shorten(f"floating point: {left.reason}", 56, placeholder=" ..."))
                   for left in skipped]  # fmt: skip
     else:
         others = len(rows) - sum(len(groups[i][1]) for i in chosen)
-        note[0] += f"; the worst are shown, {others} others and {len(skipped)} modules in floating point are not"
+        note += f"; the worst are shown, {others} others and {len(skipped)} modules in floating point are not"
+    if outliers.any():
+        note += "\noutlier: worse than three quarters of the layers, by over 1.5 times the range of the middle half"
 
-    figure = Figure(figsize=(3.7 + 3.2 * len(panels), 0.24 * len(lines) + 1.6 + 0.15 * len(note)))
+    figure = Figure((3.7 + 3.2 * len(panels), 0.24 * len(lines) + 1.75 + 0.15 * outliers.any()))
     figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.08)
     axes: list[Axes] = list(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0])
     for ax, quantity in zip(axes, panels, strict=True):
@@ -95,7 +95,7 @@ def draw(rows: Sequence[Row], skipped: Sequence[Skipped]) -> Figure:
     axes[0].set(ylim=(len(lines) - 0.4, -0.6), yticks=[])
     legend = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     figure.legend(legend.values(), legend, loc="outside upper center", ncols=3, frameon=False, fontsize=8)
-    figure.supxlabel("\n".join(note), fontsize=7.5, color="0.25")
+    figure.supxlabel(note, fontsize=7.5, color="0.25")
     return figure
 
 
@@ -106,13 +106,14 @@ def excess(ratios: _Floats, sqnr: _Floats) -> _Floats:
         held = np.flatnonzero(~np.isnan(values))
         if len(held):
             # Of three none stands out: the worst has the score 0.
-            low, high = np.quantile(values[held], [0.25, 0.75]) if len(held) > 3 else [values[held].max()] * 2
+            low, high = np.quantile(values[held], [0.25, 0.75] if len(held) > 3 else [1, 1])
             scores[held] = (values[held] - high) / max(1.5 * (high - low), trifle)
     return scores
 
 
 def _quality(row: Row) -> tuple[float, float]:
-    return (0, np.inf if row.weight_sqnr is None else row.weight_sqnr) if row.ratio is None else (-row.ratio, 0)
+    """The less, the worse: by the ratio of the errors where that is known."""
+    return -(row.ratio or 0), np.inf if row.weight_sqnr is None else row.weight_sqnr
 
 
 def _quantities(row: Row) -> _Floats:
@@ -120,8 +121,7 @@ def _quantities(row: Row) -> _Floats:
     found = np.full((3, 2), np.nan)
     if row.error is None or row.baseline_error is None:
         # Shown only here: what lowers the error of the outputs may well raise that of the weight.
-        if row.weight_sqnr is not None and np.isfinite(row.weight_sqnr):
-            found[2, 1] = row.weight_sqnr
+        found[2, 1] = row.weight_sqnr if row.weight_sqnr not in (None, np.inf) else np.nan
     elif row.baseline_error:
         # Sums over tokens and outputs; a zero has no place on a logarithmic axis.
         outputs = max(row.tokens, 1) * row.shape[0]
@@ -130,9 +130,7 @@ def _quantities(row: Row) -> _Floats:
 
 
 def _panel(ax: Axes, quantity: int, values: _Floats, outliers: npt.NDArray[np.bool_]) -> None:
-    before, after = values.T
-    lines = np.arange(len(values))
-    ax.grid(axis="x", color="0.9", linewidth=0.6)
+    (before, after), lines = values.T, np.arange(len(values))
     ax.hlines(lines, before, after, "0.65", linewidth=1.1)
     for style, x, chosen in ((_BEFORE, before, quantity == 0), (_AFTER, after, ~outliers), (_OUTLIER, after, outliers)):
         if np.any(chosen):
@@ -144,5 +142,6 @@ def _panel(ax: Axes, quantity: int, values: _Floats, outliers: npt.NDArray[np.bo
         ax.set(xscale="log") if positive.max() > 30 * positive.min() else ax.set(xlim=(0, None))
     ax.set_xlabel(_LABELS[quantity], fontsize=8)
     ax.tick_params(labelsize=7.5)
+    ax.grid(axis="x", color="0.9", linewidth=0.6)
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)

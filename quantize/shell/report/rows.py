@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from operator import attrgetter
 from typing import Any
 
 from quantize.core import Scheme
 
+# What experts in one line have in common beside their names.
+_FORMAT = attrgetter("shape", "weights", "inputs", "algorithm", "stage", "kernel", "kernel_reason")
 _EXPERT = re.compile(r"(?<=\bexperts\.)\d+(?=\.|$)")
 
 
@@ -67,27 +70,28 @@ def share(elements: int, of: int) -> str:
     return f"{100 * elements / max(of, 1):.1f} % of the model's weights"
 
 
-def folded(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
-    """Rows with their titles: those of ``experts`` that differ in the number of the expert alone are together.
+def folded(items: Iterable[Any], alike: Callable[[Any], object] = _FORMAT) -> list[tuple[str, list[Any]]]:
+    """Items with ``names``, under titles: ``alike`` experts that differ in their number alone are together.
 
-    The title of one row is its names, that of 64 experts ``experts.*.up (64)``.
+    The title of one item is its names, that of 64 experts ``experts.*.up (64)``.
     """
-    groups: dict[Any, list[Row]] = {}
-    for i, row in enumerate(rows):
-        names, like = _starred(row), (row.shape, row.weights, row.inputs, row.algorithm, row.stage)
-        key = (names, *like, row.kernel, row.kernel_reason)
-        groups.setdefault(i if names == " = ".join(row.names) else key, []).append(row)
-    return [(" = ".join(first.names) if not rest else f"{_starred(first)} ({1 + len(rest)})", [first, *rest])
-            for first, *rest in groups.values()]  # fmt: skip
-
-
-def _starred(row: Row) -> str:
-    return " = ".join(map(starred, row.names))
+    groups: dict[Any, list[Any]] = {}
+    for i, item in enumerate(items):
+        names = [*map(starred, item.names)]
+        groups.setdefault(i if names == [*item.names] else (*names, alike(item)), []).append(item)
+    return [(" = ".join(map(starred, first.names)) + f" ({1 + len(rest)})" if rest else " = ".join(first.names),
+             [first, *rest]) for first, *rest in groups.values()]  # fmt: skip
 
 
 def starred(name: str) -> str:
     """``name`` with a star for the number of an expert: equal for what differs in it alone."""
     return _EXPERT.sub("*", name, count=1)
+
+
+def span(values: Iterable[float]) -> str:
+    """The least and the most of ``values``, as ``0.01..0.04``."""
+    held = sorted(values)
+    return "..".join(dict.fromkeys(f"{each:g}" for each in (held[0], held[-1])))
 
 
 def as_plain(row: Row) -> dict[str, Any]:

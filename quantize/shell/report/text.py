@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from math import inf
 from pathlib import Path
 from statistics import median_low
 from typing import Any
 
 from quantize.shell.config import refusal
 from quantize.shell.report import picture
-from quantize.shell.report.rows import Row, Skipped, as_plain, folded, share
+from quantize.shell.report.rows import Row, Skipped, as_plain, folded, share, span
 
 _HEADER = ("layer", "shape", "weights", "inputs", "algorithm", "stage", "kernel", "tokens", "SQNR dB", "error/minmax")
 
@@ -55,20 +55,20 @@ class Report:
             raise refusal("plot", f"{path} ({error})", "a file that can be written") from None
 
     def __str__(self) -> str:
-        lines = table(self.rows)
-        slower: dict[str, list[str]] = {}
+        slower: dict[str | None, list[str]] = {}
         for title, (row, *_) in folded(self.rows):
-            if row.kernel_reason:
-                slower.setdefault(row.kernel_reason, []).append(title)
+            slower.setdefault(row.kernel_reason, []).append(title)
         left = share(sum(skipped.elements for skipped in self.skipped), self.elements)
+        lines = table(self.rows)
         for heading, entries in {
             "not as asked": self.remarks,
-            "why not a faster kernel": [f"{reason}: {', '.join(titles)}" for reason, titles in slower.items()],
+            "why not a faster kernel": [
+                f"{reason}: {', '.join(titles)}" for reason, titles in slower.items() if reason
+            ],
             f"{left} stay in floating point": [f"{s.name or 'the model'}: {s.reason}" for s in self.skipped],
-            "entries of skip_layers that matched nothing": [repr(word) for word in self.unmatched],
+            "entries of skip_layers that matched nothing": [*map(repr, self.unmatched)],
         }.items():
-            if entries:
-                lines += ["", f"{heading} ({len(entries)})", *(f"  {entry}" for entry in entries)]
+            lines += ["", f"{heading} ({len(entries)})", *(f"  {entry}" for entry in entries)] if entries else []
         return "\n".join(lines)
 
 
@@ -83,11 +83,8 @@ def table(rows: Iterable[Row]) -> list[str]:
     cells.insert(1, tuple("-" * width for width in widths))
     lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
     for title, group in groups:
-        told: list[str] = []
-        for key in dict.fromkeys(key for row in group for key in row.notes):
-            values = [row.notes[key] for row in group if key in row.notes]
-            told.append(f"{key} {'..'.join(dict.fromkeys(f'{each:g}' for each in (min(values), max(values))))}")
-        lines += [f"{title}: {', '.join(told)}"] * bool(told)
+        notes = {key: span(row.notes[key] for row in group if key in row.notes) for row in group for key in row.notes}
+        lines += [f"{title}: {', '.join(map(' '.join, notes.items()))}"] * bool(notes)
     return lines
 
 
@@ -109,9 +106,7 @@ def _algorithm(row: Row, *others: Row) -> str:
 
 
 def _plain(row: Row) -> dict[str, Any]:
-    plain = as_plain(row)
+    plain = {**as_plain(row), "weights": str(row.weights), "inputs": row.inputs and str(row.inputs)}
     del plain["fell_back"]
     # JSON has no infinity: the ratio of a weight that is exact is no number there.
-    exact = row.weight_sqnr is not None and math.isinf(row.weight_sqnr)
-    return {**plain, "weights": str(row.weights), "inputs": row.inputs and str(row.inputs),
-            "algorithm": _algorithm(row), "weight_sqnr": None if exact else row.weight_sqnr}  # fmt: skip
+    return {**plain, "algorithm": _algorithm(row), "weight_sqnr": None if row.weight_sqnr == inf else row.weight_sqnr}
