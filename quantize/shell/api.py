@@ -20,8 +20,7 @@ from quantize.shell.deploy import loading
 from quantize.shell.deploy.layer import QuantizedLinear
 from quantize.shell.offload import keeper
 from quantize.shell.plan import Plan, plan, swap
-from quantize.shell.report.rows import share
-from quantize.shell.report.text import Report
+from quantize.shell.report.rows import Report, share
 from quantize.shell.views import release
 
 _QUANTIZED = (CalibrationLinear, QuantizedLinear)

@@ -24,7 +24,7 @@ from quantize.shell.disk import converted, export, files
 from quantize.shell.disk.parts import Parts
 from quantize.shell.progress import progress
 from quantize.shell.report import picture
-from quantize.shell.report.text import Report
+from quantize.shell.report.rows import Report
 
 SENTENCES = Path(__file__).with_name("sentences.txt")
 _INT8 = {"type": "int8", "symmetric": True}
