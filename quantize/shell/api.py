@@ -30,12 +30,11 @@ def quantize(model: nn.Module, config: object = None) -> None:
     """Turn ``model`` into a calibration model, in place.
 
     Run ``batch_num`` forward passes next: they compute in floating point and are observed. After the last one the
-    parameters are solved, and from then on the model computes as the quantized model would. Weight-only minmax
-    needs no batch and is solved here.
+    parameters are solved, and from then on the model computes as the quantized model would. Weight-only minmax needs no
+    batch and is solved here.
 
     Args:
-        model: any module that contains ``nn.Linear`` layers, in float16, bfloat16, float32 or float64; also one
-            that accelerate has dispatched or offloads.
+        model: any module with ``nn.Linear`` layers of a float dtype; also one that accelerate dispatched or offloads.
         config: a dict as in the README; None means ``presets.INT8_MINMAX_WEIGHT_QUANT_CFG``.
 
     Raises:
@@ -68,14 +67,12 @@ def finish(model: nn.Module, *, process_group: Any = None) -> None:
 
     Args:
         model: a model under calibration.
-        process_group: a group of ``torch.distributed``, for example ``torch.distributed.group.WORLD``, whose processes
-            hold the same model and all call this: what they have seen is merged, each solves a part of the layers, and
-            all end with the same bits. They may have seen different numbers of batches, none too. Sums are those of
-            one process up to their rounding, ranges the very same.
+        process_group: a group of ``torch.distributed``, such as ``torch.distributed.group.WORLD``, whose processes hold
+            the same model and all call this: what they saw, in any number of batches, is merged, each solves a part of
+            the layers, and all end with the same bits. Sums are those of one process up to rounding, ranges the same.
 
     Raises:
-        QuantizeError: a model that is not under calibration, no batch seen, or processes whose models or configs
-            differ.
+        QuantizeError: a model not under calibration, no batch seen, or processes whose models or configs differ.
     """
     _check_model(model)
     if not calibrated(model) and process_group is None:
@@ -95,8 +92,7 @@ def convert(
     The result changes by rounding only: see :func:`quantize.core.linear.fake_quantized_linear` for the bound.
 
     Args:
-        model: a model that is calibrated to the end; with ``from_state``, one in floating point, also on the meta
-            device.
+        model: one that is calibrated to the end; with ``from_state``, one in floating point, also on the meta device.
         kernel: ``'reference'``, ``'cpu'`` or ``'npu'`` for all layers; None chooses for each, by format and device.
         from_state: the ``state_dict`` of a converted model of the same architecture; it needs neither float weights
             nor calibration. Tensors go to the devices of the model, and from the meta device to their own.

@@ -44,8 +44,7 @@ class Plan:
 def plan(model: nn.Module, config: Config) -> Plan:
     """Decide for every module with a weight matrix; nothing is changed.
 
-    Raises:
-        QuantizeError: nothing to quantize, or a weight with NaN or inf, or parameters that cannot be read.
+    Refuses a model without anything to quantize, and layers as :func:`check_parameters`.
     """
     names: dict[nn.Module, list[str]] = {}
     views: dict[nn.Module, nn.Module] = {}
@@ -90,11 +89,7 @@ def swap(model: nn.Module, replacements: Mapping[Any, nn.Module]) -> None:
 
 
 def check_parameters(name: str, layer: nn.Module) -> None:
-    """Refuse a weight with NaN or inf, which has no scale, and parameters that lie apart or cannot be read.
-
-    Raises:
-        QuantizeError: it names the layer.
-    """
+    """Refuse a weight with NaN or inf, which has no scale, and parameters that lie apart or cannot be read."""
     weight, bias = offload.weight(layer, name), offload.bias(layer, name)
     if not bool(torch.isfinite(weight).all()):
         raise refusal(f"layer {name!r}", "a weight with NaN or inf", "finite weights, or the layer in skip_layers")

@@ -86,11 +86,9 @@ class Language(_Pretrained):
         rows = list(islice(self._rows(lines), most)), list(self._rows(lines)) if evaluate else []
         if len(rows[0]) < most or (evaluate and not rows[1]):
             found = f"{len(rows[0])} rows of {self.length} tokens to calibrate with"
+            found += f", {len(rows[1])} to measure" * evaluate
             accepted = f"text for {most} (batch_num {batches} times --batch-size {batch})"
-            if evaluate:
-                found += f", {len(rows[1])} to measure"
-                accepted += ", and for at least 1 in the lines after"
-            raise refusal("--text", found, accepted)
+            raise refusal("--text", found, accepted + ", and for at least 1 in the lines after" * evaluate)
         calibration, held = ([torch.tensor(part) for part in _parts(each, batch)] for each in rows)
         return calibration, held
 
@@ -119,17 +117,12 @@ class Language(_Pretrained):
             tokens = tokens[full:]
 
 
-# A subject splits lines of text into batches of size ``batch``: ``batches`` to calibrate with, and with ``evaluate``
-# those to measure. Called with a batch of ``t`` it runs the model once and gives what is compared, ``[t, ...]``.
+# ``split`` makes batches of lines of text; called with one of ``t``, it gives what is ``compared``, ``[t, ...]``.
 Subject = Encoder | Language
 
 
 def subject_in(directory: Path | None, *, length: int | None = None) -> Subject:
-    """The model in ``directory``: a :class:`Language`, else an :class:`Encoder`; None means :func:`packaged`.
-
-    Raises:
-        QuantizeError: no such model, one that is quantized already, or a ``length`` beyond its positions.
-    """
+    """The model in ``directory``; None means :func:`packaged`. What cannot be read or quantized is refused here."""
     directory = packaged() if directory is None else directory
     try:
         told = json.loads((directory / "config.json").read_text(encoding="utf-8"))

@@ -44,13 +44,10 @@ def check(path: str | Path) -> Path:
 
 
 def draw(groups: Sequence[tuple[str, Sequence[Any]]], skipped: Sequence[Any]) -> Figure:
-    """The rows of a report in ``groups`` under their titles, and what was skipped: one line a group.
+    """The rows of a report in ``groups`` under their titles, of which at least one is solved, and what was skipped.
 
-    One panel a quantity: output errors before and after, their ratio, or the SQNR of the weight. A line for experts
-    shows the worst of them. Of more lines than fit, the worst are drawn, and the others counted.
-
-    Raises:
-        QuantizeError: no layer is solved yet.
+    One line a group, one panel a quantity: output errors before and after, their ratio, or the SQNR of the weight. A
+    line for experts shows the worst of them. Of more lines than fit, the worst are drawn, and the others counted.
     """
     from matplotlib.figure import Figure
 
