@@ -216,7 +216,6 @@ def _measured(subject: Subject, held: Sequence[Any], what: str) -> list[Tensor]:
 
 
 def _sizes(model: nn.Module) -> dict[str, int]:
-    layers = [module for module in model.modules() if isinstance(module, (CalibrationLinear, QuantizedLinear))]
-    measured: dict[str, list[nn.Module]] = {"quantized layers": [*layers], "whole model": [model]}
-    return {what: sum(tensor.nbytes for module in modules for tensor in (*module.parameters(), *module.buffers()))
-            for what, modules in measured.items()}  # fmt: skip
+    layers = nn.ModuleList(each for each in model.modules() if isinstance(each, (CalibrationLinear, QuantizedLinear)))
+    return {what: sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+            for what, module in (("quantized layers", layers), ("whole model", model))}  # fmt: skip
