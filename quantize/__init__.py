@@ -16,19 +16,5 @@ from quantize.shell.deploy.layer import QuantizedLinear
 from quantize.shell.disk.export import export
 from quantize.shell.disk.storage import load, load_calibration, save, save_calibration
 
-__all__ = [
-    "QuantizeError",
-    "QuantizeWarning",
-    "QuantizedLinear",
-    "convert",
-    "core",
-    "export",
-    "finish",
-    "load",
-    "load_calibration",
-    "presets",
-    "quantize",
-    "report",
-    "save",
-    "save_calibration",
-]
+__all__ = ["QuantizeError", "QuantizeWarning", "QuantizedLinear", "convert", "core", "export", "finish", "load",
+           "load_calibration", "presets", "quantize", "report", "save", "save_calibration"]  # fmt: skip

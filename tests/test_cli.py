@@ -14,7 +14,7 @@ import torch
 from quantize import QuantizeError
 from quantize.__main__ import main
 from quantize.shell.cli import commandline
-from quantize.shell.cli.demonstration import CONFIG
+from quantize.shell.cli.commandline import CONFIG
 from quantize.shell.cli.subjects import Encoder, Language
 from quantize.shell.disk import storage
 from quantize.shell.progress import progress

@@ -56,7 +56,7 @@ def test_a_schedule_is_given_with_the_options():
     ({"asymmetric": 0.0, "sequential": True}, core.gram),
 ])  # fmt: skip
 def test_the_schedule_decides_what_is_observed(given, observer):
-    assert Session(parse(config({"gptq": given})), Plan({}, {}, (), (), 0)).observer is observer
+    assert Session(parse(config({"gptq": given})), Plan({}, {}, {}, (), (), 0)).observer is observer
 
 
 def test_a_bare_string_is_one_pattern():

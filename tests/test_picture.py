@@ -12,15 +12,14 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 import quantize as qz
 from quantize.core import Scheme
 from quantize.shell.report import picture
-from quantize.shell.report.rows import Row, Skipped
-from quantize.shell.report.text import Report
+from quantize.shell.report.rows import Report, Row, Skipped, folded
 from tests.models import config, mlp, randn
 
 SKIPPED = (Skipped("lm_head", "skip_layers: 'lm_head'", asked=True), Skipped("wte", "Embedding is not an nn.Linear"))
 
 
 def draw(given):
-    return picture.draw(given.rows, given.skipped)
+    return picture.draw(folded(given.rows), given.skipped)
 
 
 def row(i, ratio=0.5, **rest):

@@ -21,7 +21,7 @@ from quantize.core import (
     round_to_nearest,
 )
 from quantize.shell.cli import commandline
-from quantize.shell.cli.demonstration import CONFIG, demonstrate
+from quantize.shell.cli.commandline import CONFIG, demonstrate
 from quantize.shell.cli.subjects import Encoder, packaged
 from tests.models import (
     TENSOR,

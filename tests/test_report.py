@@ -5,8 +5,7 @@ import math
 import pytest
 
 from quantize.core import Scheme
-from quantize.shell.report.rows import Row, Skipped, folded
-from quantize.shell.report.text import Report, table
+from quantize.shell.report.rows import Report, Row, Skipped, folded, table
 
 
 def row(*names, tokens=100, ratio=0.5, sqnr=20.0, **rest):

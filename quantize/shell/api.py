@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
 from torch import nn
@@ -19,21 +20,21 @@ from quantize.shell.deploy import loading
 from quantize.shell.deploy.layer import QuantizedLinear
 from quantize.shell.offload import keeper
 from quantize.shell.plan import Plan, plan, swap
-from quantize.shell.report.rows import share
-from quantize.shell.report.text import Report
+from quantize.shell.report.rows import Report, share
 from quantize.shell.views import release
+
+_QUANTIZED = (CalibrationLinear, QuantizedLinear)
 
 
 def quantize(model: nn.Module, config: object = None) -> None:
     """Turn ``model`` into a calibration model, in place.
 
     Run ``batch_num`` forward passes next: they compute in floating point and are observed. After the last one the
-    parameters are solved, and from then on the model computes as the quantized model would. Weight-only minmax
-    needs no batch and is solved here.
+    parameters are solved, and from then on the model computes as the quantized model would. Weight-only minmax needs no
+    batch and is solved here.
 
     Args:
-        model: any module that contains ``nn.Linear`` layers, in float16, bfloat16, float32 or float64; also one
-            that accelerate has dispatched or offloads.
+        model: any module with ``nn.Linear`` layers of a float dtype; also one that accelerate dispatched or offloads.
         config: a dict as in the README; None means ``presets.INT8_MINMAX_WEIGHT_QUANT_CFG``.
 
     Raises:
@@ -45,27 +46,18 @@ def quantize(model: nn.Module, config: object = None) -> None:
     parsed = parse(INT8_MINMAX_WEIGHT_QUANT_CFG if config is None else config)
     _check_model(model)
     for name, module in model.named_modules():
-        if isinstance(module, (CalibrationLinear, QuantizedLinear)):
+        if isinstance(module, _QUANTIZED):
             raise refusal("model", f"layer {name!r} is quantized already", "a model in floating point")
     planned = plan(model, parsed)
     _warn(planned)
     session = Session(parsed, planned)
-    layers: dict[nn.Module, CalibrationLinear] = {
-        layer: CalibrationLinear(layer, names, session) for layer, names in planned.layers.items()
-    }
+    layers = {layer: CalibrationLinear(layer, names, session) for layer, names in planned.layers.items()}
     restart(layers.values())
-    try:
-        swap(model, planned.views)
-        swap(model, layers)
-        counting.attach(model, session)
-        if parsed.algorithm.data_free:
-            solving.solve(model, [*layers.values()])
-    except BaseException:
-        counting.detach(model)
-        model.__dict__.pop(KEY, None)
-        swap(model, {new: old for old, new in layers.items()})
-        swap(model, {new: old for old, new in planned.views.items()})
-        raise
+    if parsed.algorithm.data_free:
+        solving.solve(model, [*layers.values()])
+    swap(model, planned.views)
+    swap(model, layers)
+    counting.attach(model, session)
 
 
 def finish(model: nn.Module, *, process_group: Any = None) -> None:
@@ -75,14 +67,12 @@ def finish(model: nn.Module, *, process_group: Any = None) -> None:
 
     Args:
         model: a model under calibration.
-        process_group: a group of ``torch.distributed``, for example ``torch.distributed.group.WORLD``, whose processes
-            hold the same model and all call this: what they have seen is merged, each solves a part of the layers, and
-            all end with the same bits. They may have seen different numbers of batches, none too. Sums are those of
-            one process up to their rounding, ranges the very same.
+        process_group: a group of ``torch.distributed``, such as ``torch.distributed.group.WORLD``, whose processes hold
+            the same model and all call this: what they saw, in any number of batches, is merged, each solves a part of
+            the layers, and all end with the same bits. Sums are those of one process up to rounding, ranges the same.
 
     Raises:
-        QuantizeError: a model that is not under calibration, no batch seen, or processes whose models or configs
-            differ.
+        QuantizeError: a model not under calibration, no batch seen, or processes whose models or configs differ.
     """
     _check_model(model)
     if not calibrated(model) and process_group is None:
@@ -102,8 +92,7 @@ def convert(
     The result changes by rounding only: see :func:`quantize.core.linear.fake_quantized_linear` for the bound.
 
     Args:
-        model: a model that is calibrated to the end; with ``from_state``, one in floating point, also on the meta
-            device.
+        model: one that is calibrated to the end; with ``from_state``, one in floating point, also on the meta device.
         kernel: ``'reference'``, ``'cpu'`` or ``'npu'`` for all layers; None chooses for each, by format and device.
         from_state: the ``state_dict`` of a converted model of the same architecture; it needs neither float weights
             nor calibration. Tensors go to the devices of the model, and from the meta device to their own.
@@ -117,35 +106,30 @@ def convert(
     """
     _check_model(model)
     loading.check_kernel(kernel)
-    kept = from_state is None and any(keeper(layer) is not None for layer in calibrated(model))
-    if offload not in ((True, False) if kept else (False,)):
+    layers = [] if from_state is not None else calibrated(model)
+    if offload not in ((True, False) if any(map(keeper, layers)) else (False,)):
         raise refusal("offload", shown(offload), "False, or True for a calibrated model that accelerate offloads")
     if from_state is not None:
         loading.convert(model, from_state, kernel)
         return
-    layers = _deployed(model, kernel, offload)
-    loading.check_served(layers.values(), kernel)
-    swap(model, layers)
-    release(model)
-    counting.detach(model)
-    loading.carry_hidden(model)
-
-
-def _deployed(model: nn.Module, kernel: str | None, kept: bool) -> dict[nn.Module, QuantizedLinear]:
-    layers = calibrated(model)
     if not layers:
         raise refusal("model", "not calibrated", "a model after quantize(model, config) and its forward passes")
     for layer in layers:
-        seen, wanted = layer.session.seen, layer.session.config.batch_num
-        where = f"layer {layer.names[0]!r}"
-        if not layer.active and seen < wanted:
-            told = f"{seen} of {wanted} batches seen"
-            raise refusal(where, told, f"{wanted - seen} more forward passes of the whole model, or finish(model)")
+        missing = layer.session.config.batch_num - layer.session.seen
         if not layer.active:
-            raise refusal(where, "solving was interrupted", "a model after finish(model)")
+            told, wanted = "solving was interrupted", "a model after finish(model)"
+            if missing > 0:
+                told = f"{layer.session.seen} of {layer.session.config.batch_num} batches seen"
+                wanted = f"{missing} more forward passes of the whole model, or finish(model)"
+            raise refusal(f"layer {layer.names[0]!r}", told, wanted)
     if model in layers:
         raise refusal("model", "the layer itself: nothing holds it", "a model that contains the layer")
-    return {layer: layer.deployed(kernel, kept=kept) for layer in layers}
+    deployed = {layer: layer.deployed(kernel, kept=offload) for layer in layers}
+    loading.check_served(deployed.values(), kernel)
+    swap(model, deployed)
+    release(model)
+    counting.detach(model)
+    loading.carry_hidden(model)
 
 
 def report(model: nn.Module) -> Report:
@@ -155,17 +139,13 @@ def report(model: nn.Module) -> Report:
         QuantizeError: a model without any quantized layer.
     """
     _check_model(model)
-    rows = [module.record() for module in model.modules() if isinstance(module, (CalibrationLinear, QuantizedLinear))]
+    rows = tuple(module.record() for module in model.modules() if isinstance(module, _QUANTIZED))
     if not rows:
         raise refusal("model", "not quantized", "a model after quantize(model, config)")
     found = [module.__dict__[KEY] for module in model.modules() if KEY in module.__dict__]
-    return Report(
-        tuple(rows),
-        tuple(skipped for each in found for skipped in each.skipped),
-        tuple(word for each in found for word in each.unmatched),
-        tuple(remark for each in found for remark in each.remarks),
-        sum(each.elements for each in found),
-    )
+    told: dict[str, Any] = {key: tuple(chain(*(getattr(session, key) for session in found)))
+                            for key in ("skipped", "unmatched", "remarks")}  # fmt: skip
+    return Report(rows, **told, elements=sum(session.elements for session in found))
 
 
 def _check_model(model: object) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import difflib
 import reprlib
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import Any
 
 from quantize.core.algorithms import ALGORITHMS, Algorithm, LayerSpec
 from quantize.core.algorithms.base import BaseOptions, option
@@ -14,6 +14,12 @@ from quantize.core.scheme import Scheme
 
 MAX_BATCHES = 2**32 - 1
 _BITS = {"int8": 8, "int4": 4}
+# What is accepted in a weights or an inputs entry, by key. A group_size stands beside strategy 'group' alone.
+_WEIGHTS = {"type": ("int8", "int4"), "symmetric": (True, False), "strategy": ("tensor", "channel", "group")}
+_INPUTS = {"type": ("int8",), "symmetric": (True, False), "strategy": ("tensor", "token")}
+# int8 x int8 is what the matmuls of this library accumulate; a scale or zero point inside the sum would not leave it.
+_BESIDE_INPUTS = {"type": ("int8",), "symmetric": (True,), "strategy": ("tensor", "channel")}
+_SIZE = "an int, a multiple of 32, at least 32 and below the layer's in_features, with strategy 'group' only"
 _FOLD = "True or False; True without sequential"
 
 
@@ -72,20 +78,48 @@ class Config:
         return ALGORITHMS[self.name].algorithm(self.spec, self.options)
 
 
-class _Key(NamedTuple):
-    """What a key of a dict accepts, as text and test; a key without a default is required."""
+def parse(config: object) -> Config:
+    """Check the whole of ``config`` against the table in the README.
 
-    accepted: str = ""
-    fits: Callable[[Any], bool] = lambda value: True
-    default: Any = ...
+    Raises:
+        QuantizeError: for the first thing that is not accepted; it names the key, the value and what is accepted.
+    """
+    top = _dict("config", config, "quant_cfg", "algorithm", optional=("batch_num", "skip_layers"))
+    batch_num, words = top.get("batch_num", 1), top.get("skip_layers")
+    # bool is an int to Python, and never meant as one here.
+    if type(batch_num) is not int or not 1 <= batch_num <= MAX_BATCHES:
+        raise refusal("batch_num", shown(batch_num), f"an int from 1 to {MAX_BATCHES}")
+    if not _are_words(words):
+        raise refusal("skip_layers", shown(words), "None, a non-empty string, or a collection of non-empty strings")
+    cfg = _dict("quant_cfg", top["quant_cfg"], "weights", optional=("inputs",))
+    inputs = None if cfg.get("inputs") is None else _scheme("quant_cfg.inputs", cfg["inputs"], _INPUTS)
+    spec = LayerSpec(_scheme("quant_cfg.weights", cfg["weights"], _BESIDE_INPUTS if inputs else _WEIGHTS), inputs)
+    skip_layers = (words,) if isinstance(words, str) else tuple(sorted(set(words or ())))
+    return Config(batch_num, spec, *_algorithm(spec, top["algorithm"]), skip_layers)
 
 
-def _word(*words: str, when: str = "") -> _Key:
-    return _Key(_listed(words) + when, lambda value: isinstance(value, str) and value in words)
+def _dict(where: str, value: Any, *required: str, optional: Collection[str] = ()) -> Mapping[str, Any]:
+    """``value``, a dict of the ``required`` keys and any of the ``optional`` ones."""
+    accepted = f"a dict with {_listed((*required, *optional)) or 'no keys'}"
+    if not isinstance(value, Mapping):
+        raise refusal(where, shown(value), accepted)
+    for key in value:
+        _known(where, "key", key, (*required, *optional))
+    for key in required:
+        if key not in value:
+            raise refusal(f"{where}.{key}".removeprefix("config."), "missing", accepted)
+    return value
 
 
-def _listed(words: Iterable[str]) -> str:
-    return ", ".join(repr(word) for word in words)
+def _known(where: str, what: str, name: object, known: Collection[str]) -> None:
+    if not isinstance(name, str) or name not in known:
+        close = difflib.get_close_matches(name, known, n=1) if isinstance(name, str) else []
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise refusal(where, f"unknown {what} {shown(name)}", f"{_listed(known) or 'none'}{hint}")
+
+
+def _listed(words: Iterable[object]) -> str:
+    return ", ".join(map(repr, words))
 
 
 def _are_words(value: Any) -> bool:
@@ -97,64 +131,14 @@ def _are_words(value: Any) -> bool:
         return False
 
 
-# bool is an int to Python, and never meant as one here.
-_BATCH_NUM = _Key(f"an int from 1 to {MAX_BATCHES}", lambda v: type(v) is int and 1 <= v <= MAX_BATCHES, 1)
-_SKIP_LAYERS = _Key("None, a non-empty string, or a collection of non-empty strings", _are_words, None)
-_SYMMETRIC = _Key("True or False", lambda value: isinstance(value, bool))
-_SIZE = "an int, a multiple of 32, at least 32 and below the layer's in_features, with strategy 'group' only"
-_INPUTS = {"type": _word("int8"), "symmetric": _SYMMETRIC, "strategy": _word("tensor", "token")}
-_WEIGHTS = {"type": _word("int8", "int4"), "symmetric": _SYMMETRIC, "strategy": _word("tensor", "channel", "group")}
-# int8 x int8 is what the matmuls of this library accumulate; a scale or zero point inside the sum would not leave it.
-_BESIDE_INPUTS = {
-    "type": _word("int8", when=" with quant_cfg.inputs"),
-    "symmetric": _Key("True with quant_cfg.inputs", lambda value: value is True),
-    "strategy": _word("tensor", "channel", when=" with quant_cfg.inputs"),
-}
-
-
-def parse(config: object) -> Config:
-    """Check the whole of ``config`` against the table in the README.
-
-    Raises:
-        QuantizeError: for the first thing that is not accepted; it names the key, the value and what is accepted.
-    """
-    top = _read("config", config, quant_cfg=_Key(), algorithm=_Key(), batch_num=_BATCH_NUM, skip_layers=_SKIP_LAYERS)
-    schemes = _read("quant_cfg", top["quant_cfg"], weights=_Key(), inputs=_Key(default=None))
-    inputs = None if schemes["inputs"] is None else _scheme("quant_cfg.inputs", schemes["inputs"], **_INPUTS)
-    keys = {**(_WEIGHTS if inputs is None else _BESIDE_INPUTS), "group_size": _Key(default=None)}
-    spec = LayerSpec(_scheme("quant_cfg.weights", schemes["weights"], **keys), inputs)
-    words = top["skip_layers"] or ()
-    skip_layers = (words,) if isinstance(words, str) else tuple(sorted(set(words)))
-    return Config(top["batch_num"], spec, *_algorithm(spec, top["algorithm"]), skip_layers)
-
-
-def _read(where: str, value: object, **keys: _Key) -> dict[str, Any]:
-    """The value of every key in the dict ``value``, checked."""
-    accepted = f"a dict with {_listed(keys) or 'no keys'}"
-    if not isinstance(value, Mapping):
-        raise refusal(where, shown(value), accepted)
-    for key in value:
-        _known(where, "key", key, keys)
-    found = {name: value.get(name, key.default) for name, key in keys.items()}
-    for name, key in keys.items():
-        place = name if where == "config" else f"{where}.{name}"
-        if found[name] is ...:
-            raise refusal(place, "missing", accepted)
-        if not key.fits(found[name]):
-            raise refusal(place, shown(found[name]), key.accepted)
-    return found
-
-
-def _known(where: str, what: str, name: object, known: Collection[str]) -> None:
-    if isinstance(name, str) and name in known:
-        return
-    close = difflib.get_close_matches(name, known, n=1) if isinstance(name, str) else []
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    raise QuantizeError(f"{where}: unknown {what} {shown(name)}; accepted: {_listed(known) or 'none'}{hint}")
-
-
-def _scheme(where: str, value: object, **keys: _Key) -> Scheme:
-    given = _read(where, value, **keys)
+def _scheme(where: str, value: object, accepted: Mapping[str, tuple[Any, ...]]) -> Scheme:
+    """The format that the entry ``value``, at ``where`` in the config, asks for."""
+    given = _dict(where, value, *accepted, optional=() if accepted is _INPUTS else ("group_size",))
+    for key, words in accepted.items():
+        if not (isinstance(given[key], type(words[0])) and given[key] in words):
+            told = " or ".join(map(str, words)) if key == "symmetric" else _listed(words)
+            beside = " with quant_cfg.inputs" * (accepted is _BESIDE_INPUTS)
+            raise refusal(f"{where}.{key}", shown(given[key]), told + beside)
     size = given.get("group_size")
     grouped = type(size) is int and size >= 32 and size % 32 == 0
     if not (grouped if given["strategy"] == "group" else size is None):
@@ -171,18 +155,16 @@ def _algorithm(spec: LayerSpec, value: object) -> tuple[str, Any, Schedule]:
     _known("algorithm", "name", name, ALGORITHMS)
     fitting = [each for each, module in ALGORITHMS.items() if (spec.inputs is not None) in module.QUANTIZES_INPUTS]
     if name not in fitting:
-        raise refusal(
-            "algorithm", shown(name), f"{_listed(fitting)} {'with' if spec.inputs else 'without'} quant_cfg.inputs"
-        )
+        beside = f"{'with' if spec.inputs else 'without'} quant_cfg.inputs"
+        raise refusal("algorithm", shown(name), f"{_listed(fitting)} {beside}")
     where, module = f"algorithm.{name}", ALGORITHMS[name]
     given = {} if not isinstance(value, Mapping) or value[name] is None else value[name]
     # Options and schedule are given in one dict; a schedule where it changes anything.
     own, usual = [f.name for f in fields(module.Options)], module.algorithm(spec, module.Options())
-    shells = ["sequential"] * (not usual.data_free) + ["fold"] * (usual.scale is not None)
-    _read(where, given, **dict.fromkeys([*own, *shells], _Key(default=None)))
+    _dict(where, given, optional=own + ["sequential"] * (not usual.data_free) + ["fold"] * (usual.scale is not None))
     try:
-        options = module.Options(**{key: given[key] for key in own if key in given})
+        options = module.Options(**{key: given[key] for key in given if key in own})
         default = {"sequential": module.algorithm(spec, options).paired is not None}
-        return name, options, Schedule(**default | {key: given[key] for key in shells if key in given})
+        return name, options, Schedule(**default | {key: given[key] for key in given if key not in own})
     except ValueError as error:
         raise QuantizeError(f"{where}.{error}") from None

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
+from quantize.core import LayerSpec
 from quantize.shell import offload
 from quantize.shell.config import Config, refusal
 from quantize.shell.report.rows import Skipped, share
@@ -26,12 +28,13 @@ _REPLACED = "its forward is replaced on the instance"
 class Plan:
     """What :func:`plan` found: the ``layers`` to quantize, each with all names that it will have in the model.
 
-    ``views``: what to put in the place of modules first, so that their weights are such layers; see :mod:`.views`.
-    ``unmatched``: entries of ``skip_layers`` that match no module with a weight matrix. ``elements``: those of all
-    weight matrices of the model, each tensor counted once.
+    ``specs``: the format of each, by first name. ``views``: what to put in the place of modules first, so that their
+    weights are such layers; see :mod:`.views`. ``unmatched``: entries of ``skip_layers`` that match no module with a
+    weight matrix. ``elements``: those of all weight matrices of the model, each tensor counted once.
     """
 
     layers: Mapping[nn.Linear, tuple[str, ...]]
+    specs: Mapping[str, LayerSpec]
     views: Mapping[nn.Module, nn.Module]
     skipped: tuple[Skipped, ...]
     unmatched: tuple[str, ...]
@@ -41,8 +44,7 @@ class Plan:
 def plan(model: nn.Module, config: Config) -> Plan:
     """Decide for every module with a weight matrix; nothing is changed.
 
-    Raises:
-        QuantizeError: nothing to quantize, or a weight with NaN or inf, or parameters that cannot be read.
+    Refuses a model without anything to quantize, and layers as :func:`check_parameters`.
     """
     names: dict[nn.Module, list[str]] = {}
     views: dict[nn.Module, nn.Module] = {}
@@ -52,36 +54,33 @@ def plan(model: nn.Module, config: Config) -> Plan:
               for owner, children in _READ_DIRECTLY.items() if isinstance(module, owner)
               for child in children}  # fmt: skip
     total = sum(p.numel() for p in model.parameters() if p.ndim >= 2)
-    layers: dict[nn.Linear, tuple[str, ...]] = {}
-    skipped: list[Skipped] = []
-    matched, counted = set[str](), set[nn.Parameter]()
+    layers, specs = dict[nn.Linear, tuple[str, ...]](), dict[str, LayerSpec]()
+    skipped, matched, counted = list[Skipped](), set[str](), set[nn.Parameter]()
     for module, all_names in names.items():
         matrices = {p for p in module.parameters(recurse=False) if p.ndim >= 2}
         if not matrices and not isinstance(module, nn.Linear):
             continue
+        spec = config.spec
         asked = [word for word in config.skip_layers if any(word in name for name in all_names)]
         matched.update(asked)
-        reason = _reason(module, all_names, config, owners.get(module), total)
-        if asked:
-            reason = f"skip_layers: {asked[0]!r}"
+        reason = f"skip_layers: {asked[0]!r}" if asked else _reason(module, all_names, spec, owners.get(module), total)
         if reason is not None:
             for name in all_names:
                 skipped.append(Skipped(name, reason, bool(asked), sum(p.numel() for p in matrices - counted)))
                 counted |= matrices
         elif isinstance(module, nn.Linear):
-            layers[module] = tuple(all_names)
-    unmatched = tuple(word for word in config.skip_layers if word not in matched)
+            layers[module], specs[all_names[0]] = tuple(all_names), spec
+            check_parameters(all_names[0], module)
     if not layers:
         found = "; ".join(f"{s.name or type(model).__name__!r}: {s.reason}" for s in skipped) or "no weight matrix"
         raise refusal("model", f"nothing to quantize ({found})", "a model that contains an nn.Linear")
-    for layer, (name, *_) in layers.items():
-        check_parameters(name, layer)
     # A module of which nothing is quantized stays as it is.
     views = {old: new for old, new in views.items() if any(module in layers for module in new.modules())}
-    return Plan(layers, views, tuple(skipped), unmatched, total)
+    unmatched = tuple(word for word in config.skip_layers if word not in matched)
+    return Plan(layers, specs, views, tuple(skipped), unmatched, total)
 
 
-def swap(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
+def swap(model: nn.Module, replacements: Mapping[Any, nn.Module]) -> None:
     """Put every replacement in the place of its original, under all names."""
     for parent in list(model.modules()):
         for key, child in parent._modules.items():
@@ -90,11 +89,7 @@ def swap(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
 
 
 def check_parameters(name: str, layer: nn.Module) -> None:
-    """Refuse a weight with NaN or inf, which has no scale, and parameters that lie apart or cannot be read.
-
-    Raises:
-        QuantizeError: it names the layer.
-    """
+    """Refuse a weight with NaN or inf, which has no scale, and parameters that lie apart or cannot be read."""
     weight, bias = offload.weight(layer, name), offload.bias(layer, name)
     if not bool(torch.isfinite(weight).all()):
         raise refusal(f"layer {name!r}", "a weight with NaN or inf", "finite weights, or the layer in skip_layers")
@@ -103,18 +98,18 @@ def check_parameters(name: str, layer: nn.Module) -> None:
         raise refusal(f"layer {name!r}", told, "one device for both, or the layer in skip_layers")
 
 
-def _reason(module: nn.Module, names: list[str], config: Config, owner: str | None, total: int) -> str | None:
+def _reason(module: nn.Module, names: list[str], spec: LayerSpec, owner: str | None, total: int) -> str | None:
+    kind = type(module).__name__
     if owner is not None:
         return f"its owner, {owner}, reads the weight without calling the layer"
-    kind = type(module).__name__
     if not isinstance(module, nn.Linear):
-        # Experts of a class of their own may be most of a model; those of torch's convolutions are no experts.
-        stacked = sum(p.numel() for p in module.parameters(recurse=False) if p.ndim == 3)
-        told = f": its 3-D parameters, such as those of experts, are {share(stacked, total)}"
         wrong = f"{kind} is not an nn.Linear"
         if "forward" in module.__dict__ and known(module):
             wrong = _REPLACED + ", by a hook of accelerate" * offload.dispatched(module)
-        return f"{wrong}{told * (stacked > 0 and not module.__module__.startswith('torch.'))}"
+        # Experts of a class of their own may be most of a model; those of torch's convolutions are no experts.
+        stacked = sum(p.numel() for p in module.parameters(recurse=False) if p.ndim == 3)
+        told = f": its 3-D parameters, such as those of experts, are {share(stacked, total)}"
+        return wrong + told * (stacked > 0 and not module.__module__.startswith("torch."))
     if type(module) is not nn.Linear:
         return f"{kind} is a subclass of nn.Linear: its forward may do something else"
     if "" in names:
@@ -129,7 +124,7 @@ def _reason(module: nn.Module, names: list[str], config: Config, owner: str | No
         return f"its weight is {module.weight.dtype}"
     if module.weight.is_meta and offload.keeper(module) is None:
         return "its weight is on the meta device, without data"
-    size = config.spec.weight.group_size
+    size = spec.weight.group_size
     if size is not None and size >= module.weight.shape[1]:
         return f"group_size {size} is not below in_features {module.weight.shape[1]}"
     return None

@@ -22,6 +22,7 @@ from quantize.shell.fold.producers import Foldable
 from quantize.shell.modes import undisturbed, untracked
 from quantize.shell.plan import check_parameters
 from quantize.shell.progress import layers_progress
+from quantize.shell.report.rows import folded, span
 
 
 def unsolved(model: nn.Module) -> list[CalibrationLinear]:
@@ -96,7 +97,8 @@ def solve(model: nn.Module, layers: list[CalibrationLinear], ranks: Ranks | None
     if idle:
         few = max(layer.tokens for layer in idle)
         reached = f"fewer than {layers[0].session.algorithm.fewest} tokens reached" if few else "no token reached"
-        names = ", ".join(f"{layer.names[0]} ({layer.tokens})" if few else layer.names[0] for layer in idle)
+        told = [(title, span(layer.tokens for layer in group)) for title, group in folded(idle, type)]
+        names = ", ".join(f"{title} ({tokens})" if few else title for title, tokens in told)
         message = f"{reached} {len(idle)} of {len(layers)} layers, which fall back to minmax: {names}"
         warnings.warn(message, QuantizeWarning, stacklevel=2)
 

