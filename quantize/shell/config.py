@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import fnmatch
+import functools
+import re
 import reprlib
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 from quantize.core.algorithms import ALGORITHMS, Algorithm, LayerSpec
 from quantize.core.algorithms.base import BaseOptions, option
@@ -17,8 +20,8 @@ _BITS = {"int8": 8, "int4": 4}
 # What is accepted in a weights or an inputs entry, by key. A group_size stands beside strategy 'group' alone.
 _WEIGHTS = {"type": ("int8", "int4"), "symmetric": (True, False), "strategy": ("tensor", "channel", "group")}
 _INPUTS = {"type": ("int8",), "symmetric": (True, False), "strategy": ("tensor", "token")}
-# int8 x int8 is what the matmuls of this library accumulate; a scale or zero point inside the sum would not leave it.
-_BESIDE_INPUTS = {"type": ("int8",), "symmetric": (True,), "strategy": ("tensor", "channel")}
+_PATTERN = re.compile(r".*\*.*\.(weights|inputs)", re.DOTALL)
+_PATTERNS = ", and keys with a '*' that end in '.weights' or '.inputs'"
 _SIZE = "an int, a multiple of 32, at least 32 and below the layer's in_features, with strategy 'group' only"
 _FOLD = "True or False; True without sequential"
 
@@ -61,21 +64,63 @@ class Schedule(BaseOptions):
             raise ValueError(f"fold: True with sequential; accepted: {_FOLD}")
 
 
+class Format(NamedTuple):
+    """An entry of ``quant_cfg``: the format of a ``part``, weights or inputs, of the layers that ``pattern`` matches.
+
+    ``pattern`` is None for the global entry; ``scheme`` None leaves inputs in floating point.
+    """
+
+    part: str
+    pattern: str | None
+    scheme: Scheme | None
+
+    def matches(self, names: Iterable[str]) -> bool:
+        """Whether one of the ``names`` of a layer fits the pattern."""
+        return self.pattern is None or any(fnmatch.fnmatchcase(name, self.pattern) for name in names)
+
+    def __str__(self) -> str:
+        return self.part if self.pattern is None else f"{self.pattern}.{self.part}"
+
+
 @dataclass(frozen=True)
 class Config:
     """A config that passed every check."""
 
     batch_num: int
-    spec: LayerSpec
+    formats: tuple[Format, ...]
     name: str
     options: Any
     schedule: Schedule
     skip_layers: tuple[str, ...]
 
+    def spec(self, names: Iterable[str]) -> LayerSpec | None:
+        """The format of a layer with these ``names``; None where no entry gives its weights one.
+
+        Raises:
+            QuantizeError: a combination that no layer can have; it names the layer.
+        """
+        names = tuple(names)
+        chosen = {each.part: each.scheme for each in self.formats if each.matches(names)}
+        if chosen.get("weights") is None:
+            return None
+        spec = LayerSpec(chosen["weights"], chosen.get("inputs"))
+        _check(f"layer {names[0]!r}, ", self.name, spec)
+        return spec
+
+    def algorithm(self, spec: LayerSpec) -> Algorithm:
+        """The algorithm called ``name``, closed over a format and the options."""
+        return _algorithm(self.name, spec, self.options)
+
     @property
-    def algorithm(self) -> Algorithm:
-        """The algorithm called ``name``, closed over format and options."""
-        return ALGORITHMS[self.name].algorithm(self.spec, self.options)
+    def data_free(self) -> bool:
+        """Whether every layer is solved without a batch, whatever the entries match."""
+        inputs = {each.scheme for each in self.formats if each.part == "inputs"} or {None}
+        return all(self.algorithm(LayerSpec(Scheme(), each)).data_free for each in inputs)
+
+
+@functools.cache
+def _algorithm(name: str, spec: LayerSpec, options: Any) -> Algorithm:
+    return ALGORITHMS[name].algorithm(spec, options)
 
 
 def parse(config: object) -> Config:
@@ -91,20 +136,45 @@ def parse(config: object) -> Config:
         raise refusal("batch_num", shown(batch_num), f"an int from 1 to {MAX_BATCHES}")
     if not _are_words(words):
         raise refusal("skip_layers", shown(words), "None, a non-empty string, or a collection of non-empty strings")
-    cfg = _dict("quant_cfg", top["quant_cfg"], "weights", optional=("inputs",))
-    inputs = None if cfg.get("inputs") is None else _scheme("quant_cfg.inputs", cfg["inputs"], _INPUTS)
-    spec = LayerSpec(_scheme("quant_cfg.weights", cfg["weights"], _BESIDE_INPUTS if inputs else _WEIGHTS), inputs)
+    formats = _formats(top["quant_cfg"])
+    name, given = _named(top["algorithm"])
+    usual = {each.part: each.scheme for each in formats if each.pattern is None}
+    if "weights" in usual:
+        _check("", name, LayerSpec(usual["weights"], usual.get("inputs")))
     skip_layers = (words,) if isinstance(words, str) else tuple(sorted(set(words or ())))
-    return Config(batch_num, spec, *_algorithm(spec, top["algorithm"]), skip_layers)
+    quantizes_inputs = any(each.part == "inputs" and each.scheme is not None for each in formats)
+    return Config(batch_num, formats, name, *_options(name, given, quantizes_inputs), skip_layers)
 
 
-def _dict(where: str, value: Any, *required: str, optional: Collection[str] = ()) -> Mapping[str, Any]:
-    """``value``, a dict of the ``required`` keys and any of the ``optional`` ones."""
-    accepted = f"a dict with {_listed((*required, *optional)) or 'no keys'}"
+def _formats(value: Any) -> tuple[Format, ...]:
+    """The entries of ``quant_cfg``: the global ones first, then those with a pattern as they are given."""
+    keys = value if isinstance(value, Mapping) else ()
+    patterns = [key for key in keys if isinstance(key, str) and _PATTERN.fullmatch(key)]
+    needed = [] if any(key.endswith(".weights") for key in patterns) else ["weights"]
+    _dict("quant_cfg", value, *needed, optional=["weights", "inputs"][len(needed) :], patterns=patterns)
+    found = []
+    for key in ("weights", "inputs", *patterns):
+        pattern, _, part = key.rpartition(".")
+        entry = value.get(key)
+        if entry is None and not pattern:
+            continue
+        off = part == "inputs" and isinstance(entry, Mapping) and dict(entry) == {"enable_quant": False}
+        where = f"quant_cfg.{key!r}" if pattern else f"quant_cfg.{key}"
+        scheme = None if off else _scheme(where, entry, _INPUTS if part == "inputs" else _WEIGHTS)
+        found.append(Format(part, pattern or None, scheme))
+    return tuple(found)
+
+
+def _dict(
+    where: str, value: Any, *required: str, optional: Collection[str] = (), patterns: Collection[str] | None = None
+) -> Mapping[str, Any]:
+    """``value``, a dict of the ``required`` keys and any of the ``optional`` ones, and of ``patterns``."""
+    accepted = f"a dict with {_listed((*required, *optional)) or 'no keys'}" + _PATTERNS * (patterns is not None)
     if not isinstance(value, Mapping):
         raise refusal(where, shown(value), accepted)
     for key in value:
-        _known(where, "key", key, (*required, *optional))
+        if key not in (patterns or ()):
+            _known(where, "key", key, (*required, *optional))
     for key in required:
         if key not in value:
             raise refusal(f"{where}.{key}".removeprefix("config."), "missing", accepted)
@@ -137,8 +207,7 @@ def _scheme(where: str, value: object, accepted: Mapping[str, tuple[Any, ...]]) 
     for key, words in accepted.items():
         if not (isinstance(given[key], type(words[0])) and given[key] in words):
             told = " or ".join(map(str, words)) if key == "symmetric" else _listed(words)
-            beside = " with quant_cfg.inputs" * (accepted is _BESIDE_INPUTS)
-            raise refusal(f"{where}.{key}", shown(given[key]), told + beside)
+            raise refusal(f"{where}.{key}", shown(given[key]), told)
     size = given.get("group_size")
     grouped = type(size) is int and size >= 32 and size % 32 == 0
     if not (grouped if given["strategy"] == "group" else size is None):
@@ -146,25 +215,35 @@ def _scheme(where: str, value: object, accepted: Mapping[str, tuple[Any, ...]]) 
     return Scheme(_BITS[given["type"]], given["symmetric"], given["strategy"], size)
 
 
-def _algorithm(spec: LayerSpec, value: object) -> tuple[str, Any, Schedule]:
+def _named(value: Any) -> tuple[str, Any]:
+    """The name of the algorithm, and what its options are given as."""
     names = list(value) if isinstance(value, (Mapping, set, frozenset, list, tuple)) else [value]
     if len(names) != 1 or not isinstance(names[0], str):
         accepted = "as a name, a collection of one name, or a dict of one name to options"
         raise refusal("algorithm", shown(value), f"one of {_listed(ALGORITHMS)}, {accepted}")
-    (name,) = names
-    _known("algorithm", "name", name, ALGORITHMS)
+    _known("algorithm", "name", names[0], ALGORITHMS)
+    return names[0], {} if not isinstance(value, Mapping) or value[names[0]] is None else value[names[0]]
+
+
+def _check(where: str, name: str, spec: LayerSpec) -> None:
+    """Refuse a combination of formats and algorithm that no layer can have; errors begin with ``where``."""
+    if spec.inputs is not None and spec.weight.strategy == "group":
+        raise refusal(f"{where}quant_cfg.weights.strategy", "'group'", "'tensor', 'channel' with quant_cfg.inputs")
     fitting = [each for each, module in ALGORITHMS.items() if (spec.inputs is not None) in module.QUANTIZES_INPUTS]
     if name not in fitting:
         beside = f"{'with' if spec.inputs else 'without'} quant_cfg.inputs"
-        raise refusal("algorithm", shown(name), f"{_listed(fitting)} {beside}")
+        raise refusal(f"{where}algorithm", shown(name), f"{_listed(fitting)} {beside}")
+
+
+def _options(name: str, given: Any, quantizes_inputs: bool) -> tuple[Any, Schedule]:
+    """Options and schedule, which are given in one dict; a schedule where it changes anything."""
     where, module = f"algorithm.{name}", ALGORITHMS[name]
-    given = {} if not isinstance(value, Mapping) or value[name] is None else value[name]
-    # Options and schedule are given in one dict; a schedule where it changes anything.
+    spec = LayerSpec(Scheme(), Scheme(strategy="tensor") if quantizes_inputs else None)
     own, usual = [f.name for f in fields(module.Options)], module.algorithm(spec, module.Options())
     _dict(where, given, optional=own + ["sequential"] * (not usual.data_free) + ["fold"] * (usual.scale is not None))
     try:
         options = module.Options(**{key: given[key] for key in given if key in own})
         default = {"sequential": module.algorithm(spec, options).paired is not None}
-        return name, options, Schedule(**default | {key: given[key] for key in given if key not in own})
+        return options, Schedule(**default | {key: given[key] for key in given if key not in own})
     except ValueError as error:
         raise QuantizeError(f"{where}.{error}") from None
