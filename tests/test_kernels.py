@@ -358,7 +358,7 @@ def test_packed_codes_come_back_in_both_known_orders():
         # Row d of a block below, row d + block / 2 above, column by column.
         rows = (codes + 8).to(torch.uint8).view(-1, 2, block // 2, 64)
         words = (rows[:, 0] | rows[:, 1] << 4).transpose(1, 2).contiguous()
-        assert torch.equal(cpu.unpack(words), codes)
+        assert torch.equal(cpu.rows(words), codes)
 
 
 @pytest.mark.parametrize("scheme", [Scheme(), Scheme(4, True, "group", 64)], ids=scheme_id)

@@ -65,7 +65,7 @@ class QuantizedLinear(nn.Module):
         self.out_features, self.in_features = n, c = solved.weight.codes.shape
         self.layout = Layout(LayerSpec(solved.weight.scheme, solved.inputs), n, c, dtype)
         with torch.no_grad():
-            held = KERNELS[self.kernel].prepare(solved, self.bias, dtype)
+            held = KERNELS[self.kernel].prepare(solved, dtype)
             held = held if away is None else away.put(held)
         for name in self._kept:
             delattr(self, name)
@@ -76,7 +76,7 @@ class QuantizedLinear(nn.Module):
     @property
     def solution(self) -> Solution:
         """The tensors of this layer as the core's value."""
-        return KERNELS[self.kernel].restore(self._held(), self.layout)
+        return reference.restore(self._held(), self.layout, KERNELS[self.kernel].unpack)
 
     @property
     def weight(self) -> Tensor:

@@ -53,7 +53,7 @@ def obstacle(solved: Solution, _bias: Tensor | None, dtype: torch.dtype) -> str 
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
-def prepare(solved: Solution, _bias: Tensor | None, dtype: torch.dtype) -> dict[str, Tensor]:
+def prepare(solved: Solution, dtype: torch.dtype) -> dict[str, Tensor]:
     """See :class:`.Kernel`; the exact scales stay beside those of the operators."""
     weight, held = solved.weight, reference.parameters(solved)
     (n, c), scale = weight.codes.shape, weight.scale.to(torch.bfloat16)
@@ -74,22 +74,20 @@ def prepare(solved: Solution, _bias: Tensor | None, dtype: torch.dtype) -> dict[
     return held
 
 
-def restore(held: Mapping[str, Tensor], layout: Layout) -> Solution:
+def unpack(held: Mapping[str, Tensor], _layout: Layout) -> Tensor:
     """See :class:`.Kernel`."""
-    return reference.restore(held, layout, unpack(held["codes"]) if "scale_and_zero" in held else None)
+    return rows(held["codes"]) if "scale_and_zero" in held else held["codes"]
 
 
 def forward(x: Tensor, held: Mapping[str, Tensor], layout: Layout, bias: Tensor | None) -> Tensor:
     """See :class:`.Kernel`."""
     if layout.spec.inputs is not None or x.dtype != layout.dtype:
-        return reference.compute(x, restore(held, layout), bias, matmul=operators.int_mm)
+        return reference.compute(x, reference.restore(held, layout, unpack), bias, matmul=operators.int_mm)
     tokens = linear.smooth(x.reshape(-1, layout.c), held.get("smoothing")).to(x.dtype)
-    if "row_scale" in held:
-        y = _int8(tokens, held, layout, bias)
-    elif "scale_and_zero" in held:
-        y = _int4(tokens, held, layout, bias)
+    if layout.dtype == torch.bfloat16:
+        y = _int4(tokens, held, layout, bias) if "scale_and_zero" in held else _int8(tokens, held, layout, bias)
     else:
-        y = fixed_point_linear(tokens, restore(held, layout).weight, bias).to(x.dtype)
+        y = fixed_point_linear(tokens, reference.restore(held, layout, unpack).weight, bias).to(x.dtype)
     return y.reshape(*x.shape[:-1], layout.n)
 
 
@@ -118,7 +116,7 @@ def _int4(x: Tensor, held: Mapping[str, Tensor], layout: Layout, bias: Tensor | 
     return torch.nn.functional.linear(x, weight, bias)
 
 
-def unpack(words: Tensor) -> Tensor:
+def rows(words: Tensor) -> Tensor:
     """The int8 codes ``[n, c]`` of words ``[n / block, c, block / 2]``, as the int4 operator takes them.
 
     ``block`` rows lie together, column by column; a byte has row ``d`` below and row ``d + block / 2`` above.
@@ -133,11 +131,11 @@ def _columns(words: Tensor) -> Tensor:
 
 @functools.cache
 def block_rows() -> int:
-    """How many rows torch packs together on this processor; 0 where it is not as :func:`unpack` knows it."""
+    """How many rows torch packs together on this processor; 0 where it is not as :func:`rows` knows it."""
     random = torch.Generator("cpu").manual_seed(0)
     codes = torch.randint(-8, 8, (64, 32), generator=random, dtype=torch.int8, device="cpu")
     words = torch._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32) + 8, 1)
-    known = (block for block in (64, 32) if torch.equal(unpack(words.view(-1, 32, block // 2)), codes))
+    known = (block for block in (64, 32) if torch.equal(rows(words.view(-1, 32, block // 2)), codes))
     return next(known, 0)
 
 

@@ -40,13 +40,13 @@ def obstacle(solved: Solution, bias: Tensor | None, dtype: torch.dtype) -> str |
 def _values(solved: Solution, bias: Tensor | None, dtype: torch.dtype) -> str | None:
     """Which numbers the operators cannot hold, of a layer in a format that they take."""
     if solved.static is None:
-        scale = solved.weight.scale if solved.inputs is None else solved.smoothing
-        scale = scale if scale is None or solved.inputs is None else 1 / scale
+        factors = None if solved.smoothing is None else 1 / solved.smoothing
+        scale = solved.weight.scale if solved.inputs is None else factors
         # Below the normal range of a dtype, rounding to it loses more than this.
         if scale is None or ((scale.to(dtype).to(scale.dtype) - scale).abs() <= 2.0**-8 * scale).all():
             return None
         return f"scales from {scale.min().item():.3g} to {scale.max().item():.3g} do not fit {dtype}"
-    held, folded = prepare(solved, bias, dtype), linear.integer_bias(solved.weight, solved.static).cpu().double()
+    held, folded = prepare(solved, dtype), linear.integer_bias(solved.weight, solved.static).cpu().double()
     if bias is not None:
         # In float64: there an overflow shows.
         folded = folded + torch.round(bias.detach().cpu().double() / held["output_scale"].cpu().double())
@@ -58,7 +58,7 @@ def _values(solved: Solution, bias: Tensor | None, dtype: torch.dtype) -> str | 
     return None if finite else "an input scale too small to be divided by in float32"
 
 
-def prepare(solved: Solution, _bias: Tensor | None, dtype: torch.dtype) -> dict[str, Tensor]:
+def prepare(solved: Solution, dtype: torch.dtype) -> dict[str, Tensor]:
     """See :class:`.Kernel`; the exact parameters stay beside the operators' own."""
     weight, static, held = solved.weight, solved.static, reference.parameters(solved)
     words = weight.scheme.bits == 4 and solved.inputs is None
@@ -87,17 +87,16 @@ def prepare(solved: Solution, _bias: Tensor | None, dtype: torch.dtype) -> dict[
     return held
 
 
-def restore(held: Mapping[str, Tensor], layout: Layout) -> Solution:
+def unpack(held: Mapping[str, Tensor], layout: Layout) -> Tensor:
     """See :class:`.Kernel`."""
-    words = held["codes"].dtype == torch.int32
-    codes = packing.unpack_int4(held["codes"], layout.n).T.contiguous() if words else None
-    return reference.restore(held, layout, codes)
+    codes = held["codes"]
+    return packing.unpack_int4(codes, layout.n).T.contiguous() if codes.dtype == torch.int32 else codes
 
 
 def forward(x: Tensor, held: Mapping[str, Tensor], layout: Layout, bias: Tensor | None) -> Tensor:
     """See :class:`.Kernel`."""
     if x.dtype != layout.dtype:
-        return reference.compute(x, restore(held, layout), bias)
+        return reference.compute(x, reference.restore(held, layout, unpack), bias)
     # The operators refuse tensors without elements.
     if x.numel() == 0:
         return x.new_zeros(*x.shape[:-1], layout.n)

@@ -32,7 +32,6 @@ def _opaque(matmul: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def _(x: Tensor, codes: Tensor, *_rest: object) -> Tensor:
         return x.new_empty(x.shape[0], codes.shape[0], dtype=x.dtype if x.is_floating_point() else torch.int32)
 
-    @functools.wraps(matmul)
     def call(*args: Tensor | int) -> Tensor:
         compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
         y: Tensor = operator(*args) if compiled else matmul(*args)
@@ -58,9 +57,9 @@ def exact_int_mm() -> bool:
     """Whether ``torch._int_mm`` is exact here: without VNNI, sums of neighbours may saturate at 16 bits."""
     random = torch.Generator("cpu").manual_seed(0)
     for t, n, c in ((1, 33, 1030), (2, 64, 64), (40, 7, 515)):
-        a, b = (torch.randint(0, 2, (rows, c), generator=random, device="cpu") * 255 - 128 for rows in (t, n))
+        signs = torch.randint(0, 2, (t + n, c), generator=random, device="cpu")
+        a, b = torch.split(torch.where(signs == 1, 127, -128).to(torch.int8), [t, n])
         a[0], b[0] = -128, -128
-        a, b = a.to(torch.int8), b.to(torch.int8)
         if not torch.equal(torch._int_mm(a, b.T), linear.int_matmul(a, b)):
             return False
     return True

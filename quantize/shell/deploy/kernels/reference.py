@@ -28,9 +28,14 @@ def obstacle(_solved: Solution, _bias: Tensor | None, _dtype: torch.dtype) -> No
     """There is none."""
 
 
-def prepare(solved: Solution, _bias: Tensor | None = None, _dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+def prepare(solved: Solution, _dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """Codes of at most 4 bits two to a byte, and :func:`parameters`."""
     return {"codes": _packed(solved.weight.codes, solved.weight.scheme), **parameters(solved)}
+
+
+def unpack(held: Mapping[str, Tensor], layout: Layout) -> Tensor:
+    """See :class:`.Kernel`."""
+    return _unpacked(held["codes"], layout.c)
 
 
 def parameters(solved: Solution) -> dict[str, Tensor]:
@@ -46,11 +51,10 @@ def parameters(solved: Solution) -> dict[str, Tensor]:
     return {name: tensor.contiguous() for name, tensor in kept.items() if tensor is not None}
 
 
-def restore(held: Mapping[str, Tensor], layout: Layout, codes: Tensor | None = None) -> Solution:
-    """Undo :func:`prepare`; ``codes`` ``[n, c]``, where those in ``held`` are of another form."""
-    codes = _unpacked(held["codes"], layout.c) if codes is None else codes
+def restore(held: Mapping[str, Tensor], layout: Layout, unpack: Callable[..., Tensor] = unpack) -> Solution:
+    """The solution that a kernel has prepared, whose codes ``unpack`` knows."""
     static = QParams(held["input_scale"], held.get("input_zero_point")) if "input_scale" in held else None
-    weight = QTensor(codes, held["scale"], zero_point(held), layout.spec.weight)
+    weight = QTensor(unpack(held, layout), held["scale"], zero_point(held), layout.spec.weight)
     return Solution(weight, layout.spec.inputs, held.get("smoothing"), static)
 
 
