@@ -9,7 +9,7 @@ from torch import nn
 
 import quantize as qz
 from quantize.core import QTensor, Scheme, Solution, dequantize, linear, round_to_nearest
-from quantize.shell.deploy.kernels import cpu, packed
+from quantize.shell.deploy.kernels import cpu, operators
 from tests import bounds
 from tests.models import TENSOR, TOKEN, config, filled, randn, rounding_bound
 from tests.test_kernels import FLOATS, INT4, TOKENWISE, layer, solved
@@ -50,7 +50,7 @@ def test_codes_at_odd_addresses_are_taken():
 
 def test_sums_that_may_leave_int32_are_for_the_reference(monkeypatch):
     # With sums that are exact on every processor: where torch's are not, the kernel is not chosen.
-    monkeypatch.setattr(packed, "int_mm", linear.int_matmul)
+    monkeypatch.setattr(operators, "int_mm", linear.int_matmul)
     for inputs in (None, TOKENWISE):
         # As many outputs as the kernel asks for; they take no memory.
         codes = torch.full((1, 1), 127, dtype=torch.int8).expand(1024, 1 << 17)
@@ -108,8 +108,8 @@ def test_scale_and_zero_of_int4_cancel_as_far_as_bfloat16_goes():
 
 
 def test_probes_run_on_the_cpu_whatever_the_default_device():
-    cpu.exact_int_mm.cache_clear()
-    packed._found.clear()
+    operators.exact_int_mm.cache_clear()
+    cpu.block_rows.cache_clear()
     with torch.device("meta"):
         fresh = nn.Sequential(nn.Linear(256, 1024), nn.Linear(1024, 64)).bfloat16()
     model = filled(nn.Sequential(nn.Linear(256, 1024), nn.Linear(1024, 64))).bfloat16()
@@ -117,7 +117,7 @@ def test_probes_run_on_the_cpu_whatever_the_default_device():
     qz.convert(model)
     with torch.device("meta"):
         qz.convert(fresh, from_state=model.state_dict())
-        assert cpu.exact_int_mm() in (True, False)
+        assert operators.exact_int_mm() in (True, False)
     with torch.no_grad():
         x = randn(2, 256).bfloat16()
         assert torch.equal(fresh(x), model(x))

@@ -11,7 +11,7 @@ from torch import nn
 
 import quantize as qz
 from quantize.core import QParams, Scheme, Solution, linear, round_to_nearest
-from quantize.shell.deploy.kernels import KERNELS, OWN, cpu, packed
+from quantize.shell.deploy.kernels import KERNELS, OWN, cpu, operators
 from quantize.shell.report.rows import Row
 from tests import bounds
 from tests.models import TENSOR, TOKEN, WEIGHTS, config, filled, mlp, randn, rounding_bound
@@ -140,17 +140,17 @@ def test_what_no_matmul_takes_is_served_by_the_reference_and_the_reason_told(sch
 
 
 def test_the_integer_matmul_is_exact_at_the_extremes():
-    if not cpu.exact_int_mm():
+    if not operators.exact_int_mm():
         pytest.skip("not exact on this processor")
     for t, n, c in ((1, 1, 2), (4, 1, 64), (1, 8, 4096), (3, 65, 1030), (64, 32, 2048), (5, 1 << 11, 1 << 10)):
         for a, b in ((-128, -128), (-128, 127), (127, 127)):
             left = torch.full((t, c), a, dtype=torch.int8)
             right = torch.full((n, c), b, dtype=torch.int8)
-            assert (packed.int_mm(left, right) == a * b * c).all()
+            assert (operators.int_mm(left, right) == a * b * c).all()
     # One row that repeats itself: its stride is 0.
     numbers = torch.arange(-50, 50, dtype=torch.int8)
     row = numbers.as_strided((1, 100), (0, 1))
-    assert torch.equal(packed.int_mm(row, numbers[None]), (row.int() ** 2).sum(1, keepdim=True).int())
+    assert torch.equal(operators.int_mm(row, numbers[None]), (row.int() ** 2).sum(1, keepdim=True).int())
 
 
 def test_a_processor_that_saturates_is_found_out(monkeypatch):
@@ -158,19 +158,19 @@ def test_a_processor_that_saturates_is_found_out(monkeypatch):
         pairs = (a.int()[:, :, None] * b.int()).split(2, 1)
         return sum(pair.sum(1).clamp(-(2**15), 2**15 - 1) for pair in pairs).to(torch.int32)
 
-    cpu.exact_int_mm.cache_clear()
+    operators.exact_int_mm.cache_clear()
     monkeypatch.setattr(torch, "_int_mm", saturating)
     try:
-        assert not cpu.exact_int_mm()
+        assert not operators.exact_int_mm()
         served = layer(solved(Scheme()), torch.float32)
         assert (served.kernel, served.reason) == ("reference", "cpu: torch._int_mm is not exact on this processor")
     finally:
-        cpu.exact_int_mm.cache_clear()
+        operators.exact_int_mm.cache_clear()
 
 
 def test_fixed_point_tokens_meet_their_bound(monkeypatch):
     # With sums that are exact on every processor: where torch's are not, the kernel is not chosen.
-    monkeypatch.setattr(packed, "int_mm", linear.int_matmul)
+    monkeypatch.setattr(operators, "int_mm", linear.int_matmul)
     for seed, outlier in ((0, 1.0), (1, 1e4), (2, 1e-4), (3, 1e35)):
         x = randn(50, 96, seed=seed)
         x[:, 3] *= outlier
@@ -357,8 +357,8 @@ def test_packed_codes_come_back_in_both_known_orders():
     for block in (64, 32):
         # Row d of a block below, row d + block / 2 above, column by column.
         rows = (codes + 8).to(torch.uint8).view(-1, 2, block // 2, 64)
-        words = (rows[:, 0] | rows[:, 1] << 4).transpose(1, 2).reshape(128, 32)
-        assert torch.equal(packed.unpack(words, block), codes)
+        words = (rows[:, 0] | rows[:, 1] << 4).transpose(1, 2).contiguous()
+        assert torch.equal(cpu.rows(words), codes)
 
 
 @pytest.mark.parametrize("scheme", [Scheme(), Scheme(4, True, "group", 64)], ids=scheme_id)
@@ -381,7 +381,7 @@ def test_zero_tokens_give_the_bias(dtype):
 
 def test_large_sums_cancel_without_a_trace(monkeypatch):
     # With sums that are exact on every processor: where torch's are not, the kernel is not chosen.
-    monkeypatch.setattr(packed, "int_mm", linear.int_matmul)
+    monkeypatch.setattr(operators, "int_mm", linear.int_matmul)
     # Codes at the zero point, -128, are weights of 0: what a token adds to the sum must go again to the last unit.
     weight = torch.zeros(1024, 256)
     weight[:, 0] = 1.0

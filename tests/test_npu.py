@@ -69,7 +69,7 @@ def made(scheme, inputs, dtype, *, bias, smoothing=None):
     solution = solved(scheme, inputs, smoothing=smoothing)
     held_bias = randn(N, seed=2).to(dtype) if bias else None
     assert npu.obstacle(solution, held_bias, dtype) is None
-    held = npu.prepare(*on_device((solution, held_bias)), dtype)
+    held = npu.prepare(on_device(solution), dtype)
     return held, Layout(LayerSpec(scheme, inputs), N, C, dtype), held_bias, solution
 
 
@@ -146,7 +146,7 @@ def test_a_token_with_one_channel_reads_the_weight_to_the_last_bit(scheme, input
 @with_smoothing
 def test_the_codes_come_back(scheme, inputs, dtype, smoothing):
     held, layout, _, solution = made(scheme, inputs, dtype, bias=True, smoothing=smoothing)
-    same(on_cpu(npu.restore(held, layout)), solution)
+    same(on_cpu(reference.restore(held, layout, npu.unpack)), solution)
 
 
 @every_cell
@@ -191,11 +191,11 @@ def test_a_float16_scale_loses_nothing_to_the_truncation():
         weight = s.weight.scale * (1 + torch.rand(N, 1, generator=torch.Generator().manual_seed(seed)))
         s = Solution(qz.core.QTensor(s.weight.codes, weight, None, Scheme()), s.inputs, None, s.static)
         exact = (weight.double() * s.static.scale.double()).flatten()
-        kept = npu.prepare(s, None, torch.float16)["output_scale"]
+        kept = npu.prepare(s, torch.float16)["output_scale"]
         assert ((kept.view(torch.int32) & 0x1FFF) == 0).all()
         # Rounded to float32, and then to 10 bits after the first.
         assert ((kept.double() - exact).abs() <= exact * (2.0**-11 * (1 + 2.0**-24) + 2.0**-24)).all()
-        full = npu.prepare(s, None, torch.bfloat16)["output_scale"]
+        full = npu.prepare(s, torch.bfloat16)["output_scale"]
         assert ((full.double() - exact).abs() <= exact * 2.0**-24).all()
 
 

@@ -27,11 +27,10 @@ class QuantizedLinear(nn.Module):
     The buffers are those of its :attr:`kernel`. A ``state_dict``, a copy and a pickle hold the form of the reference
     kernel, whatever the kernel: ``codes`` (int8 ``[n, c]``, or two int4 in a byte, uint8 ``[n, ceil(c / 2)]``),
     ``scale``, and where the solution has them ``zero_point``, ``smoothing``, ``input_scale``, ``input_zero_point``.
-    The parameter ``bias`` is the original's.
 
     Args:
         solved: the layer.
-        bias: ``[n]`` or None.
+        bias: the original's, ``[n]`` or None.
         row: what the report says of it.
         dtype: that of the float layer, and of the inputs to come.
         kernel: the name of the kernel to use wherever it can serve; None chooses the fastest.
@@ -66,11 +65,10 @@ class QuantizedLinear(nn.Module):
         self.out_features, self.in_features = n, c = solved.weight.codes.shape
         self.layout = Layout(LayerSpec(solved.weight.scheme, solved.inputs), n, c, dtype)
         with torch.no_grad():
-            held = KERNELS[self.kernel].prepare(solved, self.bias, dtype)
+            held = KERNELS[self.kernel].prepare(solved, dtype)
             held = held if away is None else away.put(held)
         for name in self._kept:
-            del self._buffers[name]
-        self._non_persistent_buffers_set.difference_update(self._kept)
+            delattr(self, name)
         for name, tensor in held.items():
             self.register_buffer(name, tensor, persistent=False)
         self._kept = tuple(held)
@@ -78,7 +76,7 @@ class QuantizedLinear(nn.Module):
     @property
     def solution(self) -> Solution:
         """The tensors of this layer as the core's value."""
-        return KERNELS[self.kernel].restore(self._held(), self.layout)
+        return reference.restore(self._held(), self.layout, KERNELS[self.kernel].unpack)
 
     @property
     def weight(self) -> Tensor:
@@ -141,14 +139,6 @@ class QuantizedLinear(nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call] # torch leaves it bare
         self._hold(reference.restore(self._held(), self.layout), self.layout.dtype)
 
-    def get_extra_state(self) -> Tensor:
-        """The format and the row of the report, as :func:`.state.describe` writes them."""
-        return saved.describe(self.row, self.layout.dtype)
-
-    def set_extra_state(self, state: object) -> None:
-        """Take over the row of the report; the rest is checked with the tensors."""
-        _, self.row = saved.read(self.row.name, state)
-
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if isinstance(destination, saved.Outline):
@@ -159,7 +149,7 @@ class QuantizedLinear(nn.Module):
             # Under a second name the very same tensors: savers that drop shared ones drop all of them, or none.
             own = {key: destination[first + key] for key in saved.KEYS if first + key in destination}
         else:
-            own = {**saved.tensors(self.solution), saved.EXTRA: destination[prefix + saved.EXTRA]}
+            own = {saved.EXTRA: saved.describe(self.row, self.layout.dtype), **saved.tensors(self.solution)}
             self._saved = weakref.ref(own[saved.EXTRA]), prefix
         destination.update({prefix + key: tensor for key, tensor in own.items()})
 
@@ -167,11 +157,10 @@ class QuantizedLinear(nn.Module):
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
     ) -> None:
         # Torch gives each module a dict of its own; what is left in it must be torch's.
-        own = {key: state_dict.pop(prefix + key) for key in saved.TENSORS if prefix + key in state_dict}
-        given = own or prefix + saved.EXTRA in state_dict
-        if given:
+        own = {key: state_dict.pop(prefix + key) for key in saved.KEYS if prefix + key in state_dict}
+        if own:
             name = prefix.removesuffix(".")
-            layout, _ = saved.read(name, state_dict.get(prefix + saved.EXTRA))
+            layout, row = saved.read(name, own.get(saved.EXTRA))
             if layout != self.layout:
                 raise refusal(f"layer {name!r}", saved.text(layout), saved.text(self.layout))
             solved = saved.solution(name, own, layout)
@@ -180,11 +169,12 @@ class QuantizedLinear(nn.Module):
                 device = self._held()["scale"].device
                 solved = pytree.tree_map_only(Tensor, lambda t: t.to(device, copy=True), solved)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
-        if given:
+        if own:
+            self.row = row
             self._hold(solved, layout.dtype)
         else:
             _, missing, *_ = rest
-            missing.extend(prefix + key for key in saved.tensors(self.solution))
+            missing += [prefix + key for key in (saved.EXTRA, *saved.tensors(self.solution))]
 
 
 def _has_tangent(x: Tensor) -> bool:

@@ -9,10 +9,9 @@ products with them are exact, so that nothing in the model may change by a singl
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,11 +19,15 @@ from torch import Tensor, nn
 
 from quantize.core import affine
 from quantize.shell import offload
-from quantize.shell.fold.outputs import Outputs, visible
-from quantize.shell.fold.producers import Foldable, Readers, Run, find, magnitudes, width
+from quantize.shell.fold.outputs import Outputs
+from quantize.shell.fold.producers import Foldable, Readers, Run, Trace, magnitudes, width
 
 # What gives the divisor ``[c]`` for layers, equal where the given rows ``[c]`` of their producer are.
 Scale = Callable[[Sequence[Foldable], Tensor | None], Tensor]
+
+
+class _Refuted(BaseException):
+    """Ends a run that has shown a fold to be wrong."""
 
 
 @dataclass(eq=False)
@@ -41,42 +44,59 @@ class Fold:
     rows: Tensor | None = None
 
     def apply(self, scale: Tensor) -> Callable[[], None]:
-        """Divide what the producer gives by ``scale`` ``[c]``; the readers multiply by it. Returns what undoes this."""
+        """Divide the producer's rows by ``scale``, one for each; the readers multiply. Returns what undoes this."""
         first, own = self.readers.layers[0], self.producer._parameters["weight"]
         assert own is not None
-        scale = scale.to(offload.device(first), affine.working_dtype(first.weight))
-        rows = scale if self.rows is None else scale.new_ones(width(self.producer)).scatter(0, self.rows, scale)
+        given = self._divisor = scale.to(offload.device(first), affine.working_dtype(first.weight))
 
         def divided(name: str, old: Tensor) -> Tensor:
-            wide, divisor = old.to(rows.device, rows.dtype), rows if old.ndim == 1 else rows[:, None]
+            wide, divisor = old.to(given.device, given.dtype), given if old.ndim == 1 else given[:, None]
             new = (1 + wide) / divisor - 1 if self.one_plus and name == "weight" else wide / divisor
             return new.to(old.dtype)
 
         if own.ndim == 1:
             # The new weight is rounded to its dtype: the layers make up for what was really divided.
             old = offload.weight(self.producer, type(self.producer).__name__).detach()
-            wide, new = (each.to(scale.dtype) + self.one_plus for each in (old, divided("weight", old)))
-            scale = torch.where(torch.isfinite(wide / new) & (wide / new > 0), wide / new, scale)
+            wide, new = (each.to(given.dtype) + self.one_plus for each in (old, divided("weight", old)))
+            self._divisor = torch.where(torch.isfinite(wide / new) & (wide / new > 0), wide / new, given)
         with ExitStack() as undo:
             undo.callback(self._hand, None)
             undo.callback(offload.change(self.producer, ("weight", "bias"), divided))
-            self._hand(scale)
+            self._hand(self._divisor)
             return undo.pop_all().close
 
-    def _hand(self, scale: Tensor | None) -> None:
+    def _hand(self, divisor: Tensor | None) -> None:
         for layer in self.readers.layers:
-            layer.folded = scale
+            layer.folded = divisor if divisor is None or self.rows is None else divisor[self.rows]
 
     def probe(self) -> Tensor:
-        """A scale that is small and large in turn over the channels of the producer: it leaves none as it is."""
-        rows = torch.arange(len(self.readers.sums)) if self.rows is None else self.rows
+        """Powers of two, small and large in turn over the rows: they leave none as it is, and tell rows apart."""
         # So far apart that functions such as relu6, linear in a part of their range, show. Half precision ends earlier.
         far = 1 if self.one_plus else 3 if self.readers.dtype == torch.float16 else 10
-        return torch.exp2((rows % 2 * 2 - 1) * far)
+        rows, random = torch.arange(width(self.producer), device="cpu"), torch.Generator("cpu").manual_seed(0)
+        less = torch.randint(far // 2 + 1, rows.shape, generator=random, device="cpu")
+        return torch.exp2((rows % 2 * 2 - 1) * (far - less))
 
+    def check(self, _layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """End the run unless what a reader reads is divided; finds out :attr:`rows`."""
+        sums, expected = magnitudes(args[0] if args else kwargs["input"]), self.readers.sums
+        for rows in self._arrangements():
+            scale = self._divisor if rows is None else self._divisor[rows]
+            # 1 + weight is rounded, and so is all before it: a channel that is not divided is off by a factor of two.
+            if ((sums * scale - expected).abs() <= expected * self.one_plus / 4).all():
+                self.rows = rows
+                return self._hand(self._divisor)
+        raise _Refuted
 
-class _Refuted(BaseException):
-    """Ends a run that has shown a fold to be wrong."""
+    def _arrangements(self) -> Sequence[Tensor | None]:
+        """What :attr:`rows` may be: heads of any width, each read several times in succession, or all in turn."""
+        rows, c = width(self.producer), len(self.readers.sums)
+        if self.rows is not None or rows == c:
+            return [self.rows]
+        inputs = torch.arange(c, device=self.readers.sums.device)
+        heads = (d for d in range(rows, 0, -1) if rows % d == 0)
+        # Of a silent channel nothing is known.
+        return [inputs // (d * c // rows) * d + inputs % d for d in heads] if self.readers.sums.all() else []
 
 
 def fold(root: nn.Module, units: Sequence[Sequence[Foldable]], run: Run, scale: Scale) -> list[str]:
@@ -84,13 +104,20 @@ def fold(root: nn.Module, units: Sequence[Sequence[Foldable]], run: Run, scale: 
 
     Writes :attr:`Foldable.folded` and the producers' parameters. The float model computes what it computed before.
     """
-    found, outputs = find(root, units, run)
+    trace = Trace(root)
+    outputs = Outputs(trace.watch(run))
+    if refused := outputs.refused or trace.missed():
+        return [f"all scales at run time: {refused}"]
+    found = trace.readers(units)
     folds = _proven(root, found, outputs, run)
     with ExitStack() as undo:
         # From the end: what the rows of a layer are divided by is known before its own columns get a scale.
         for each in reversed(folds):
-            undo.callback(each.apply(scale(each.readers.layers, each.rows)))
-        kept = not folds or outputs.near(_tried(run, {}), sum(map(len, units)))
+            wanted = scale(each.readers.layers, each.rows)
+            if each.rows is not None:
+                wanted = wanted.new_ones(width(each.producer)).scatter(0, each.rows, wanted)
+            undo.callback(each.apply(wanted))
+        kept = not folds or outputs.near(_tried(run, []), sum(map(len, units)))
         for each in folds:
             each.readers.reason = "" if kept else "the model's outputs would change"
         if kept:
@@ -102,79 +129,37 @@ def fold(root: nn.Module, units: Sequence[Sequence[Foldable]], run: Run, scale: 
 def _proven(root: nn.Module, found: list[Readers], outputs: Outputs, run: Run) -> list[Fold]:
     """The proposals that hold, none of them applied."""
     names = {module: re.sub(r"\d+", "#", name) for name, module in root.named_modules()}
-    proposals: dict[tuple[object, str, str, bool, bool], list[Fold]] = {}
+    proposals: dict[tuple[object, str, str, bool], list[Fold]] = {}
     for readers in found:
         for producer in readers.producers:
             for one_plus in (False,) if isinstance(producer, nn.Linear) else (False, True):
                 # What is alike in all blocks of a model holds in all of them or is taken to hold in none.
-                ends = type(producer), names[producer], names[readers.layers[0]]
-                relation = *ends, one_plus, width(producer) < len(readers.sums)
+                relation = type(producer), names[producer], names[readers.layers[0]], one_plus
                 proposals.setdefault(relation, []).append(Fold(readers, producer, one_plus))
     proven: list[Fold] = []
-    for (*_, one_plus, copies), alike in proposals.items():
+    for (*_, one_plus), alike in proposals.items():
         taken = {end for each in proven for end in (each.readers, each.producer)}
         new: list[Fold] = []
         for each in alike:
             if taken.isdisjoint((each.readers, each.producer)):
                 taken |= {each.readers, each.producer}
                 new.append(each)
-        if not new or (copies and not _found_rows(new, run)):
-            continue
         # What is not exact would hide whether others are: it is tried alone.
         folds = new if one_plus else [*(each for each in proven if not each.one_plus), *new]
-        after = _tried(run, {each: each.probe() for each in folds})
-        if outputs == after or (one_plus and outputs.near(after, sum(len(each.readers.layers) for each in folds))):
-            proven += new
+        if new and (after := _tried(run, folds)) is not None:
+            near = one_plus and outputs.near(after, sum(len(each.readers.layers) for each in folds))
+            proven += new if near or outputs.bits == after.bits else []
     return proven
 
 
-def _found_rows(folds: list[Fold], run: Run) -> bool:
-    """Find out which channel of its producer each input is a copy of, as where heads share their values.
-
-    There is one run for each ternary digit of the channels' numbers. A producer multiplies each channel by two to the
-    power of its digit. The layers read the digit off their inputs and make up for it: the rest of the run is as ever.
-    """
-    digits: dict[tuple[Fold, int], Tensor] = {}
-
-    def read(step: int, each: Fold, sums: Tensor) -> bool:
-        exponents = (each.readers.sums / sums).log2().nan_to_num().round().clamp(-1, 1)
-        digits[each, step] = step * (exponents.to(torch.int64) + 1)
-        for layer in each.readers.layers:
-            layer.folded = torch.exp2(exponents)
-        # Nothing can be read off a silent channel.
-        return bool(each.readers.sums.all())
-
-    steps = [3**place for place in range(32) if 3**place < max(width(each.producer) for each in folds)]
-    for step in steps:
-        scales = {each: torch.exp2(torch.arange(width(each.producer)) // step % 3 - 1) for each in folds}
-        if _tried(run, scales, partial(read, step)) is None or any((each, step) not in digits for each in folds):
-            return False
-    for each in folds:
-        # What is wrong is refuted later.
-        each.rows = torch.stack([digits[each, step] for step in steps]).sum(0).clamp(max=width(each.producer) - 1)
-    return True
-
-
-def _divided(each: Fold, sums: Tensor) -> bool:
-    scale, expected = each.readers.layers[0].folded, each.readers.sums
-    assert scale is not None
-    # 1 + weight is rounded, and so is all before it: but a channel that is not divided is off by a factor of two.
-    return bool(((sums * scale - expected).abs() <= expected * each.one_plus / 4).all())
-
-
-def _tried(run: Run, scales: Mapping[Fold, Tensor], right: Callable[..., bool] = _divided) -> Outputs | None:
-    """What the model gives with ``scales``, which are taken back; None where it, or ``right`` at a layer, refuses."""
-
-    def before(each: Fold, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not right(each, magnitudes(args[0] if args else kwargs["input"])):
-            raise _Refuted
-
+def _tried(run: Run, folds: Sequence[Fold]) -> Outputs | None:
+    """What the model gives while ``folds`` are probed; None where the inputs of a reader or the model refuse."""
     with ExitStack() as undo:
-        for each, scale in scales.items():
-            undo.callback(each.apply(scale))
+        for each in folds:
+            undo.callback(each.apply(each.probe()))
             for layer in each.readers.layers:
-                undo.enter_context(layer.register_forward_pre_hook(partial(before, each), with_kwargs=True))
+                undo.enter_context(layer.register_forward_pre_hook(each.check, with_kwargs=True))
         try:
-            return Outputs.of([*visible(run())])
+            return Outputs(run())
         except (_Refuted, Exception):
             return None

@@ -3,55 +3,47 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import itertools
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+import pickle
+from types import FunctionType
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
-
-from quantize.shell.values import keepable
 
 # How many numbers of a tensor are compared where bits may change.
 _NUMBERS = 4096
 
 
-def visible(value: Any, seen: dict[int, Any] | None = None) -> Iterator[Any]:
-    """Tensors, plain values, and what cannot be looked into, in containers and in the attributes of objects."""
-    # Objects are kept, so that no new one takes the id of another.
-    seen = {} if seen is None else seen
-    for leaf in pytree.tree_leaves(value):
-        if keepable(leaf) or isinstance(leaf, Tensor) or not hasattr(leaf, "__dict__"):
-            yield leaf
-        elif id(leaf) not in seen:
-            seen[id(leaf)] = leaf
-            items = leaf.values() if isinstance(leaf, dict) else leaf if isinstance(leaf, (list, tuple, set)) else ()
-            yield from visible([*vars(leaf).values(), *items], seen)
+class Outputs(pickle.Pickler):
+    """What a model gave, anything that can be pickled: all of it as ``bits``, and some numbers of every tensor.
 
+    ``refused``: why it cannot be compared.
+    """
 
-@dataclass(frozen=True)
-class Outputs:
-    """What a model gave: a digest of all its bits, by which outputs are equal, and some numbers of every tensor."""
+    def __init__(self, value: Any) -> None:
+        super().__init__(file := io.BytesIO())
+        self.numbers: list[Tensor] = []
+        try:
+            self.dump(value)
+            floats = any(each.is_floating_point() for each in self.numbers)
+            self.refused = "" if floats else "the model's outputs are no tensors in floating point"
+        except Exception as error:
+            self.refused = f"the model's outputs cannot be compared ({error})"
+        self.bits = file.getvalue()
 
-    bits: bytes
-    numbers: list[Tensor] = field(compare=False)
-
-    @classmethod
-    def of(cls, leaves: Sequence[Any]) -> Outputs:
-        """Of what :func:`visible` finds."""
-        digest, numbers = hashlib.sha256(), []
-        for leaf in leaves:
-            digest.update(repr((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf).encode())
-            if isinstance(leaf, Tensor):
-                flat = leaf.detach().resolve_conj().resolve_neg().contiguous().flatten()
-                digest.update(flat.cpu().view(torch.uint8).numpy().data)
-                # A step without a divisor in common with the shape leaves no channel out.
-                steps = itertools.count(max(1, len(flat) // _NUMBERS))
-                numbers.append(flat[:: next(step for step in steps if math.gcd(step, len(flat)) == 1)].clone())
-        return cls(digest.digest(), numbers)
+    def persistent_id(self, value: Any) -> str | None:
+        """What to write for ``value``: a digest of a tensor, the name of a class, which may be a local one."""
+        if not isinstance(value, Tensor) or value.layout != torch.strided:
+            return value.__qualname__ if isinstance(value, (type, FunctionType)) else None
+        flat = value.detach().resolve_conj().resolve_neg().contiguous().flatten()
+        # A step without a divisor in common with the shape leaves no channel out.
+        steps = itertools.count(max(1, len(flat) // _NUMBERS))
+        self.numbers.append(flat[:: next(step for step in steps if math.gcd(step, len(flat)) == 1)].clone())
+        digest = hashlib.sha256(flat.cpu().view(torch.uint8).numpy().data).hexdigest()
+        return f"{value.shape} {value.dtype} {digest}"
 
     def near(self, other: Outputs | None, layers: int) -> bool:
         """Whether ``other`` differs by no more than independent roundings of so many layers would make it."""

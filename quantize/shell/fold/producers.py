@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from quantize.shell import offload
-from quantize.shell.fold.outputs import Outputs, visible
-from quantize.shell.values import keepable
 
 # How many preceding linear layers are considered as producers, and how many of them, of each width, are tried.
 _NEAR, _TRIED = 8, 3
@@ -34,6 +32,14 @@ class Foldable(nn.Linear):
 
 
 @dataclass(eq=False)
+class _Origin:
+    """Of a tensor: the innermost module that gave it, and by module the names of those that read it afterwards."""
+
+    module: nn.Module | None = None
+    readers: dict[nn.Module | None, str] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
 class Readers:
     """Layers that read one tensor: its dtype and :func:`magnitudes` ``[c]``, and the modules that may make it.
 
@@ -44,6 +50,7 @@ class Readers:
     dtype: torch.dtype
     sums: Tensor
     producers: list[nn.Module]
+    origin: _Origin | None
     reason: str = "no module before makes each channel of the inputs, and nothing else, larger"
 
 
@@ -56,115 +63,98 @@ def width(module: nn.Module | None) -> int:
     """For how many output channels ``module`` has a weight each; 0 if for none."""
     weight = None if module is None else module._parameters.get("weight")
     # The hook of a module around it may keep it: nobody else can read it.
-    if module is not None and weight is not None and weight.is_meta and offload.keeper(module) is None:
+    if module is None or weight is None or (weight.is_meta and offload.keeper(module) is None):
         return 0
-    return len(weight) if weight is not None and (isinstance(module, nn.Linear) or weight.ndim == 1) else 0
+    return len(weight) if isinstance(module, nn.Linear) or weight.ndim == 1 else 0
 
 
-def find(root: nn.Module, units: Sequence[Sequence[Foldable]], run: Run) -> tuple[list[Readers], Outputs]:
-    """The readers in each of ``units``, layers that always read one tensor, in the order of execution; the outputs."""
-    trace, modules = _Trace(), list(root.modules())
-    with ExitStack() as hooks:
-        for module in modules:
-            hooks.enter_context(module.register_forward_pre_hook(trace.before, with_kwargs=True))
-            hooks.enter_context(module.register_forward_hook(trace.after))
-        leaves = list(visible(run(trace)))
-    trace.read(leaves, "the caller of the model")
-    opaque = next((type(leaf).__name__ for leaf in leaves if not keepable(leaf)), "")
-    floats = any(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in leaves)
-    # What runs in other batches alone may read anything.
-    missed = next((each.names[0] for each in modules if isinstance(each, Foldable) and each not in trace.inputs), "")
-    general = [
-        (opaque, f"a {opaque} in the model's outputs cannot be compared"),
-        (not floats, "the model's outputs are no tensors in floating point"),
-        (missed, f"the first batch did not reach {missed}"),
-    ]
-    owners = Counter(id(p) for module in modules for p in module.parameters(recurse=False))
-    tied = {module for module in modules if any(owners[id(p)] > 1 for p in module.parameters(recurse=False))}
-    unit_of = {layer: tuple(each for each in unit if each in trace.inputs) for unit in units for layer in unit}
-    reached = dict.fromkeys(unit_of[layer] for layer in trace.inputs if layer in unit_of)
-    return [_proposed(unit, trace, tied, general) for unit in reached], Outputs.of([] if opaque else leaves)
+class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch leaves it bare
+    """One run of ``root``: which module made the memory that its operators read, and which modules read it."""
 
-
-def _proposed(layers: Sequence[Foldable], trace: _Trace, tied: set[nn.Module], general: list[Any]) -> Readers:
-    """The readers with what may make their inputs, or with the first reason against it, ``general`` ones before."""
-    (found, origin), c, other = trace.inputs[layers[0]], layers[0].in_features, ""
-    found.layers = layers
-    if origin is not None and width(origin.module) == c:
-        found.producers = [origin.module]
-        other = next((name for each, name in origin.readers.items() if each not in layers), "")
-    else:
-        fits = [each for each in found.producers if trace.calls[each] == 1 and each not in tied and each not in layers]
-        # Those with a channel for each input come before those whose channels would be read several times.
-        found.producers = [each for each in fits if width(each) == c][:_TRIED]
-        found.producers += [each for each in fits if 1 < width(each) < c and c % width(each) == 0][:_TRIED]
-    again = next((layer.names[0] for layer in layers if trace.calls[layer] > 1), "")
-    often = any(trace.calls[each] > 1 for each in found.producers)
-    kind = "".join(type(each).__name__ for each in found.producers[:1])
-    apart = origin is None or any(trace.inputs[layer][1] is not origin for layer in layers)
-    reasons = [
-        *general,
-        (not found.sums.any(), "no token of the first batch reached it"),
-        (again, f"{again} is called more than once"),
-        (apart, "the inputs are those of the model, or are changed in between"),
-        (not found.producers, "no module before has a weight for each channel of the inputs"),
-        (often, f"a {kind} that is called more than once makes the inputs"),
-        (other, f"{other} reads the inputs as well"),
-        (tied.intersection(found.producers), f"the {kind} that makes the inputs shares its parameters"),
-    ]
-    if reason := next((text for holds, text in reasons if holds), ""):
-        found.producers, found.reason = [], reason
-    return found
-
-
-@dataclass(eq=False)
-class _Origin:
-    """Of a tensor: the innermost module that gave it, and by module the names of those that read it afterwards."""
-
-    module: Any = None
-    readers: dict[nn.Module | None, str] = field(default_factory=dict)
-
-
-class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch leaves it bare
-    """One run of a model: which module made the memory that its operators read, and which modules read it."""
-
-    def __init__(self) -> None:
+    def __init__(self, root: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._modules = list(root.modules())
         # How often each module was called, in the order of the first calls.
-        self.calls: Counter[nn.Module] = Counter()
+        self._calls: Counter[nn.Module] = Counter()
         # What each layer read at its first call, in the order of these calls; the linear layers before it as producers.
-        self.inputs: dict[Foldable, tuple[Readers, _Origin | None]] = {}
+        self._inputs: dict[Foldable, Readers] = {}
         self._origins: WeakKeyDictionary[torch.UntypedStorage, _Origin] = WeakKeyDictionary()
         self._inside: list[nn.Module] = []
 
-    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def watch(self, run: Run) -> Any:
+        """The outputs of the run."""
+        with ExitStack() as hooks:
+            for module in self._modules:
+                hooks.enter_context(module.register_forward_pre_hook(self._before, with_kwargs=True))
+                hooks.enter_context(module.register_forward_hook(self._after))
+            return run(self)
+
+    def missed(self) -> str:
+        """Tells of a layer that the run did not reach: in other batches it may read anything."""
+        layers = (each for each in self._modules if isinstance(each, Foldable) and each not in self._inputs)
+        return next((f"the first batch did not reach {layer.names[0]}" for layer in layers), "")
+
+    def readers(self, units: Sequence[Sequence[Foldable]]) -> list[Readers]:
+        """The readers in each of ``units``, layers that always read one tensor, in the order of execution."""
+        owners = Counter(id(p) for module in self._modules for p in module.parameters(recurse=False))
+        tied = {module for module in self._modules if any(owners[id(p)] > 1 for p in module.parameters(recurse=False))}
+        place = {layer: i for i, layer in enumerate(self._inputs)}
+        return [self._read_by(unit, tied) for unit in sorted(units, key=lambda unit: min(place[each] for each in unit))]
+
+    def _read_by(self, layers: Sequence[Foldable], tied: set[nn.Module]) -> Readers:
+        """The readers with what may make their inputs, or with the first reason against it."""
+        found, c = self._inputs[layers[0]], layers[0].in_features
+        others, origins = [], {self._inputs[layer].origin for layer in layers}
+        found.layers = layers
+        if found.origin is not None and found.origin.module is not None and width(found.origin.module) == c:
+            found.producers = [found.origin.module]
+            others = [name for each, name in found.origin.readers.items() if each not in layers]
+        else:
+            fits = [m for m in found.producers if self._calls[m] == 1 and m not in tied and m not in layers]
+            # Those with a channel for each input come before those whose channels would be read several times.
+            found.producers = [each for each in fits if width(each) == c][:_TRIED]
+            found.producers += [each for each in fits if 1 < width(each) < c and c % width(each) == 0][:_TRIED]
+        often = any(self._calls[each] > 1 for each in found.producers)
+        kind = "".join(type(each).__name__ for each in found.producers[:1])
+        reasons = {
+            "no token of the first batch reached it": not found.sums.any(),
+            "it is called more than once": any(self._calls[layer] > 1 for layer in layers),
+            "the inputs are those of the model, or are changed in between": None in origins or len(origins) > 1,
+            "no module before has a weight for each channel of the inputs": not found.producers,
+            f"a {kind} that is called more than once makes the inputs": often,
+            f"{''.join(others[:1])} reads the inputs as well": others,
+            f"the {kind} that makes the inputs shares its parameters": tied.intersection(found.producers),
+        }
+        if reason := next((text for text, holds in reasons.items() if holds), ""):
+            found.producers, found.reason = [], reason
+        return found
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # First, so that what is read here is read by the layer.
         self._inside.append(module)
-        if isinstance(module, Foldable) and module not in self.inputs:
+        if isinstance(module, Foldable) and module not in self._inputs:
             x = args[0] if args else kwargs["input"]
-            linears = (each for each in reversed(self.calls) if type(each) is nn.Linear or isinstance(each, Foldable))
-            found = Readers([module], x.dtype, magnitudes(x), [*islice(linears, _NEAR)])
-            self.inputs[module] = found, self._origins.get(x.untyped_storage())
-        self.calls[module] += 1
+            linears = (each for each in reversed(self._calls) if type(each) is nn.Linear or isinstance(each, Foldable))
+            producers: list[nn.Module] = [*islice(linears, _NEAR)]
+            origin = self._origins.get(x.untyped_storage())
+            self._inputs[module] = Readers([module], x.dtype, magnitudes(x), producers, origin)
+        self._calls[module] += 1
 
-    def after(self, module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+    def _after(self, module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
         self._inside.pop()
         origin = self._origins.get(output.untyped_storage()) if isinstance(output, Tensor) else None
         # Inner modules end first, so that the innermost stays. What a module reads of its own output does not count.
         if origin is not None and origin.module is None:
             origin.module, origin.readers = module, {}
 
-    def read(self, value: Any, name: str) -> None:
-        """Note that ``value`` is read: by the module that runs, else by the one called ``name``."""
-        here = self._inside[-1] if self._inside else None
-        name = name if here is None else here.names[0] if isinstance(here, Foldable) else type(here).__name__
-        for origin in filter(None, map(self._origins.get, _storages(value))):
-            origin.readers[here] = name
-
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        known = _storages((args, kwargs))
         if not func.is_view:
-            self.read((args, kwargs), "the model")
-        result, known = func(*args, **(kwargs or {})), _storages((args, kwargs))
+            here = self._inside[-1] if self._inside else None
+            name = here.names[0] if isinstance(here, Foldable) else type(here).__name__ if here else "the model"
+            for origin in filter(None, map(self._origins.get, known)):
+                origin.readers[here] = name
+        result = func(*args, **(kwargs or {}))
         self._origins.update((storage, _Origin()) for storage in _storages(result) if storage not in known)
         return result
 

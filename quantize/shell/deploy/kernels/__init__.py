@@ -21,11 +21,11 @@ class Kernel(Protocol):
     def obstacle(self, solved: Solution, bias: Tensor | None, dtype: torch.dtype, /) -> str | None:
         """Why the kernel cannot serve this layer, or None: shapes, formats, dtypes, values; not the device."""
 
-    def prepare(self, solved: Solution, bias: Tensor | None, dtype: torch.dtype, /) -> dict[str, Tensor]:
-        """The tensors to keep, by name; ``bias`` itself is kept by the layer."""
+    def prepare(self, solved: Solution, dtype: torch.dtype, /) -> dict[str, Tensor]:
+        """The tensors to keep: ``codes`` in a form of its own, :func:`.reference.parameters`, and more."""
 
-    def restore(self, held: Mapping[str, Tensor], layout: Layout) -> Solution:
-        """Undo :meth:`prepare`: the same codes and parameters, bit for bit."""
+    def unpack(self, held: Mapping[str, Tensor], layout: Layout) -> Tensor:
+        """The int8 codes ``[n, c]``, bit for bit."""
 
     def forward(self, x: Tensor, held: Mapping[str, Tensor], layout: Layout, bias: Tensor | None) -> Tensor:
         """``[..., c]`` to ``[..., n]`` in the dtype of ``x``, as :func:`quantize.core.linear.quantized_linear`."""
@@ -47,11 +47,8 @@ def choose(
     own = OWN.get(device, "reference")
     reasons: list[str] = []
     for name in dict.fromkeys((wanted or own, own)):
-        if name in (own, "reference"):
-            reason = KERNELS[name].obstacle(solved, bias, dtype)
-        else:
-            reason = f"its tensors are on {device!r}, not on {name!r}"
-        if reason is None:
+        elsewhere = None if name in (own, "reference") else f"its tensors are on {device!r}, not on {name!r}"
+        if (reason := elsewhere or KERNELS[name].obstacle(solved, bias, dtype)) is None:
             return name, "; ".join(reasons) or None
         reasons.append(f"{name}: {reason}")
     return "reference", "; ".join(reasons)

@@ -7,7 +7,9 @@ slower than dequantizing.
 - int8 inputs: ``_int_mm``; the very bits of ``reference``.
 - int8 weights alone, one scale a tensor or a channel: in bfloat16 ``_weight_int8pack_mm`` for a few tokens, and for
   more the weight dequantized in bfloat16; in float32 and float16 :func:`fixed_point_linear`.
-- int4 weights alone, in bfloat16: ``_weight_int4pack_mm_for_cpu``, and for many tokens the weight dequantized.
+- int4 weights alone, in bfloat16: ``_weight_int4pack_mm_for_cpu``, and for many tokens the weight dequantized. The
+  operator takes ``W = code * scale + zero`` in groups of inputs, scale and zero in bfloat16. The form of its codes
+  depends on the processor; :func:`block_rows` asks for it, so that they come back exactly.
 """
 
 from __future__ import annotations
@@ -16,10 +18,11 @@ import functools
 from collections.abc import Mapping
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
-from quantize.core import QTensor, Solution, linear
-from quantize.shell.deploy.kernels import packed, reference
+from quantize.core import QTensor, Scheme, Solution, linear
+from quantize.shell.deploy.kernels import operators, reference
 from quantize.shell.deploy.kernels.reference import Layout
 
 # Up to so many tokens the packed matmuls of int8 and int4 win over one of the dequantized weight.
@@ -31,62 +34,60 @@ _OUTPUTS = 1024
 def obstacle(solved: Solution, _bias: Tensor | None, dtype: torch.dtype) -> str | None:
     """See :class:`.Kernel`."""
     scheme, inputs, (n, c) = solved.weight.scheme, solved.inputs, solved.weight.codes.shape
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"{dtype} is none of float32, float16, bfloat16"
-    if reference.narrow(scheme):
-        block = packed.block_rows()
-        if inputs is not None or scheme.bits != 4:
-            return f"no matmul takes int{scheme.bits} weights and {inputs or 'float'} inputs"
-        if dtype != torch.bfloat16:
-            return f"the matmul of packed int4 is fast in bfloat16 only, not in {dtype}"
-        if packed.group_size(scheme, c) is None:
-            return f"{scheme} of {c} inputs is not in whole groups of 32, 64, 128 or 256"
-        if not block:
-            return "torch packs int4 for this processor in an order that is unknown here"
-        return f"{n} outputs are no multiple of {block}" if n % block else None
-    if scheme.strategy == "group":
-        return "no matmul takes int8 groups"
-    if inputs is None and dtype == torch.bfloat16:
-        return None
-    if inputs is None and n < _OUTPUTS:
-        return f"with fewer than {_OUTPUTS} outputs in {dtype} it is no faster"
-    if c == 1:
-        return "a single input: torch._int_mm misreads a column"
-    if c >= 1 << 17:
-        return f"{c} inputs: sums may not fit int32"
-    return None if exact_int_mm() else "torch._int_mm is not exact on this processor"
+    alone, half, packed = inputs is None, dtype == torch.bfloat16, reference.narrow(scheme)
+    integers, block = not (alone and half), block_rows() if packed else 0
+    reasons = {
+        f"{dtype} is none of float32, float16, bfloat16": dtype not in (torch.float32, torch.float16, torch.bfloat16),
+        f"no matmul takes int{scheme.bits} weights and {inputs or 'float'} inputs": packed
+        and (not alone or scheme.bits != 4),
+        f"the matmul of packed int4 is fast in bfloat16 only, not in {dtype}": packed and not half,
+        f"{scheme} of {c} inputs is not in whole groups of 32, 64, 128 or 256": packed and not _group_size(scheme, c),
+        "torch packs int4 for this processor in an order that is unknown here": packed and not block,
+        f"{n} outputs are no multiple of {block}": block and n % block,
+        "no matmul takes int8 groups": scheme.strategy == "group" and not packed,
+        f"with fewer than {_OUTPUTS} outputs in {dtype} it is no faster": alone and integers and n < _OUTPUTS,
+        "a single input: torch._int_mm misreads a column": integers and c == 1,
+        f"{c} inputs: sums may not fit int32": integers and c >= 1 << 17,
+        "torch._int_mm is not exact on this processor": integers and not operators.exact_int_mm(),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
 
 
-def prepare(solved: Solution, _bias: Tensor | None, dtype: torch.dtype) -> dict[str, Tensor]:
+def prepare(solved: Solution, dtype: torch.dtype) -> dict[str, Tensor]:
     """See :class:`.Kernel`; the exact scales stay beside those of the operators."""
-    weight, held = solved.weight, reference.prepare(solved)
+    weight, held = solved.weight, reference.parameters(solved)
+    (n, c), scale = weight.codes.shape, weight.scale.to(torch.bfloat16)
     if reference.narrow(weight.scheme):
-        del held["codes"]
-        held["packed"], held["scale_and_zero"] = packed.pack(weight)
+        # The zero of the rounded scale: with that of the exact one, the errors of both would meet every input.
+        wide = scale.to(weight.scale.dtype)
+        zero = torch.zeros_like(wide) if weight.zero_point is None else -weight.zero_point * wide
+        pairs = torch.stack([wide, zero], -1).expand(n, c // (_group_size(weight.scheme, c) or c), 2)
+        words = torch._convert_weight_to_int4pack_for_cpu(weight.codes.to(torch.int32) + 8, 1)
+        block = block_rows()
+        held["codes"] = words.view(n // block, c, block // 2)
+        held["scale_and_zero"] = rearrange(pairs, "n g p -> g n p").to(torch.bfloat16).contiguous()
     elif solved.inputs is None and dtype == torch.bfloat16:
-        held["codes"] = packed.aligned(held["codes"])
-        held["row_scale"] = weight.scale.to(dtype).expand(len(weight.codes), 1).flatten().contiguous()
+        held["codes"] = operators.aligned(weight.codes)
+        held["row_scale"] = scale.expand(n, 1).flatten().contiguous()
+    else:
+        held["codes"] = weight.codes.contiguous()
     return held
 
 
-def restore(held: Mapping[str, Tensor], layout: Layout) -> Solution:
+def unpack(held: Mapping[str, Tensor], _layout: Layout) -> Tensor:
     """See :class:`.Kernel`."""
-    if "packed" in held:
-        return reference.solution(packed.unpack(held["packed"], packed.block_rows()), held, layout)
-    return reference.restore(held, layout)
+    return rows(held["codes"]) if "scale_and_zero" in held else held["codes"]
 
 
 def forward(x: Tensor, held: Mapping[str, Tensor], layout: Layout, bias: Tensor | None) -> Tensor:
     """See :class:`.Kernel`."""
     if layout.spec.inputs is not None or x.dtype != layout.dtype:
-        return reference.compute(x, restore(held, layout), bias, matmul=packed.int_mm)
+        return reference.compute(x, reference.restore(held, layout, unpack), bias, matmul=operators.int_mm)
     tokens = linear.smooth(x.reshape(-1, layout.c), held.get("smoothing")).to(x.dtype)
-    if "row_scale" in held:
-        y = _int8(tokens, held, layout, bias)
-    elif "packed" in held:
-        y = _int4(tokens, held, layout, bias)
+    if layout.dtype == torch.bfloat16:
+        y = _int4(tokens, held, layout, bias) if "scale_and_zero" in held else _int8(tokens, held, layout, bias)
     else:
-        y = fixed_point_linear(tokens, restore(held, layout).weight, bias).to(x.dtype)
+        y = fixed_point_linear(tokens, reference.restore(held, layout, unpack).weight, bias).to(x.dtype)
     return y.reshape(*x.shape[:-1], layout.n)
 
 
@@ -95,7 +96,7 @@ def _int8(x: Tensor, held: Mapping[str, Tensor], layout: Layout, bias: Tensor | 
     # An exported graph is made for any number of tokens. Of tokens in other lengths the operator reads past the end.
     few = not torch.compiler.is_exporting() and 0 < x.shape[0] <= _FEW_INT8
     if zero_point is None and layout.c % 16 == 0 and few:
-        y = packed.int8pack_mm(x, codes, scale)
+        y = operators.int8pack_mm(x, codes, scale)
         return y if bias is None else y + bias
     # bfloat16 holds all integers up to 256.
     codes = codes.to(x.dtype) if zero_point is None else codes.to(x.dtype) - zero_point
@@ -103,11 +104,44 @@ def _int8(x: Tensor, held: Mapping[str, Tensor], layout: Layout, bias: Tensor | 
 
 
 def _int4(x: Tensor, held: Mapping[str, Tensor], layout: Layout, bias: Tensor | None) -> Tensor:
-    words, pairs = held["packed"], held["scale_and_zero"]
+    words, pairs = held["codes"], held["scale_and_zero"]
     if torch.compiler.is_exporting() or x.shape[0] <= _FEW_INT4:
-        y = packed.int4pack_mm(x, words, layout.c // len(pairs), pairs)
+        y = operators.int4pack_mm(x, words.view(layout.n, -1), layout.c // len(pairs), pairs)
         return y if bias is None else y + bias
-    return torch.nn.functional.linear(x, packed.dequantize(words, pairs, reference.zero_point(held)), bias)
+    scale, zero_point = pairs[..., 0].contiguous(), reference.zero_point(held)
+    zero = 8 if zero_point is None else 8 + zero_point.T.expand(scale.shape)[:, None]
+    codes = rearrange(_columns(words), "m (g k) d -> g k (m d)", g=len(scale))
+    # Each product of a code and a scale is rounded once; the weight is a transposed view.
+    weight = rearrange((codes - zero).to(scale.dtype) * scale[:, None], "g k n -> n (g k)")
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+def rows(words: Tensor) -> Tensor:
+    """The int8 codes ``[n, c]`` of words ``[n / block, c, block / 2]``, as the int4 operator takes them.
+
+    ``block`` rows lie together, column by column; a byte has row ``d`` below and row ``d + block / 2`` above.
+    """
+    return rearrange(_columns(words) - 8, "m c d -> (m d) c")
+
+
+def _columns(words: Tensor) -> Tensor:
+    """Codes plus 8, int8, in the order of the words: ``[n / block, c, block]``."""
+    return torch.cat([words.bitwise_and(0xF), words.bitwise_right_shift(4)], -1).view(torch.int8)
+
+
+@functools.cache
+def block_rows() -> int:
+    """How many rows torch packs together on this processor; 0 where it is not as :func:`rows` knows it."""
+    random = torch.Generator("cpu").manual_seed(0)
+    codes = torch.randint(-8, 8, (64, 32), generator=random, dtype=torch.int8, device="cpu")
+    words = torch._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32) + 8, 1)
+    known = (block for block in (64, 32) if torch.equal(rows(words.view(-1, 32, block // 2)), codes))
+    return next(known, 0)
+
+
+def _group_size(scheme: Scheme, c: int) -> int | None:
+    """In which groups the int4 operator takes weights of ``c`` inputs, scales of rows repeated; None: in none."""
+    return next((size for size in (256, 128, 64, 32) if c % size == 0 and scheme.group_size in (None, size)), None)
 
 
 def fixed_point_linear(x: Tensor, weight: QTensor, bias: Tensor | None) -> Tensor:
@@ -133,7 +167,7 @@ def fixed_point_linear(x: Tensor, weight: QTensor, bias: Tensor | None) -> Tenso
     offset = 0x80 * (1 + 256 + 256**2)
     digits = (fixed + offset).bitwise_xor(offset)[..., None].view(torch.int8)[..., :3]
     # One call for all digits: the weight is read once.
-    sums = packed.int_mm(digits.permute(2, 0, 1).reshape(3 * t, c), weight.codes)
+    sums = operators.int_mm(digits.permute(2, 0, 1).reshape(3 * t, c), weight.codes)
     # With a zero point large sums cancel.
     wide = torch.float32 if weight.zero_point is None else torch.float64
     low, middle, high = sums.view(3, t, weight.codes.shape[0]).to(wide).unbind()
@@ -143,16 +177,3 @@ def fixed_point_linear(x: Tensor, weight: QTensor, bias: Tensor | None) -> Tenso
     # The scales first: the total times one of them may overflow.
     y: Tensor = total.float() * (step * weight.scale.T)
     return y if bias is None else y + bias
-
-
-@functools.cache
-def exact_int_mm() -> bool:
-    """Whether ``torch._int_mm`` is exact here: without VNNI, sums of neighbours may saturate at 16 bits."""
-    random = torch.Generator("cpu").manual_seed(0)
-    for t, n, c in ((1, 33, 1030), (2, 64, 64), (40, 7, 515)):
-        a, b = (torch.randint(0, 2, (rows, c), generator=random, device="cpu") * 255 - 128 for rows in (t, n))
-        a[0], b[0] = -128, -128
-        a, b = a.to(torch.int8), b.to(torch.int8)
-        if not torch.equal(torch._int_mm(a, b.T), linear.int_matmul(a, b)):
-            return False
-    return True

@@ -24,41 +24,46 @@ from quantize.shell.deploy.kernels.reference import Layout
 def obstacle(solved: Solution, bias: Tensor | None, dtype: torch.dtype) -> str | None:
     """See :class:`.Kernel`."""
     scheme, inputs, (n, c) = solved.weight.scheme, solved.inputs, solved.weight.codes.shape
-    if dtype not in (torch.float16, torch.bfloat16):
-        return f"{dtype} is neither float16 nor bfloat16"
-    if max(n, c) > 65535:
-        return f"{n} outputs and {c} inputs: at most 65535 of each are taken"
-    if scheme.bits not in ((4, 8) if inputs is None else (8,)):
-        return f"no operator takes int{scheme.bits} weights and {inputs or 'float'} inputs"
-    if inputs is None:
-        size = scheme.group_size
-        if scheme.bits == 4 and n % 8:
-            return f"{n} outputs are no multiple of 8"
-        if size is not None and (size % 32 or size >= c):
-            return f"group_size {size} is no multiple of 32 below {c}"
-        return _loss(solved.weight.scale, dtype)
+    alone, size, dynamic = inputs is None, scheme.group_size, inputs is not None and solved.static is None
+    reasons = {
+        f"{dtype} is neither float16 nor bfloat16": dtype not in (torch.float16, torch.bfloat16),
+        f"{n} outputs and {c} inputs: at most 65535 of each are taken": max(n, c) > 65535,
+        f"no operator takes int{scheme.bits} weights and {inputs or 'float'} inputs": scheme.bits != 8
+        and not (alone and scheme.bits == 4),
+        f"{n} outputs are no multiple of 8": scheme.bits == 4 and n % 8,
+        f"group_size {size} is no multiple of 32 below {c}": size is not None and (size % 32 or size >= c),
+        "npu_dynamic_quant is symmetric": dynamic and inputs is not None and not inputs.symmetric,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None) or _values(solved, bias, dtype)
+
+
+def _values(solved: Solution, bias: Tensor | None, dtype: torch.dtype) -> str | None:
+    """Which numbers the operators cannot hold, of a layer in a format that they take."""
     if solved.static is None:
-        if not inputs.symmetric:
-            return "npu_dynamic_quant is symmetric"
-        return None if solved.smoothing is None else _loss(1 / solved.smoothing, dtype)
-    held, folded = prepare(solved, bias, dtype), linear.integer_bias(solved.weight, solved.static).cpu().double()
+        factors = None if solved.smoothing is None else 1 / solved.smoothing
+        scale = solved.weight.scale if solved.inputs is None else factors
+        # Below the normal range of a dtype, rounding to it loses more than this.
+        if scale is None or ((scale.to(dtype).to(scale.dtype) - scale).abs() <= 2.0**-8 * scale).all():
+            return None
+        return f"scales from {scale.min().item():.3g} to {scale.max().item():.3g} do not fit {dtype}"
+    held, folded = prepare(solved, dtype), linear.integer_bias(solved.weight, solved.static).cpu().double()
     if bias is not None:
         # In float64: there an overflow shows.
         folded = folded + torch.round(bias.detach().cpu().double() / held["output_scale"].cpu().double())
     # The sum of the products may come on top.
-    reach = 2**31 - c * 2**14
+    reach = 2**31 - solved.weight.codes.shape[1] * 2**14
     if not bool(((folded >= -reach) & (folded < reach)).all()):
         return "bias and zero point of the inputs do not fit the int32 bias of npu_quant_matmul"
     finite = bool(held["input_multiplier"].isfinite().all())
     return None if finite else "an input scale too small to be divided by in float32"
 
 
-def prepare(solved: Solution, _bias: Tensor | None, dtype: torch.dtype) -> dict[str, Tensor]:
+def prepare(solved: Solution, dtype: torch.dtype) -> dict[str, Tensor]:
     """See :class:`.Kernel`; the exact parameters stay beside the operators' own."""
-    weight, static, held = solved.weight, solved.static, reference.prepare(solved)
+    weight, static, held = solved.weight, solved.static, reference.parameters(solved)
+    words = weight.scheme.bits == 4 and solved.inputs is None
+    held["codes"] = (packing.pack_int4(weight.codes.T, torch.int32) if words else weight.codes).contiguous()
     if solved.inputs is None:
-        if weight.scheme.bits == 4:
-            held["codes"] = packing.pack_int4(weight.codes.T, torch.int32).contiguous()
         rows = {"antiquant_scale": weight.scale.to(dtype)}
         if weight.zero_point is not None:
             rows["antiquant_offset"] = -weight.zero_point.to(dtype)
@@ -82,17 +87,16 @@ def prepare(solved: Solution, _bias: Tensor | None, dtype: torch.dtype) -> dict[
     return held
 
 
-def restore(held: Mapping[str, Tensor], layout: Layout) -> Solution:
+def unpack(held: Mapping[str, Tensor], layout: Layout) -> Tensor:
     """See :class:`.Kernel`."""
-    if held["codes"].dtype != torch.int32:
-        return reference.restore(held, layout)
-    return reference.solution(packing.unpack_int4(held["codes"], layout.n).T.contiguous(), held, layout)
+    codes = held["codes"]
+    return packing.unpack_int4(codes, layout.n).T.contiguous() if codes.dtype == torch.int32 else codes
 
 
 def forward(x: Tensor, held: Mapping[str, Tensor], layout: Layout, bias: Tensor | None) -> Tensor:
     """See :class:`.Kernel`."""
     if x.dtype != layout.dtype:
-        return reference.compute(x, restore(held, layout), bias)
+        return reference.compute(x, reference.restore(held, layout, unpack), bias)
     # The operators refuse tensors without elements.
     if x.numel() == 0:
         return x.new_zeros(*x.shape[:-1], layout.n)
@@ -129,10 +133,3 @@ def _integers(x: Tensor, held: Mapping[str, Tensor], layout: Layout, bias: Tenso
     return torch.ops.npu.npu_quant_matmul(  # type: ignore[no-any-return] # operators are untyped
         codes, held["codes"].T, held["output_scale"], pertoken_scale=scale, bias=total, output_dtype=layout.dtype
     )
-
-
-def _loss(scale: Tensor, dtype: torch.dtype) -> str | None:
-    # Below the normal range of a dtype, rounding to it loses more than this.
-    if bool(((scale.to(dtype).to(scale.dtype) - scale).abs() <= 2.0**-8 * scale).all()):
-        return None
-    return f"scales from {scale.min().item():.3g} to {scale.max().item():.3g} do not fit {dtype}"

@@ -28,14 +28,22 @@ def obstacle(_solved: Solution, _bias: Tensor | None, _dtype: torch.dtype) -> No
     """There is none."""
 
 
-def prepare(solved: Solution, _bias: Tensor | None = None, _dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Codes and zero points of at most 4 bits two to a byte, and the other parameters as they are."""
+def prepare(solved: Solution, _dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Codes of at most 4 bits two to a byte, and :func:`parameters`."""
+    return {"codes": _packed(solved.weight.codes, solved.weight.scheme), **parameters(solved)}
+
+
+def unpack(held: Mapping[str, Tensor], layout: Layout) -> Tensor:
+    """See :class:`.Kernel`."""
+    return _unpacked(held["codes"], layout.c)
+
+
+def parameters(solved: Solution) -> dict[str, Tensor]:
+    """All but the codes; zero points of at most 4 bits are two to a byte."""
     weight, static = solved.weight, solved.static
-    pack: Callable[[Tensor], Tensor] = packing.pack_int4 if narrow(weight.scheme) else Tensor.contiguous
     kept = {
-        "codes": pack(weight.codes),
         "scale": weight.scale,
-        "zero_point": None if weight.zero_point is None else pack(weight.zero_point),
+        "zero_point": None if weight.zero_point is None else _packed(weight.zero_point, weight.scheme),
         "smoothing": solved.smoothing,
         "input_scale": None if static is None else static.scale,
         "input_zero_point": None if static is None else static.zero_point,
@@ -43,20 +51,15 @@ def prepare(solved: Solution, _bias: Tensor | None = None, _dtype: torch.dtype |
     return {name: tensor.contiguous() for name, tensor in kept.items() if tensor is not None}
 
 
-def restore(held: Mapping[str, Tensor], layout: Layout) -> Solution:
-    """Undo :func:`prepare`."""
-    return solution(_unpacked(held["codes"], layout.c), held, layout)
-
-
-def solution(codes: Tensor, held: Mapping[str, Tensor], layout: Layout) -> Solution:
-    """The value of the int8 ``codes`` ``[n, c]`` and of all else that :func:`prepare` keeps."""
-    weight = QTensor(codes, held["scale"], zero_point(held), layout.spec.weight)
+def restore(held: Mapping[str, Tensor], layout: Layout, unpack: Callable[..., Tensor] = unpack) -> Solution:
+    """The solution that a kernel has prepared, whose codes ``unpack`` knows."""
     static = QParams(held["input_scale"], held.get("input_zero_point")) if "input_scale" in held else None
+    weight = QTensor(unpack(held, layout), held["scale"], zero_point(held), layout.spec.weight)
     return Solution(weight, layout.spec.inputs, held.get("smoothing"), static)
 
 
 def zero_point(held: Mapping[str, Tensor]) -> Tensor | None:
-    """The zero points that :func:`prepare` keeps, in the shape of the scales."""
+    """The zero points of :func:`parameters`, in the shape of the scales."""
     return _unpacked(held["zero_point"], held["scale"].shape[1]) if "zero_point" in held else None
 
 
@@ -77,6 +80,10 @@ def compute(
 def narrow(scheme: Scheme) -> bool:
     """Whether codes of ``scheme`` are kept two to a byte."""
     return scheme.bits <= 4
+
+
+def _packed(codes: Tensor, scheme: Scheme) -> Tensor:
+    return packing.pack_int4(codes) if narrow(scheme) else codes.contiguous()
 
 
 def _unpacked(codes: Tensor, length: int) -> Tensor:

@@ -1,0 +1,77 @@
+"""The matmuls of torch for the CPU, in forms that neither they nor compilers misread."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from quantize.core import linear
+
+# The second operand of _int_mm is reordered at each call, unless there is one row: a loop wins for large weights.
+_ROWS, _LARGE = 8, 1 << 20
+
+
+def aligned(x: Tensor) -> Tensor:
+    """``x`` in rows, beginning at a multiple of 64 bytes, the widest load: some operators crash on other addresses."""
+    if torch.compiler.is_exporting() or (x.is_contiguous() and x.data_ptr() % 64 == 0):
+        return x.contiguous()
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def _opaque(matmul: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``matmul`` of tokens ``[t, c]`` and a weight of ``n`` rows: a compiler calls it and does not look inside.
+
+    An exported graph has the operators of torch alone.
+    """
+    operator = torch.library.custom_op(f"quantize::{matmul.__name__}", matmul, mutates_args=())
+
+    @operator.register_fake
+    def _(x: Tensor, codes: Tensor, *_rest: object) -> Tensor:
+        return x.new_empty(x.shape[0], codes.shape[0], dtype=x.dtype if x.is_floating_point() else torch.int32)
+
+    def call(*args: Tensor | int) -> Tensor:
+        compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+        y: Tensor = operator(*args) if compiled else matmul(*args)
+        return y
+
+    return call
+
+
+@_opaque
+def int_mm(a: Tensor, b: Tensor) -> Tensor:
+    """:func:`quantize.core.linear.int_matmul` by ``torch._int_mm``."""
+    # The operator misreads a single row with a stride of 0, as compilers make it: a graph adds a row of zeros.
+    if torch.compiler.is_exporting():
+        return torch._int_mm(torch.constant_pad_nd(a, (0, 0, 0, 1)), b.T)[:-1]
+    a = a if a.stride(0) else a.new_empty(a.shape).copy_(a)
+    if 1 < a.shape[0] <= _ROWS and b.numel() >= _LARGE:
+        return torch.cat([torch._int_mm(row, b.T) for row in torch.split(a, 1)])
+    return torch._int_mm(a, b.T)
+
+
+@functools.cache
+def exact_int_mm() -> bool:
+    """Whether ``torch._int_mm`` is exact here: without VNNI, sums of neighbours may saturate at 16 bits."""
+    random = torch.Generator("cpu").manual_seed(0)
+    for t, n, c in ((1, 33, 1030), (2, 64, 64), (40, 7, 515)):
+        signs = torch.randint(0, 2, (t + n, c), generator=random, device="cpu")
+        a, b = torch.split(torch.where(signs == 1, 127, -128).to(torch.int8), [t, n])
+        a[0], b[0] = -128, -128
+        if not torch.equal(torch._int_mm(a, b.T), linear.int_matmul(a, b)):
+            return False
+    return True
+
+
+@_opaque
+def int8pack_mm(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """``torch._weight_int8pack_mm`` of bfloat16 tokens ``[t, c]``, aligned codes ``[n, c]`` and scales ``[n]``."""
+    return torch._weight_int8pack_mm(aligned(x), codes, scale)
+
+
+@_opaque
+def int4pack_mm(x: Tensor, words: Tensor, group_size: int, scale_and_zero: Tensor) -> Tensor:
+    """``torch._weight_int4pack_mm_for_cpu`` of bfloat16 tokens ``[t, c]``, words, and pairs ``[g, n, 2]``."""
+    return torch._weight_int4pack_mm_for_cpu(aligned(x), words, group_size, scale_and_zero)
