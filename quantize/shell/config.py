@@ -106,7 +106,7 @@ _INPUTS = {"type": _word("int8"), "symmetric": _SYMMETRIC, "strategy": _word("te
 _WEIGHTS = {"type": _word("int8", "int4"), "symmetric": _SYMMETRIC, "strategy": _word("tensor", "channel", "group")}
 # int8 x int8 is what the matmuls of this library accumulate; a scale or zero point inside the sum would not leave it.
 _BESIDE_INPUTS = {
-    "type": _word("int8", when=" with quant_cfg.inputs"),
+    "type": _word("int8", "int4"),
     "symmetric": _Key("True with quant_cfg.inputs", lambda value: value is True),
     "strategy": _word("tensor", "channel", when=" with quant_cfg.inputs"),
 }
