@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Assignment(NamedTuple):
-    """``choice`` int64 ``[l]``: the format of each layer; ``error`` and ``bound`` float64 ``[]``: see :func:`assign`."""
+    """``choice`` int64 ``[l]``: the format of each layer; ``error`` and ``bound`` float64 ``[]`` (:func:`assign`)."""
 
     choice: Tensor
     error: Tensor
