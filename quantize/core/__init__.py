@@ -4,7 +4,19 @@ Shapes are written in the letters ``n`` output channels, ``c`` input channels, `
 group, ``t`` tokens. Nothing here knows modules, devices, files or global state: same inputs, same bits.
 """
 
-from quantize.core import affine, linear, metrics, observers, packing, ranges, refine, shrinkage
+from quantize.core import (
+    affine,
+    budget,
+    correction,
+    linear,
+    metrics,
+    observers,
+    packing,
+    ranges,
+    refine,
+    rounding,
+    shrinkage,
+)
 from quantize.core.affine import (
     dequantize,
     fake_quantize,
@@ -31,8 +43,10 @@ __all__ = [
     "Solution",
     "affine",
     "awq",
+    "budget",
     "channel_absmean",
     "channel_range",
+    "correction",
     "dequantize",
     "fake_quantize",
     "from_groups",
@@ -51,6 +65,7 @@ __all__ = [
     "ranges",
     "refine",
     "round_to_nearest",
+    "rounding",
     "shrinkage",
     "smoothquant",
     "to_groups",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from einops import rearrange, reduce
@@ -12,6 +13,8 @@ from quantize.core import affine
 from quantize.core.qtensor import QParams, QTensor
 from quantize.core.scheme import Scheme
 
+# Below this many products of two differences of int8 codes, each at most 255^2, the sum fits int32.
+_INT32_LENGTH = 2**15
 # 1024 products of two int8 sum to at most 1024 * 2^14 = 2^24: every partial sum is an integer that float32 holds.
 _EXACT_LENGTH = 1024
 
@@ -57,32 +60,63 @@ def integer_linear(
 ) -> Tensor:
     """``x W^T + bias`` of quantized inputs and weights: ``[t, n]`` in float32.
 
-    ``x`` has codes ``[t, c]`` and one scale a tensor or a token; ``weight`` has codes ``[n, c]``, one scale a tensor
-    or a channel, and no zero point. The sum of the codes' products is exact (int32); the zero point of the inputs is
-    corrected in integers; scales and bias are applied in float32. ``matmul`` may be any exact :func:`int_matmul`.
+    ``x`` has codes ``[t, c]`` and one scale a tensor or a token; ``weight`` has codes ``[n, c]`` and one scale a tensor
+    or a channel. Both may have zero points. The integer sum is exact; the scales and the bias are applied in float32.
+    ``matmul`` may be any exact :func:`int_matmul`.
 
     Derivation, with ``q`` and ``z`` for codes and zero point:
 
-    1. ``y = sum_c (q_x - z_x) s_x q_w s_w + b``;
-    2. neither scale depends on ``c``: ``y = s_x s_w (sum_c q_x q_w - z_x sum_c q_w) + b``.
+    1. ``y = sum_c (q_x - z_x) s_x (q_w - z_w) s_w + b``;
+    2. neither scale depends on ``c``, so ``y = s_x s_w S + b`` with
+       ``S = sum_c q_x q_w - z_x sum_c q_w - z_w sum_c q_x + c z_x z_w``: one matmul and two row sums;
+    3. each term of ``S`` is below ``c 2^14``, and ``S`` itself below ``c 2^16``, which int32 holds for ``c < 2^15``.
+       Longer sums with a zero point are int64.
 
     Raises:
-        ValueError: a weight with a zero point, or with scales inside a row: they do not leave the sum.
+        ValueError: a weight with scales inside a row: they do not leave the sum.
     """
-    if weight.zero_point is not None or weight.scheme.strategy == "group":
-        raise ValueError(f"weight: {weight.scheme}; accepted with quantized inputs: symmetric, tensor or channel")
-    total = matmul(x.codes, weight.codes)
-    if x.zero_point is not None:
-        row_sums = reduce(weight.codes.to(torch.int32), "n c -> 1 n", "sum")
-        total = total - x.zero_point.to(torch.int32) * row_sums
+    if weight.scheme.strategy == "group":
+        raise ValueError(f"weight: {weight.scheme}; accepted with quantized inputs: strategy tensor or channel")
+    total, c = matmul(x.codes, weight.codes), weight.codes.shape[1]
+    if x.zero_point is not None or weight.zero_point is not None:
+        wide = torch.int32 if c < _INT32_LENGTH else torch.int64
+        total = total.to(wide)
+        if x.zero_point is not None:
+            sums = reduce(weight.codes.to(wide), "n c -> 1 n", "sum")
+            if weight.zero_point is not None:
+                sums = sums - c * rearrange(weight.zero_point.to(wide), "n 1 -> 1 n")
+            total = total - x.zero_point.to(wide) * sums
+        if weight.zero_point is not None:
+            total = total - reduce(x.codes.to(wide), "t c -> t 1", "sum") * rearrange(
+                weight.zero_point.to(wide), "n 1 -> 1 n"
+            )
     y = total * x.scale * rearrange(weight.scale, "n 1 -> 1 n")
     return y if bias is None else y + bias
+
+
+def centered(weight: QTensor) -> QTensor | None:
+    """The same numbers without a zero point, or None where ``codes - zero_point`` do not all fit int8.
+
+    Codes of at most 7 bits always fit. The codes may then lie outside of the range of the scheme, which is that of
+    int8.
+
+    >>> q = QTensor(torch.tensor([[-8, 7]], dtype=torch.int8), torch.ones(1, 1), torch.tensor([[7]]), Scheme(4, False))
+    >>> centered(q).codes.tolist()
+    [[-15, 0]]
+    """
+    scheme = replace(weight.scheme, bits=8, symmetric=True)
+    if weight.zero_point is None:
+        return QTensor(weight.codes, weight.scale, None, scheme)
+    codes = affine.dequantize(QTensor(weight.codes, torch.ones_like(weight.scale), weight.zero_point, weight.scheme))
+    narrow = codes.to(torch.int8)
+    return QTensor(narrow, weight.scale, None, scheme) if bool((narrow == codes).all()) else None
 
 
 def integer_bias(weight: QTensor, static: QParams, bias: Tensor | None = None) -> Tensor:
     """What to add to the integer sum, so that one product with the scales is the whole layer: ``[n]`` in int64.
 
-    ``weight`` as in :func:`integer_linear`, ``static`` ``[1, 1]`` of the inputs. With ``b`` for the result::
+    ``weight`` as in :func:`integer_linear`, without a zero point (see :func:`centered`); ``static`` ``[1, 1]`` of the
+    inputs. With ``b`` for the result::
 
         y = s_x s_w (sum_c q_x q_w + b),  b = round(bias / (s_x s_w)) - z_x sum_c q_w
 

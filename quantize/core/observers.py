@@ -26,12 +26,15 @@ class Observer(NamedTuple):
     - ``update(state, x) -> state``: ``x`` is ``[..., c]``, any float dtype; leading axes are tokens, none too.
     - ``merge(state, state) -> state``: associative and commutative (bit for bit where nothing is summed).
     - ``finalize(state) -> statistic``.
+    - ``paired``: whether ``update(state, x, original=None)`` also takes the inputs ``[t, c]`` of the float model at
+      the same call.
     """
 
     init: Callable[..., Any]
     update: Callable[..., Any]
     merge: Callable[[Any, Any], Any]
     finalize: Callable[[Any], Any]
+    paired: bool = False
 
 
 class Range(NamedTuple):
@@ -170,7 +173,7 @@ def _paired_finalize(state: PairedState) -> PairedState:
     return state
 
 
-paired_gram = Observer(_paired_init, _paired_update, _paired_merge, _paired_finalize)
+paired_gram = Observer(_paired_init, _paired_update, _paired_merge, _paired_finalize, paired=True)
 """The Gram matrix of the inputs ``x`` that arrive, and how they go along with what is missing of the ``original``.
 
 ``update(state, x, original=None)``: ``original`` ``[t, c]`` are the inputs at the same call without the errors of the
@@ -186,8 +189,12 @@ def _product_init(observers: tuple[Observer, ...], c: int, **kwargs: Any) -> tup
     return tuple(o.init(c, **kwargs) for o in observers)
 
 
-def _product_update(observers: tuple[Observer, ...], state: tuple[Any, ...], x: Tensor) -> tuple[Any, ...]:
-    return tuple(o.update(s, x) for o, s in zip(observers, state, strict=True))
+def _product_update(
+    observers: tuple[Observer, ...], state: tuple[Any, ...], x: Tensor, original: Tensor | None = None
+) -> tuple[Any, ...]:
+    return tuple(
+        o.update(s, x, original) if o.paired else o.update(s, x) for o, s in zip(observers, state, strict=True)
+    )
 
 
 def _product_merge(observers: tuple[Observer, ...], a: tuple[Any, ...], b: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -208,5 +215,7 @@ def product(*observers: Observer) -> Observer:
     >>> ranges.high
     tensor([3., 0.])
     """
-    bound = (partial(f, observers) for f in (_product_init, _product_update, _product_merge, _product_finalize))
-    return Observer(*bound)
+    init, update, merge, finalize = (
+        partial(f, observers) for f in (_product_init, _product_update, _product_merge, _product_finalize)
+    )
+    return Observer(init, update, merge, finalize, paired=any(o.paired for o in observers))

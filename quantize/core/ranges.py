@@ -22,15 +22,25 @@ def weighted_error(x: Tensor, params: QParams, scheme: Scheme, importance: Tenso
     >>> weighted_error(torch.tensor([[0.6, 1.4]]), QParams(torch.ones(1, 1)), Scheme(), torch.tensor([1., 2.]))
     tensor([[0.4800]])
     """
-    return _group_error(affine.to_groups(x, scheme), params, scheme, _by_group(importance, x, scheme))
+    return _fitted(affine.to_groups(x, scheme), params, scheme, _by_group(importance, x, scheme), keep=True)[0]
 
 
-def search(x: Tensor, scheme: Scheme, importance: Tensor, *, steps: int = 40, smallest: float = 0.4) -> QParams:
-    """Scale and zero point of the range that rounds ``x`` ``[n, c]`` best, group by group, weighted by ``importance``.
+def search(
+    x: Tensor, scheme: Scheme, importance: Tensor, *, steps: int = 20, smallest: float = 0.4, signed: bool = False
+) -> QParams:
+    """Scale and zero point that round ``x`` ``[n, c]`` best, group by group, weighted by ``importance`` ``[c]``.
 
-    The candidates are the full range times ``steps`` factors, evenly from 1 down to ``smallest``; the widest of equals
-    wins. The full range is one of them, so that no group ends above plain rounding in :func:`weighted_error`. In stacks
-    ``[e, n, c]`` every matrix has an importance of its own, ``[e, c]``.
+    The candidates, of which the first of equals wins:
+
+    1. the full range, so that no group ends above plain rounding in :func:`weighted_error`;
+    2. the full range times ``steps`` factors, evenly from 1 down to ``smallest``; none with 0. With ``signed``, the
+       scale of a symmetric scheme is negative where the upper tail is the longer one: the longer tail then always
+       reaches the code ``-2^(b-1)``, and the step is smaller by ``1 / 2^(b-1)``. Without symmetry, both integers next
+       to the exact zero point are tried.
+    3. Each candidate of step 2 takes the scale that is best for its own codes ``k`` (with the zero point subtracted):
+       the error is a parabola in the scale, least at ``sum(importance x k) / sum(importance k^2)``.
+
+    In stacks ``[e, n, c]`` every matrix has an importance of its own, ``[e, c]``.
 
     >>> q = search(torch.tensor([[0.11, 0.32, -0.2, 1.0]]), Scheme(bits=4), torch.tensor([1., 1., 1., 1e-9]))
     >>> bool(q.scale < 1 / 7)
@@ -38,25 +48,40 @@ def search(x: Tensor, scheme: Scheme, importance: Tensor, *, steps: int = 40, sm
     """
     if x.ndim == 3:
         # One after the other: more than one does not stay in the cache.
-        pairs = zip(x, importance, strict=True)
-        found = [search(each, scheme, its, steps=steps, smallest=smallest) for each, its in pairs]
+        found = [
+            search(each, scheme, its, steps=steps, smallest=smallest, signed=signed)
+            for each, its in zip(x, importance, strict=True)
+        ]
         return QParams(*map(torch.stack, zip(*map(present, found), strict=True)))
     rows = max(1, _TOGETHER // max(1, x.shape[1]))
     if scheme.strategy != "tensor" and len(x) > rows:
-        parts = [search(part, scheme, importance, steps=steps, smallest=smallest) for part in torch.split(x, rows)]
+        parts = [
+            search(part, scheme, importance, steps=steps, smallest=smallest, signed=signed)
+            for part in torch.split(x, rows)
+        ]
         return QParams(*map(torch.cat, zip(*map(present, parts), strict=True)))
     low, high = affine.group_ranges(x, scheme)
-    shares = [1 - (1 - smallest) * i / max(steps - 1, 1) for i in range(steps)]
-    factors = torch.tensor(shares, dtype=affine.working_dtype(x), device=x.device)[:, None, None]
-    candidates = affine.qparams(low * factors, high * factors, scheme)
-    groups, importance = affine.to_groups(x, scheme), _by_group(importance, x, scheme)
-    errors = [
-        _group_error(groups, QParams(*params), scheme, importance)
-        for params in zip(*(each.unbind() for each in present(candidates)), strict=True)
-    ]
-    # What overflows is no candidate; the first of equals is taken.
-    best = torch.stack(errors).nan_to_num(nan=torch.inf, posinf=torch.inf).argmin(0, keepdim=True)
-    return QParams(*(each.gather(0, best)[0] for each in present(candidates)))
+    best = affine.qparams(low, high, scheme)
+    groups, weights = affine.to_groups(x, scheme), _by_group(importance, x, scheme)
+    least, _ = _fitted(groups, best, scheme, weights, keep=True)
+    for i in range(steps):
+        share = 1 - (1 - smallest) * i / max(steps - 1, 1)
+        for candidate in _neighbours(low * share, high * share, scheme, signed):
+            error, fitted = _fitted(groups, candidate, scheme, weights)
+            # What overflows is no candidate.
+            better = error < least
+            best, least = affine.select(better, fitted, best), torch.where(better, error, least)
+    return best
+
+
+def _neighbours(low: Tensor, high: Tensor, scheme: Scheme, signed: bool) -> list[QParams]:
+    """The parameters of the range ``[low, high]`` as the search tries them."""
+    usual = affine.qparams(low, high, scheme)
+    if usual.zero_point is None:
+        return [QParams(torch.where(high > -low, high / scheme.qmin, usual.scale))] if signed else [usual]
+    exact = scheme.qmin - low / usual.scale
+    zeros = [exact.floor().clamp(scheme.qmin, scheme.qmax), exact.ceil().clamp(scheme.qmin, scheme.qmax)]
+    return [QParams(usual.scale, zero.to(torch.int8)) for zero in zeros]
 
 
 def _by_group(importance: Tensor, x: Tensor, scheme: Scheme) -> Tensor:
@@ -65,14 +90,27 @@ def _by_group(importance: Tensor, x: Tensor, scheme: Scheme) -> Tensor:
     return affine.to_groups(importance.contiguous().expand(rows, -1), scheme)
 
 
-def _group_error(groups: Tensor, params: QParams, scheme: Scheme, importance: Tensor) -> Tensor:
-    """``sum over k of importance * (x - Q(x))^2`` of ``groups`` ``[p, g, k]``: ``[p, g]``."""
-    scale, low, high = params.scale[..., None], scheme.qmin, scheme.qmax
+def _fitted(
+    groups: Tensor, params: QParams, scheme: Scheme, importance: Tensor, *, keep: bool = False
+) -> tuple[Tensor, QParams]:
+    """The error of rounding ``groups`` ``[p, g, k]`` with ``params``, ``[p, g]``, and ``params``.
+
+    Unless ``keep``, the scale is first moved to the best one for these codes.
+    """
+    scale = params.scale[..., None]
     codes = (groups / scale).round_()
     if params.zero_point is None:
-        codes = codes.clamp(low, high)
+        codes = codes.clamp_(scheme.qmin, scheme.qmax)
     else:
         zero = params.zero_point[..., None].to(codes.dtype)
-        codes = codes.clamp(low - zero, high - zero)
-    error = codes.mul_(scale).sub_(groups)
-    return error.mul_(error).mul_(importance).sum(-1)
+        codes = codes.clamp_(scheme.qmin - zero, scheme.qmax - zero)
+    error = torch.addcmul(groups, codes, scale, value=-1)
+    weighted = error * importance
+    least = torch.linalg.vecdot(weighted, error)
+    if keep:
+        return least, params
+    pull, curve = torch.linalg.vecdot(weighted, codes), torch.linalg.vecdot(codes * importance, codes)
+    shift = torch.where(curve > 0, pull / curve, 0.0)
+    # A scale that would change its sign, or vanish, belongs to codes that say nothing.
+    shift = torch.where((params.scale + shift) / params.scale > 0.5, shift, 0.0)
+    return least - pull * shift, QParams(params.scale + shift, params.zero_point)

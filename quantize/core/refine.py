@@ -137,7 +137,7 @@ def refit(weight: Tensor, q: QTensor, gram: Tensor) -> QTensor:
     With strategy ``tensor`` all channels share the scale, and it is their sum that does not rise.
 
     With ``k = codes - zero_point`` on the group, zero elsewhere, the error is a parabola in the scale ``s``, least at
-    ``s - (E H k^T) / (k H k^T)``. A scale that would not stay positive, or belongs to zeros, is kept.
+    ``s - (E H k^T) / (k H k^T)``. A scale that would change its sign, or belongs to zeros, is kept.
     ``weight`` is ``[n, c]``, ``gram`` ``[c, c]``.
     """
     c = weight.shape[1]
@@ -153,7 +153,7 @@ def refit(weight: Tensor, q: QTensor, gram: Tensor) -> QTensor:
             slope, curve = slope.sum(0, keepdim=True), curve.sum(0, keepdim=True)
         old = q.scale[:, g : g + 1]
         new = old - slope / torch.where(curve > 0, curve, 1.0)
-        new = torch.where((curve > 0) & (new > 0), new, old)
+        new = torch.where((curve > 0) & (new * old.sign() > 0), new, old)
         scales.append(new)
         pull = pull + ((new - old) * k) @ gram[part]
     fitted = QTensor(q.codes, torch.cat(scales, 1), q.zero_point, q.scheme)

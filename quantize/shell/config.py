@@ -100,11 +100,9 @@ class Config:
             QuantizeError: a combination that no layer can have; it names the layer.
         """
         names = tuple(names)
-        chosen = {each.part: each.scheme for each in self.formats if each.matches(names)}
-        if chosen.get("weights") is None:
-            return None
-        spec = LayerSpec(chosen["weights"], chosen.get("inputs"))
-        _check(f"layer {names[0]!r}, ", self.name, spec)
+        spec = _spec(each for each in self.formats if each.matches(names))
+        if spec is not None:
+            _check(f"layer {names[0]!r}, ", self.name, spec)
         return spec
 
     def algorithm(self, spec: LayerSpec) -> Algorithm:
@@ -116,6 +114,13 @@ class Config:
         """Whether every layer is solved without a batch, whatever the entries match."""
         inputs = {each.scheme for each in self.formats if each.part == "inputs"} or {None}
         return all(self.algorithm(LayerSpec(Scheme(), each)).data_free for each in inputs)
+
+
+def _spec(formats: Iterable[Format]) -> LayerSpec | None:
+    """What ``formats`` say together, the later above the earlier."""
+    chosen = {each.part: each.scheme for each in formats}
+    weight = chosen.get("weights")
+    return None if weight is None else LayerSpec(weight, chosen.get("inputs"))
 
 
 @functools.cache
@@ -138,9 +143,9 @@ def parse(config: object) -> Config:
         raise refusal("skip_layers", shown(words), "None, a non-empty string, or a collection of non-empty strings")
     formats = _formats(top["quant_cfg"])
     name, given = _named(top["algorithm"])
-    usual = {each.part: each.scheme for each in formats if each.pattern is None}
-    if "weights" in usual:
-        _check("", name, LayerSpec(usual["weights"], usual.get("inputs")))
+    usual = _spec(each for each in formats if each.pattern is None)
+    if usual is not None:
+        _check("", name, usual)
     skip_layers = (words,) if isinstance(words, str) else tuple(sorted(set(words or ())))
     quantizes_inputs = any(each.part == "inputs" and each.scheme is not None for each in formats)
     return Config(batch_num, formats, name, *_options(name, given, quantizes_inputs), skip_layers)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ _READ_DIRECTLY: dict[type[nn.Module], tuple[str, ...]] = {
     nn.MultiheadAttention: ("out_proj",),
     nn.TransformerEncoderLayer: ("linear1", "linear2"),
 }
+_NO_FORMAT = "no weights entry of quant_cfg matches it"
 _REPLACED = "its forward is replaced on the instance"
 
 
@@ -30,7 +31,8 @@ class Plan:
 
     ``specs``: the format of each, by first name. ``views``: what to put in the place of modules first, so that their
     weights are such layers; see :mod:`.views`. ``unmatched``: entries of ``skip_layers`` that match no module with a
-    weight matrix. ``elements``: those of all weight matrices of the model, each tensor counted once.
+    weight matrix, and patterns of ``quant_cfg`` that match no layer. ``elements``: those of all weight matrices of the
+    model, each tensor counted once.
     """
 
     layers: Mapping[nn.Linear, tuple[str, ...]]
@@ -60,23 +62,30 @@ def plan(model: nn.Module, config: Config) -> Plan:
         matrices = {p for p in module.parameters(recurse=False) if p.ndim >= 2}
         if not matrices and not isinstance(module, nn.Linear):
             continue
-        spec = config.spec
         asked = [word for word in config.skip_layers if any(word in name for name in all_names)]
         matched.update(asked)
-        reason = f"skip_layers: {asked[0]!r}" if asked else _reason(module, all_names, spec, owners.get(module), total)
+        reason = f"skip_layers: {asked[0]!r}" if asked else _reason(module, all_names, owners.get(module), total)
+        spec = config.spec(all_names) if reason is None else None
+        reason = reason or _unfit(cast("nn.Linear", module), spec)
         if reason is not None:
             for name in all_names:
-                skipped.append(Skipped(name, reason, bool(asked), sum(p.numel() for p in matrices - counted)))
+                skipped.append(
+                    Skipped(
+                        name, reason, bool(asked) or reason == _NO_FORMAT, sum(p.numel() for p in matrices - counted)
+                    )
+                )
                 counted |= matrices
-        elif isinstance(module, nn.Linear):
+        elif isinstance(module, nn.Linear) and spec is not None:
             layers[module], specs[all_names[0]] = tuple(all_names), spec
+            matched.update(str(each) for each in config.formats if each.matches(all_names))
             check_parameters(all_names[0], module)
     if not layers:
         found = "; ".join(f"{s.name or type(model).__name__!r}: {s.reason}" for s in skipped) or "no weight matrix"
         raise refusal("model", f"nothing to quantize ({found})", "a model that contains an nn.Linear")
     # A module of which nothing is quantized stays as it is.
     views = {old: new for old, new in views.items() if any(module in layers for module in new.modules())}
-    unmatched = tuple(word for word in config.skip_layers if word not in matched)
+    wanted = [*config.skip_layers, *(str(each) for each in config.formats if each.pattern is not None)]
+    unmatched = tuple(word for word in wanted if word not in matched)
     return Plan(layers, specs, views, tuple(skipped), unmatched, total)
 
 
@@ -98,7 +107,7 @@ def check_parameters(name: str, layer: nn.Module) -> None:
         raise refusal(f"layer {name!r}", told, "one device for both, or the layer in skip_layers")
 
 
-def _reason(module: nn.Module, names: list[str], spec: LayerSpec, owner: str | None, total: int) -> str | None:
+def _reason(module: nn.Module, names: list[str], owner: str | None, total: int) -> str | None:
     kind = type(module).__name__
     if owner is not None:
         return f"its owner, {owner}, reads the weight without calling the layer"
@@ -124,6 +133,12 @@ def _reason(module: nn.Module, names: list[str], spec: LayerSpec, owner: str | N
         return f"its weight is {module.weight.dtype}"
     if module.weight.is_meta and offload.keeper(module) is None:
         return "its weight is on the meta device, without data"
+    return None
+
+
+def _unfit(module: nn.Linear, spec: LayerSpec | None) -> str | None:
+    if spec is None:
+        return _NO_FORMAT
     size = spec.weight.group_size
     if size is not None and size >= module.weight.shape[1]:
         return f"group_size {size} is not below in_features {module.weight.shape[1]}"

@@ -10,15 +10,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from quantize.core import affine, metrics, observers, ranges, refine, shrinkage
+from quantize.core import affine, linear, metrics, observers, ranges, refine, rounding, shrinkage
 from quantize.core.algorithms.base import FEWEST_FOR_GRAM, Algorithm, BaseOptions, LayerSpec, Solution, option, tied
-from quantize.core.scheme import Scheme
+from quantize.core.qtensor import QTensor
 
-QUANTIZES_INPUTS = frozenset({False})
+QUANTIZES_INPUTS = frozenset({False, True})
+
+# The mean magnitudes of the input channels, their Gram matrix, and with quantized inputs their ranges.
+Statistic = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -26,21 +30,35 @@ class Options(BaseOptions):
     """The paper's search, and what improves on it in the same deployed format.
 
     - ``grids_num``: how many exponents ``i / grids_num`` from 0 are tried.
-    - ``clip``: afterwards clip the ranges of the scaled weight by a search, where that helps an output channel.
+    - ``clip``: with each of them, search the clipping ranges of the scaled weight as well, and keep those of the output
+      channels that gain.
+    - ``signed_scale``: symmetric scales may be negative, see :func:`~quantize.core.ranges.search`; without effect on
+      layers with quantized inputs.
     - ``shrink``: the strength with which correlations are shrunk as far as chance explains them, see
       :func:`~quantize.core.shrinkage.intensity`; with 0, the errors on the tokens that were seen decide alone.
     """
 
     grids_num: int = option(20, "an int, at least 1", lambda value: value >= 1)
     clip: bool = option(True, "True or False")
+    signed_scale: bool = option(True, "True or False")
     shrink: float = option(4.0, "a number from 0 to 1e6", lambda value: 0 <= value <= 1e6)
 
 
+# Candidates of the clipping range for each exponent.
+_STEPS = 8
+
+
 def algorithm(spec: LayerSpec, options: Options = Options()) -> Algorithm:
-    """AWQ; remembers the mean magnitude of the input channels and their Gram matrix."""
-    observer = observers.product(observers.channel_absmean, observers.gram)
+    """AWQ; remembers the mean magnitude of the input channels and their Gram matrix.
+
+    With quantized inputs it remembers their ranges, too.
+    """
+    observed = [observers.channel_absmean, observers.gram, *[observers.channel_range] * (spec.inputs is not None)]
     return Algorithm(
-        observer, partial(solve, spec, options), fewest=FEWEST_FOR_GRAM, scale=partial(common_scale, spec, options)
+        observers.product(*observed),
+        partial(solve, spec, options),
+        fewest=FEWEST_FOR_GRAM,
+        scale=partial(common_scale, spec, options),
     )
 
 
@@ -62,86 +80,90 @@ def candidate_scale(absmean: Tensor, ratio: float) -> Tensor:
     return torch.where(alive, torch.exp(ratio * (log - middle)), 1.0)
 
 
-def scaled_error(weight: Tensor, scale: Tensor, scheme: Scheme) -> Tensor:
-    """The change of the weight ``[n, c]`` by rounding ``weight * scale``: ``Q(W s) / s - W``.
+def rounded(
+    weight: Tensor, scale: Tensor, gram: Tensor, spec: LayerSpec, options: Options, rho: Tensor | float = 0.0
+) -> tuple[QTensor, Tensor]:
+    """``Q(W s)`` ``[n, c]``, and its errors ``[2]``: ``tr(delta H delta^T)`` with ``delta = Q(W s) / s - W``.
 
-    ``weight`` is ``[n, c]``, ``scale`` ``[c]``. Source: AWQ, equation 4.
+    The first error is that on ``gram`` ``[c, c]`` as it is, the second that with the part ``rho`` of the correlations
+    taken out. With ``options.clip``, every output channel has its range searched, and keeps the full range unless both
+    errors fall. ``weight`` is ``[n, c]``, ``scale`` ``[c]``. Source: AWQ, equation 4.
     """
-    return affine.dequantize(affine.round_to_nearest(weight * scale, scheme)) / scale - weight
+    scaled, diagonal = weight * scale, gram.diagonal()
 
+    def errors(q: QTensor) -> Tensor:
+        delta = affine.dequantize(q) / scale - weight
+        full = metrics.row_error(delta, gram)
+        return torch.stack([full, (1 - rho) * full + rho * (delta.square() @ diagonal)])
 
-def search_scale(
-    weight: Tensor | Sequence[Tensor],
-    absmean: Tensor,
-    gram: Tensor,
-    scheme: Scheme,
-    *,
-    grids_num: int = 20,
-    rho: Tensor | float = 0.0,
-) -> Tensor:
-    """The best of the candidates with ratios ``0, 1/grids_num, ...`` below 1: ``[c]``, and the first of equals.
-
-    A candidate counts by the larger of two errors, each relative to that of plain rounding, which is ratio 0: on
-    ``gram`` ``[c, c]`` as it is, so that the result is never worse there, and with the part ``rho`` of the
-    correlations taken out, so that it does not live on chance. The errors of several weights ``[n, c]`` add up.
-    """
-    diagonal, weights = gram.diagonal(), [weight] if isinstance(weight, Tensor) else weight
-    scales = torch.stack([candidate_scale(absmean, i / grids_num) for i in range(grids_num)])
-
-    def errors(scale: Tensor) -> Tensor:
-        # One below the other; rounded apart, since with strategy tensor each has a scale of its own.
-        delta = torch.cat([scaled_error(each, scale, scheme) for each in weights])
-        full = metrics.output_error(delta, gram)
-        return torch.stack([full, (1 - rho) * full + rho * (delta.square() * diagonal).sum()])
-
-    found = torch.stack([errors(scale) for scale in scales.unbind()])
-    return refine.least(scales, (found / torch.where(found[0] > 0, found[0], 1.0)).amax(1))
+    plain = affine.round_to_nearest(scaled, spec.weight)
+    found = errors(plain)
+    if not options.clip:
+        return plain, found.sum(1)
+    signed = options.signed_scale and spec.inputs is None
+    params = ranges.search(scaled, spec.weight, diagonal / scale.square(), steps=_STEPS, signed=signed)
+    searched = affine.quantize(scaled, params, spec.weight)
+    others = errors(searched)
+    if spec.weight.strategy == "tensor":
+        keep = (others.sum(1) <= found.sum(1)).all().expand(len(weight))
+    else:
+        keep = (others <= found).all(0)
+    params = affine.select(keep[: len(params.scale), None], searched.params, plain.params)
+    codes = torch.where(keep[:, None], searched.codes, plain.codes)
+    return QTensor(codes, *params, spec.weight), torch.where(keep, others, found).sum(1)
 
 
 def common_scale(
-    spec: LayerSpec,
-    options: Options,
-    weights: Sequence[Tensor],
-    statistic: tuple[Tensor, observers.SumState],
-    tie: Tensor | None = None,
+    spec: LayerSpec, options: Options, weights: Sequence[Tensor], statistic: Statistic, tie: Tensor | None = None
 ) -> Tensor:
     """The best scale ``[c]`` for all ``weights`` ``[n, c]`` together; ``statistic`` as for :func:`solve`.
+
+    The candidates have the exponents ``0, 1/grids_num, ...`` below 1, of which the first of equals wins. A candidate
+    counts by the larger of the two errors of :func:`rounded`, each relative to that of exponent 0, which is plain
+    rounding or better: so the result is never worse on the tokens that were seen, and does not live on chance. The
+    errors of the weights add up, and with quantized inputs that of :func:`~quantize.core.rounding.lost_power`.
 
     Channels with the same number in ``tie`` ``[c]`` get one scale, by the mean of their magnitudes.
     """
     absmean, sums = tied(statistic[0], tie, mean=True), statistic[1]
     rho = shrinkage.intensity(sums, options.shrink)
     wide = [weight.to(affine.working_dtype(weight)) for weight in weights]
-    return search_scale(wide, absmean, sums.total, spec.weight, grids_num=options.grids_num, rho=rho)
+
+    def errors(scale: Tensor) -> Tensor:
+        total = torch.stack([rounded(each, scale, sums.total, spec, options, rho)[1] for each in wide]).sum(0)
+        if spec.inputs is None or len(statistic) < 3:
+            return total
+        lost = rounding.lost_power(spec.inputs, statistic[2], sums, scale)
+        return total + sum((lost * (each * scale).square()).sum() for each in wide)
+
+    scales = torch.stack([candidate_scale(absmean, i / options.grids_num) for i in range(options.grids_num)])
+    found = torch.stack([errors(scale) for scale in scales.unbind()])
+    return refine.least(scales, (found / torch.where(found[0] > 0, found[0], 1.0)).amax(1))
 
 
 def solve(
-    spec: LayerSpec,
-    options: Options,
-    weight: Tensor,
-    statistic: tuple[Tensor, observers.SumState],
-    smoothing: Tensor | None = None,
+    spec: LayerSpec, options: Options, weight: Tensor, statistic: Statistic, smoothing: Tensor | None = None
 ) -> Solution:
     """Scale and round ``weight`` ``[n, c]``; ``statistic``: mean magnitudes ``[c]`` and the Gram matrix ``[c, c]``.
 
-    Without ``smoothing`` ``[c]`` the scale is :func:`common_scale`.
+    With quantized inputs, also the ranges ``[c]`` of the channels. Without ``smoothing`` ``[c]`` the scale is
+    :func:`common_scale`. Notes: ``dead_channels``, input channels that were zero in all of the tokens.
     """
-    absmean, (gram, _) = statistic
+    absmean, sums = statistic[:2]
     wide = weight.to(affine.working_dtype(weight))
-    rho = shrinkage.intensity(statistic[1], options.shrink)
+    rho = shrinkage.intensity(sums, options.shrink)
     scale = common_scale(spec, options, [wide], statistic) if smoothing is None else smoothing
-    scaled, gram_scaled = wide * scale, gram / scale / scale[:, None]
-    quantized = affine.round_to_nearest(scaled, spec.weight)
-    if options.clip:
-        params = ranges.search(scaled, spec.weight, gram_scaled.diagonal())
-        clipped = affine.quantize(scaled, params, spec.weight)
-        for trusted in (shrinkage.shrink(gram_scaled, rho), gram_scaled):
-            clipped, _, _ = refine.better_rows(scaled, clipped, quantized, trusted)
-        quantized = clipped
+    quantized, errors = rounded(wide, scale, sums.total, spec, options, rho)
+    plain = affine.dequantize(affine.round_to_nearest(wide, spec.weight)) - wide
+    static = None
+    if spec.inputs is not None and spec.inputs.strategy == "tensor":
+        static = linear.static_params(statistic[2].low, statistic[2].high, spec.inputs, smoothing=scale)
     return Solution(
         quantized,
+        spec.inputs,
         smoothing=scale,
-        error=metrics.output_error(affine.dequantize(quantized) - scaled, gram_scaled),
-        baseline_error=metrics.output_error(scaled_error(wide, torch.ones_like(scale), spec.weight), gram),
+        static=static,
+        error=errors[0],
+        baseline_error=metrics.output_error(plain, sums.total),
         notes={"dead_channels": (absmean == 0).sum()},
     )

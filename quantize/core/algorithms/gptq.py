@@ -7,18 +7,19 @@ Quantization of Large Language Models With Guarantees", section 3 and theorem 6:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from quantize.core import affine, observers, ranges, refine, shrinkage
+from quantize.core import affine, correction, linear, observers, ranges, refine, rounding, shrinkage
 from quantize.core.algorithms.base import FEWEST_FOR_GRAM, Algorithm, BaseOptions, LayerSpec, Solution, option
+from quantize.core.qtensor import QParams, present
 
-QUANTIZES_INPUTS = frozenset({False})
+QUANTIZES_INPUTS = frozenset({False, True})
 
 
 @dataclass(frozen=True)
@@ -28,14 +29,16 @@ class Options(BaseOptions):
     - ``act_order``: quantize channels with large inputs first.
     - ``damp``: part of the mean diagonal of the Gram matrix that is added to its diagonal.
     - ``block_size``: columns between two large matmuls; a matter of speed alone.
-    - ``search_range``: clip ranges by a search, weighted by the diagonal of the Gram matrix.
+    - ``search_range``: clip ranges by a search, weighted by the pivots of the factorization.
+    - ``signed_scale``: symmetric scales may be negative, see :func:`~quantize.core.ranges.search`. Without effect on
+      layers with quantized inputs: not every kernel for those takes such a scale.
     - ``shrink``: the strength with which correlations are shrunk as far as chance explains them, see
       :func:`~quantize.core.shrinkage.intensity`; 0 leaves them as they are. Measured on text, 4 is best.
     - ``sweeps``: rounds of coordinate descent on the codes, and of refitted scales, after the pass.
     - ``guard``: for every output channel, keep plain rounding where it is better.
-    - ``asymmetric``: the fraction of the upstream error that each layer compensates, with a paired statistic: see
-      :func:`corrected`; 0 compensates none. Measured on text, 0.5 is best, and with it fitting layers in the order of
-      execution is better than one pass, without it not.
+    - ``asymmetric``: the fraction of the upstream error that each layer compensates, with a paired statistic, see
+      :func:`~quantize.core.correction.corrected`; 0 compensates none. Measured on text, 0.5 is best, and with it
+      fitting layers in the order of execution is better than one pass, without it not.
     """
 
     act_order: bool = option(True, "True or False")
@@ -43,6 +46,7 @@ class Options(BaseOptions):
     block_size: int = option(128, "an int, at least 1", lambda value: value >= 1)
     search_range: bool = option(True, "True or False")
     shrink: float = option(4.0, "a number from 0 to 1e6", lambda value: 0 <= value <= 1e6)
+    signed_scale: bool = option(True, "True or False")
     sweeps: int = option(0, "an int, at least 0", lambda value: value >= 0)
     guard: bool = option(True, "True or False")
     asymmetric: float = option(0.5, "a number from 0 to 1", lambda value: 0 <= value <= 1)
@@ -57,11 +61,18 @@ tokens cannot tell apart.
 
 
 def algorithm(spec: LayerSpec, options: Options = Options()) -> Algorithm:
-    """GPTQ; remembers the Gram matrix of the inputs, and to correct, what they lack of the float model's."""
+    """GPTQ; remembers the Gram matrix of the inputs, and to correct, what they lack of the float model's.
+
+    With quantized inputs it remembers their ranges, too.
+    """
+    observer = observers.gram
     paired = observers.paired_gram if options.asymmetric > 0 else None
+    if spec.inputs is not None:
+        observer = observers.product(observers.channel_range, observer)
+        paired = paired and observers.product(observers.channel_range, paired)
     bound, together = partial(solve, spec, options), partial(solve_together, spec, options)
     stack = partial(solve_stack, spec, options)
-    return Algorithm(observers.gram, bound, fewest=FEWEST_FOR_GRAM, paired=paired, together=together, stack=stack)
+    return Algorithm(observer, bound, fewest=FEWEST_FOR_GRAM, paired=paired, together=together, stack=stack)
 
 
 def factor(gram: Tensor, damp: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -104,77 +115,90 @@ def factor(gram: Tensor, damp: float) -> tuple[Tensor, Tensor, Tensor]:
     return upper / root[..., None, :], root.square(), used
 
 
-def corrected(weight: Tensor, statistic: observers.PairedState, strength: float) -> Tensor:
-    """The weight ``[n, c]`` that gives on the inputs that arrive what ``weight`` gives on those of the float model.
-
-    1. With ``x`` what arrives and ``e`` what is missing of it, ``V x`` is nearest to ``W (x + e)`` in the mean of the
-       squares for ``V = W + W D H^-1``, where ``D = sum e x^T`` and ``H = sum x x^T``.
-    2. ``D H^-1`` is a regression with as many unknowns as ``c^2``, and mostly noise where correlations are weak: as
-       much as the diagonal of ``H`` is added to it (a ridge in units of the channels), and that of ``D`` where it is
-       larger, so that a channel which nearly vanished on the way moves no weight by more than itself.
-    3. ``strength`` of the change is taken: what is corrected here is seen again by the layers behind.
-
-    Source: Li et al. 2025, "GPTAQ: Efficient Finetuning-Free Quantization for Asymmetric Calibration": the same
-    objective, there minimized column by column. Step 2 is ours.
-
-    >>> state = observers.paired_gram.update(observers.paired_gram.init(1), torch.ones(4, 1), 1.5 * torch.ones(4, 1))
-    >>> corrected(torch.tensor([[8.0]]), state, 1.0)
-    tensor([[10.]])
-    """
-    (gram, _), cross = statistic
-    unit = torch.where(gram.diagonal() > 0, gram.diagonal(), 1.0).rsqrt()
-    ridge = (cross.diagonal().abs() * unit.square()).clamp(min=1)
-    scaled = (gram * unit).mul_(unit[:, None])
-    scaled.diagonal().add_(ridge)
-    lower, _ = torch.linalg.cholesky_ex(scaled)
-    # W D H^-1 from the left or from the right: whichever has the smaller matrix to solve for.
-    few = len(weight) <= len(gram)
-    pull = weight @ cross if few else cross
-    change = (torch.cholesky_solve((pull * unit).T, lower) * unit[:, None]).T
-    return weight + strength * (change if few else weight @ change)
+# Of inputs that stay in floating point; of inputs that are quantized, behind the ranges of their channels.
+Statistic = observers.SumState | observers.PairedState
+InputStatistic = tuple[observers.Range, Statistic]
 
 
 def solve(
-    spec: LayerSpec, options: Options, weight: Tensor, statistic: observers.SumState | observers.PairedState
+    spec: LayerSpec,
+    options: Options,
+    weight: Tensor,
+    statistic: Statistic | InputStatistic,
+    smoothing: Tensor | None = None,
 ) -> Solution:
     """Quantize ``weight`` ``[n, c]`` for inputs with the Gram matrix ``total`` ``[c, c]``.
 
     With ``U`` and ``d`` of :func:`factor`, in the order of processing, column ``j`` becomes
     ``q_j = Q(w_j + sum over i < j of (w_i - q_i) U_ij)``. Then ``(w - q) H (w - q)^T = sum of d_j r_j^2``, with ``r``
-    the rounding errors: each is as small as it can be when its column is reached.
+    the rounding errors: each is as small as it can be when its column is reached. So the pivots ``d`` are also what
+    the search of the ranges weighs errors with.
 
-    A paired statistic moves the weight first, see :func:`corrected`; errors are then those against the moved weight,
-    also the one of plain rounding, which rounds ``weight`` itself.
+    A paired statistic moves the weight first, see :func:`~quantize.core.correction.corrected`; errors are then those
+    against the moved weight, also the one of plain rounding, which rounds ``weight`` itself. With quantized inputs, the
+    weight is fitted to the rounded inputs, divided by ``smoothing`` ``[c]`` if given, see
+    :func:`~quantize.core.rounding.met`.
 
     Never fails on finite arguments. Notes: ``damp``, as large as the factorization needed it; ``dead_channels``;
-    ``kept_rounding``, output channels that the guard gave back; ``corrected``, by which part of itself it moved.
+    ``kept_rounding``, output channels that the guard gave back; ``corrected``, the relative change of the weight.
     """
-    return solve_together(spec, options, [weight], statistic)[0]
-
-
-Statistic = observers.SumState | observers.PairedState
+    return solve_together(spec, options, [weight], statistic, smoothing)[0]
 
 
 def solve_together(
-    spec: LayerSpec, options: Options, weights: Sequence[Tensor], statistic: Statistic
+    spec: LayerSpec,
+    options: Options,
+    weights: Sequence[Tensor],
+    statistic: Statistic | InputStatistic,
+    smoothing: Tensor | None = None,
 ) -> list[Solution]:
     """:func:`solve` for several weights ``[n_i, c]`` of one dtype that read the same inputs: one factorization.
 
     Rows are independent, so the weights are put one below the other; with strategy ``tensor`` each has its own scale.
     """
-    prepared = _prepare(options, statistic)
+    met, finished = _met(spec, statistic, smoothing, stacked=False)
+    prepared = _prepare(options, met)
     if spec.weight.strategy == "tensor":
-        return [_solve(spec, options, weight, statistic, prepared)[0] for weight in weights]
-    return _solve(spec, options, torch.cat(list(weights)), statistic, prepared, [len(weight) for weight in weights])
+        solutions = [_solve(spec, options, weight, met, prepared, smoothing)[0] for weight in weights]
+    else:
+        heights = [len(weight) for weight in weights]
+        solutions = _solve(spec, options, torch.cat(list(weights)), met, prepared, smoothing, heights)
+    return [finished(solution) for solution in solutions]
 
 
-def solve_stack(spec: LayerSpec, options: Options, weights: Tensor, statistics: Statistic) -> Solution:
+def solve_stack(
+    spec: LayerSpec,
+    options: Options,
+    weights: Tensor,
+    statistics: Statistic | InputStatistic,
+    smoothing: Tensor | None = None,
+) -> Solution:
     """:func:`solve` for every weight of a stack ``[e, n, c]`` at once, as the experts of a mixture are.
 
-    The tensors of ``statistics`` and of the solution have the leading axis as well. What is added in another order
-    than by :func:`solve` differs by roundings.
+    The tensors of ``statistics``, ``smoothing`` and the solution have the leading axis as well. What is added in
+    another order than by :func:`solve` differs by roundings.
     """
-    return _solve(spec, options, weights, statistics, _prepare(options, statistics))[0]
+    met, finished = _met(spec, statistics, smoothing, stacked=True)
+    return finished(_solve(spec, options, weights, met, _prepare(options, met), smoothing)[0])
+
+
+def _met(
+    spec: LayerSpec, statistic: Statistic | InputStatistic, smoothing: Tensor | None, *, stacked: bool
+) -> tuple[Statistic, Callable[[Solution], Solution]]:
+    """The statistic of what a layer meets, and how to say in a solution what happens to the inputs."""
+    if isinstance(statistic, observers.SumState | observers.PairedState):
+        return statistic, lambda solution: solution
+    assert spec.inputs is not None
+    inputs, given = spec.inputs, () if smoothing is None else (smoothing,)
+    static = None
+    if inputs.strategy == "tensor":
+
+        def params(low: Tensor, high: Tensor, smoothing: Tensor | None = None) -> tuple[Tensor, ...]:
+            return present(linear.static_params(low, high, inputs, smoothing=smoothing))
+
+        static = QParams(*refine.each(params, stacked)(*statistic[0], *given))
+    met = refine.each(partial(rounding.met, inputs), stacked)(statistic, *given)
+    return met, partial(replace, inputs=inputs, smoothing=smoothing, static=static)
 
 
 class _Prepared(NamedTuple):
@@ -182,6 +206,7 @@ class _Prepared(NamedTuple):
 
     order: Tensor
     upper: Tensor
+    pivots: Tensor
     notes: dict[str, Tensor]
 
 
@@ -202,8 +227,11 @@ def _prepare(options: Options, statistic: Statistic) -> _Prepared:
     if options.act_order:
         order = torch.argsort(diagonal, dim=-1, descending=True, stable=True)
     # Rows, and then columns as the rows of the transposed matrix.
-    upper, _, damp = factor(refine.picked(refine.transposed(refine.picked(trusted, order)), order).mT, options.damp)
-    return _Prepared(order, upper, {"damp": damp, "dead_channels": (diagonal == 0).sum(-1)})
+    upper, pivots, damp = factor(
+        refine.picked(refine.transposed(refine.picked(trusted, order)), order).mT, options.damp
+    )
+    pivots = pivots.gather(-1, torch.argsort(order, dim=-1)).masked_fill(diagonal == 0, 0.0)
+    return _Prepared(order, upper, pivots, {"damp": damp, "dead_channels": (diagonal == 0).sum(-1)})
 
 
 def _solve(
@@ -212,16 +240,24 @@ def _solve(
     weight: Tensor,
     statistic: Statistic,
     prepared: _Prepared,
+    smoothing: Tensor | None,
     heights: Sequence[int] | None = None,
 ) -> list[Solution]:
     """The solutions of a weight ``[n, c]`` that is put together of some with ``heights`` rows; or one, of a stack."""
     stacked, gram = weight.ndim == 3, _single(statistic).total
-    wide = target = weight.to(affine.working_dtype(weight))
+    wide = weight.to(affine.working_dtype(weight))
+    wide = target = wide if smoothing is None else wide * smoothing[..., None, :]
     if isinstance(statistic, observers.PairedState):
-        target = refine.each(partial(corrected, strength=options.asymmetric), stacked)(wide, statistic)
+        target = refine.each(partial(correction.corrected, strength=options.asymmetric), stacked)(wide, statistic)
     rounded = refine.each(partial(affine.round_to_nearest, scheme=spec.weight), stacked)(wide)
-    importance, steps = gram.diagonal(dim1=-2, dim2=-1), 40 if options.search_range else 1
-    params = ranges.search(target, spec.weight, importance, steps=steps)
+    if options.search_range:
+        params = ranges.search(
+            target, spec.weight, prepared.pivots, signed=options.signed_scale and spec.inputs is None
+        )
+    else:
+        params = refine.each(lambda w: affine.qparams(*affine.group_ranges(w, spec.weight), spec.weight), stacked)(
+            target
+        )
     q = refine.sweep(target, target, prepared.upper, params, spec.weight, prepared.order, block_size=options.block_size)
     for _ in range(options.sweeps):
         q = refine.each(refine.refit, stacked)(

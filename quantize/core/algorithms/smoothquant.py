@@ -14,37 +14,45 @@ import torch
 from einops import reduce
 from torch import Tensor
 
-from quantize.core import affine, linear, metrics, observers, refine
+from quantize.core import affine, linear, metrics, observers, refine, rounding
+from quantize.core.algorithms import gptq
 from quantize.core.algorithms.base import Algorithm, BaseOptions, LayerSpec, Solution, option, tied
 
 QUANTIZES_INPUTS = frozenset({True})
 
-# The ranges of the channels, and for a search over strengths their Gram matrix.
-Statistic = observers.Range | tuple[observers.Range, observers.SumState]
+# The ranges of the channels; for a search over strengths and for gptq, also their Gram matrix or the paired one.
+Statistic = observers.Range | gptq.InputStatistic
 
 
 @dataclass(frozen=True)
 class Options(BaseOptions):
-    """The paper's strength, and a search over strengths.
+    """The paper's strength, and what improves on it in the same deployed format.
 
     - ``smooth_strength``: how much of the inputs' range moves into the weight; alpha in the paper.
     - ``grids_num``: 0 takes ``smooth_strength``; else every layer takes the best of the strengths ``i / grids_num``
       from 0 to 1, and of no smoothing at all.
+    - ``rounding``: how the smoothed weight is rounded: ``nearest`` as in the paper, or by ``gptq`` with its defaults.
     """
 
     smooth_strength: float = option(0.5, "a number strictly between 0 and 1", lambda value: 0 < value < 1)
     grids_num: int = option(0, "an int, at least 0", lambda value: value >= 0)
+    rounding: str = option("nearest", "'nearest' or 'gptq'", lambda value: value in ("nearest", "gptq"))
 
 
 def algorithm(spec: LayerSpec, options: Options = Options()) -> Algorithm:
     """SmoothQuant; remembers the ranges of the input channels, which give static inputs their scale as well.
 
-    The search remembers the Gram matrix, too.
+    The search and gptq remember the Gram matrix, too.
     """
+    bound, scale = partial(solve, spec, options), partial(common_scale, spec, options)
+    if options.rounding == "gptq":
+        inner = gptq.algorithm(spec)
+        stack = partial(solve_stack, spec, options)
+        return Algorithm(inner.observer, bound, fewest=inner.fewest, paired=inner.paired, scale=scale, stack=stack)
     observer = observers.channel_range
     if options.grids_num:
         observer = observers.product(observers.channel_range, observers.gram)
-    return Algorithm(observer, partial(solve, spec, options), scale=partial(common_scale, spec, options))
+    return Algorithm(observer, bound, scale=scale)
 
 
 def smoothing_scale(input_amax: Tensor, weight_amax: Tensor, strength: float) -> Tensor:
@@ -70,11 +78,8 @@ def expected_error(
     """What the outputs lose when inputs are divided by ``smoothing`` ``[c]`` and both sides are rounded, ``[]``.
 
     1. The weight's part is exact: ``tr(delta H delta^T)`` with ``delta = Q(W s) / s - W``.
-    2. Rounding an input with step ``a`` makes an error of variance ``a^2 / 12``, or loses the whole input where the
-       channel's mean square is below that; errors of channels are taken as independent of each other and of the
-       weight's, so each counts ``|W s|^2`` of its column, for every token.
-    3. Static inputs have the step of the whole range. For a token's own step, the largest root mean square of a channel
-       stands in for the longer tail of its range; without symmetry, the other is as much shorter as over all tokens.
+    2. The errors of the inputs are taken as independent of each other and of the weight's, so that of each channel, see
+       :func:`~quantize.core.rounding.lost_power`, counts ``|W s|^2`` of its column.
 
     ``weight`` is ``[n, c]``, ``inputs`` ``[c]``, ``gram`` ``[c, c]``.
     """
@@ -83,17 +88,7 @@ def expected_error(
     exact = metrics.output_error(reached - weight, gram.total)
     if spec.inputs is None:
         return exact
-    square = gram.total.diagonal() / gram.tokens.clamp(min=1) / smoothing.square()
-    if spec.inputs.strategy == "tensor":
-        step = linear.static_params(inputs.low, inputs.high, spec.inputs, smoothing=smoothing).scale.amax()
-    else:
-        tail = square.amax().sqrt()
-        low, high = (inputs.low / smoothing).amin(), (inputs.high / smoothing).amax()
-        longer = torch.maximum(-low, high)
-        both = tail * torch.where(longer > 0, (high - low) / longer, 1.0)
-        qmin, qmax = spec.inputs.qmin, spec.inputs.qmax
-        step = tail / qmax if spec.inputs.symmetric else both / (qmax - qmin)
-    lost = torch.minimum(step.square() / 12, square) * gram.tokens
+    lost = rounding.lost_power(spec.inputs, inputs, gram, smoothing)
     return exact + (lost * reduce(scaled.square(), "n c -> c", "sum")).sum()
 
 
@@ -128,9 +123,12 @@ def common_scale(
     Channels with the same number in ``tie`` ``[c]`` get one divisor, by the largest of their magnitudes.
     """
     wide = [weight.to(affine.working_dtype(weight)) for weight in weights]
-    if isinstance(statistic, observers.Range):
-        return smoothing_scale(*_maxima(wide, statistic, tie), options.smooth_strength)
-    return search_scale(spec, wide, *statistic, grids_num=options.grids_num, tie=tie)
+    inputs = _range(statistic)
+    if not options.grids_num:
+        return smoothing_scale(*_maxima(wide, inputs, tie), options.smooth_strength)
+    assert not isinstance(statistic, observers.Range)
+    gram = statistic[1].gram if isinstance(statistic[1], observers.PairedState) else statistic[1]
+    return search_scale(spec, wide, inputs, gram, grids_num=options.grids_num, tie=tie)
 
 
 def solve(
@@ -138,19 +136,33 @@ def solve(
 ) -> Solution:
     """Smooth and round ``weight`` ``[n, c]``; ``statistic``: the ranges ``[c]`` of the channels.
 
-    For the search over strengths, the ranges and the Gram matrix ``[c, c]``. Without ``smoothing`` ``[c]`` the divisor
-    is :func:`common_scale`. Notes: ``dead_channels``, input channels that were zero in all of the tokens.
+    For the search over strengths and for gptq, the ranges and the Gram matrix ``[c, c]``, or the paired one. Without
+    ``smoothing`` ``[c]`` the divisor is :func:`common_scale`. Notes: ``dead_channels``, input channels that were zero
+    in all of the tokens; and those of gptq.
     """
     wide = weight.to(affine.working_dtype(weight))
     if smoothing is None:
         smoothing = common_scale(spec, options, [wide], statistic)
-    inputs = statistic if isinstance(statistic, observers.Range) else statistic[0]
-    static = None
+    if options.rounding == "gptq":
+        assert not isinstance(statistic, observers.Range)
+        return gptq.solve(spec, gptq.Options(), wide, statistic, smoothing)
+    inputs, static = _range(statistic), None
     if spec.inputs is not None and spec.inputs.strategy == "tensor":
         static = linear.static_params(inputs.low, inputs.high, spec.inputs, smoothing=smoothing)
     dead = (inputs.low == 0) & (inputs.high == 0)
     quantized = affine.round_to_nearest(wide * smoothing, spec.weight)
     return Solution(quantized, spec.inputs, smoothing, static, notes={"dead_channels": dead.sum()})
+
+
+def solve_stack(spec: LayerSpec, options: Options, weights: Tensor, statistics: gptq.InputStatistic) -> Solution:
+    """:func:`solve` with gptq for every weight of a stack ``[e, n, c]`` at once; all else has the leading axis, too."""
+    wide = weights.to(affine.working_dtype(weights))
+    smoothing = torch.func.vmap(lambda weight, its: common_scale(spec, options, [weight], its))(wide, statistics)
+    return gptq.solve_stack(spec, gptq.Options(), wide, statistics, smoothing)
+
+
+def _range(statistic: Statistic) -> observers.Range:
+    return statistic if isinstance(statistic, observers.Range) else statistic[0]
 
 
 def _maxima(weights: Sequence[Tensor], inputs: observers.Range, tie: Tensor | None) -> tuple[Tensor, Tensor]:
