@@ -9,9 +9,8 @@ from typing import Any
 from torch import nn
 
 from quantize.presets import INT8_MINMAX_WEIGHT_QUANT_CFG
-from quantize.shell.calibrate import counting, solving
+from quantize.shell.calibrate import hooks, solving
 from quantize.shell.calibrate.layer import CalibrationLinear, calibrated
-from quantize.shell.calibrate.observing import restart
 from quantize.shell.calibrate.ranks import Ranks
 from quantize.shell.calibrate.session import KEY, Session
 from quantize.shell.config import QuantizeWarning, parse, refusal, shown
@@ -53,15 +52,14 @@ def quantize(model: nn.Module, config: object = None) -> None:
     layers: dict[nn.Module, CalibrationLinear] = {
         layer: CalibrationLinear(layer, names, session) for layer, names in planned.layers.items()
     }
-    restart(layers.values())
     try:
         swap(model, planned.views)
         swap(model, layers)
-        counting.attach(model, session)
+        hooks.attach(model, session)
         if parsed.algorithm.data_free:
-            solving.solve(model, [*layers.values()])
+            solving.solve_all(model, [*layers.values()])
     except BaseException:
-        counting.detach(model)
+        hooks.detach(model)
         model.__dict__.pop(KEY, None)
         swap(model, {new: old for old, new in layers.items()})
         swap(model, {new: old for old, new in planned.views.items()})
@@ -127,7 +125,7 @@ def convert(
     loading.check_served(layers.values(), kernel)
     swap(model, layers)
     release(model)
-    counting.detach(model)
+    hooks.detach(model)
     loading.carry_hidden(model)
 
 

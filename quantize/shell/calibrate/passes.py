@@ -5,41 +5,43 @@ Slow, and right for every model that gives the same twice; :mod:`.walks` says wh
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import Tensor, nn
 
 from quantize.shell.calibrate.layer import CalibrationLinear
 from quantize.shell.calibrate.session import Session
-from quantize.shell.calibrate.units import Unit
+from quantize.shell.calibrate.units import Inputs, Unit
 from quantize.shell.values import kept
 
 
+@dataclass
 class _Pass:
-    """One run, in which a unit is observed."""
+    """One run of the float model, or of the model as far as it is quantized, for the ``inputs`` of some layers."""
 
-    def __init__(self, unit: Unit, *, floating: bool) -> None:
-        self.read: dict[CalibrationLinear, list[Tensor]] = {layer: [] for layer in unit.layers}
-        self._floating = floating
+    inputs: dict[CalibrationLinear, Inputs]
+    floating: bool
 
     def observe(self, layer: CalibrationLinear, x: Tensor) -> bool:
         """A call of ``layer`` with ``x`` ``[..., c]``: whether it is to compute as quantized."""
-        if layer in self.read:
+        if layer in self.inputs:
+            _, arriving, originals = self.inputs[layer]
             # What runs on may write to it.
-            self.read[layer].append(kept(x))
-        return layer.solution is not None and not self._floating
+            (originals if self.floating else arriving).append(kept(x))
+        return layer.solution is not None and not self.floating
 
 
-def read(
-    root: nn.Module, session: Session, unit: Unit, *, floating: bool
-) -> list[dict[CalibrationLinear, list[Tensor]]]:
-    """By batch and layer, what the calls of ``unit`` read: in the float model, or as far as it is quantized.
+def read(root: nn.Module, session: Session, unit: Unit) -> dict[CalibrationLinear, list[Inputs]]:
+    """What the layers of ``unit`` read.
 
     Batches run in their order, and the buffers that they write to are at first as they were.
     """
-    found = []
-    for number, batch in enumerate(session.batches):
-        if number == 0:
-            batch.rewind(root)
-        session.watching = watching = _Pass(unit, floating=floating)
-        batch.run(root)
-        found.append(watching.read)
+    found = {layer: [Inputs(batch.mask, [], []) for batch in session.batches] for layer in unit.layers}
+    for floating in (True, False) if session.algorithm.paired is not None else (False,):
+        for number, batch in enumerate(session.batches):
+            if number == 0:
+                batch.rewind(root)
+            inputs = {layer: found[layer][number] for layer in unit.layers}
+            session.watching = _Pass(inputs, floating)
+            batch.run(root)
     return found

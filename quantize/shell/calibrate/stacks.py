@@ -1,19 +1,22 @@
-"""Which layers are solved at once: those that share their statistics, and the experts of a mixture."""
+"""Solve layers: those that share their statistics at once, and the experts of a mixture in stacks."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 import torch.utils._pytree as pytree
 
+from quantize.core import Solution, minmax
 from quantize.shell import offload
-from quantize.shell.calibrate.layer import CalibrationLinear
+from quantize.shell.calibrate.layer import CalibrationLinear, dynamic
 from quantize.shell.report.rows import starred
 
 # Measured: on the CPU, one after the other is as fast. More at once than this do not gain, and take memory.
 _ALONE, _MOST = frozenset({"cpu"}), 16
 
 
-def solve_together(units: list[list[CalibrationLinear]]) -> None:
+def solve_stack(units: list[list[CalibrationLinear]]) -> None:
     """Solve a stack of units, each of layers that share their statistics; at once, where that saves work."""
     first, algorithm = units[0][0], units[0][0].session.algorithm
     if len(units) > 1:
@@ -24,11 +27,22 @@ def solve_together(units: list[list[CalibrationLinear]]) -> None:
                 layer.adopt(pytree.tree_map(lambda leaf, number=number: leaf[number].clone(), solved))
     elif algorithm.together is None or first.fell_back or len({layer.weight.dtype for layer in units[0]}) > 1:
         for layer in units[0]:
-            layer.solve()
+            layer.adopt(_solution(layer))
     else:
         solutions = algorithm.together([layer.float_weight() for layer in units[0]], first.statistic())
         for layer, solution in zip(units[0], solutions, strict=True):
             layer.adopt(solution)
+
+
+def _solution(layer: CalibrationLinear) -> Solution:
+    """That of one layer from its statistics; with too few tokens that of minmax, without a range of the inputs."""
+    algorithm, spec, weight = layer.session.algorithm, layer.session.config.spec, layer.float_weight()
+    if layer.fell_back:
+        return minmax.algorithm(replace(spec, inputs=dynamic(spec.inputs))).solve(weight, None)
+    if layer.folded is None:
+        return algorithm.solve(weight, None if algorithm.data_free else layer.statistic())
+    solved = algorithm.solve(weight, layer.statistic(), layer.folded)
+    return replace(solved, smoothing=None, notes={**solved.notes, "folded": torch.ones(())})
 
 
 def stacks(units: list[list[CalibrationLinear]]) -> list[list[list[CalibrationLinear]]]:

@@ -3,52 +3,59 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from torch import Tensor
 
 from quantize.shell.calibrate.layer import CalibrationLinear
 
-# By layer, in the order of the first calls: which tensor it read at each call. Equal numbers, one tensor.
-Reads = Mapping[str, list[int]]
+
+class Inputs(NamedTuple):
+    """What the calls of a layer read in one batch, ``[..., c]`` each: as quantized so far, and in the float model.
+
+    ``mask`` ``[b, t]``: which tokens count.
+    """
+
+    mask: Tensor | None
+    arriving: list[Tensor]
+    originals: list[Tensor]
 
 
 @dataclass(eq=False)
 class Unit:
     """Layers that read the same tensors at all of their calls, in every pass of the user. They share statistics."""
 
-    layers: list[CalibrationLinear]
-    solved: bool = False
+    layers: list[CalibrationLinear] = field(default_factory=list)
+
+    @property
+    def solved(self) -> bool:
+        """Whether all of the layers have a solution."""
+        return all(layer.solution is not None for layer in self.layers)
 
 
-def units(layers: list[CalibrationLinear], passes: Iterable[Reads]) -> list[Unit]:
-    """All ``layers`` in units, in the order of execution.
+def units(layers: list[CalibrationLinear], passes: Sequence[Mapping[str, list[int]]]) -> list[Unit]:
+    """All ``layers`` in units, in the order of execution; ``passes``: what each of them read, as :attr:`Batch.reads`.
 
     A layer that was never called, such as an idle expert, stands alone, behind the one before it in the model: there
     it would be called if quantization changed the route.
     """
-    found = list(passes)
-    keys = {
-        layer.names[0]: tuple((number, *reads[layer.names[0]]) for number, reads in enumerate(found)
-                              if layer.names[0] in reads) or layer.names[0]
-        for layer in layers
-    }  # fmt: skip
-    members: dict[object, list[CalibrationLinear]] = {}
-    for layer in layers:
-        members.setdefault(keys[layer.names[0]], []).append(layer)
-    place = {key: number for number, key in enumerate(members)}
-    order = merged([list(dict.fromkeys(place[keys[name]] for name in reads if name in keys)) for reads in found])
-    position = {name: place for reads in found for place, name in enumerate(reads)}
-    for each in members.values():
-        each.sort(key=lambda layer: position.get(layer.names[0], 0))
-    called, idle, before = set(order), dict[int, list[int]](), -1
-    for number in (place[keys[layer.names[0]]] for layer in layers):
-        if number in called:
-            before = number
-        else:
-            idle.setdefault(before, []).append(number)
-    everything = [*idle.get(-1, ()), *(each for number in order for each in (number, *idle.get(number, ())))]
-    units_of = list(members.values())
-    return [Unit(units_of[number]) for number in everything]
+    # By name, the number of the unit: that of its first layer in the model.
+    unit_of: dict[str, int] = {}
+    first: dict[object, int] = {}
+    for number, (name, *_) in enumerate(layer.names for layer in layers):
+        read = tuple((i, *reads[name]) for i, reads in enumerate(passes) if name in reads)
+        unit_of[name] = first.setdefault(read or name, number)
+    sequences = [list(dict.fromkeys(unit_of[name] for name in reads if name in unit_of)) for reads in passes]
+    order, before = {unit: (place, -1) for place, unit in enumerate(merged(sequences))}, -1
+    for unit in unit_of.values():
+        before, _ = order.setdefault(unit, (before, unit))
+    found = {unit: Unit() for unit in sorted(order, key=order.__getitem__)}
+    position = {name: place for reads in passes for place, name in enumerate(reads)}
+    for layer in sorted(layers, key=lambda layer: position.get(layer.names[0], 0)):
+        found[unit_of[layer.names[0]]].layers.append(layer)
+    return list(found.values())
 
 
 def merged(sequences: list[list[int]]) -> list[int]:
