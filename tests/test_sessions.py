@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import quantize as qz
-from quantize.shell.calibrate import stacks
+from quantize.shell.calibrate import units
 from quantize.shell.calibrate.layer import CalibrationLinear
 from tests.models import WEIGHTS, config, filled, mlp, randn, solutions
 from tests.zoo.experts import batch, gpt2, made, run
@@ -86,7 +86,7 @@ def test_a_part_that_saw_nothing_is_named():
 
 @pytest.mark.filterwarnings("ignore::quantize.QuantizeWarning")
 def test_experts_of_two_sessions_are_no_stack(monkeypatch):
-    monkeypatch.setattr(stacks, "_ALONE", frozenset())
+    monkeypatch.setattr(units, "_ALONE", frozenset())
     model = made("mixtral")
     blocks = [layer.mlp for layer in model.model.layers]
     for block, kind in zip(blocks, ("int8", "int4"), strict=True):

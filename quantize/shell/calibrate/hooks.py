@@ -58,7 +58,8 @@ def _begin(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> No
             raise refusal("model", told, "arguments like those of the batches before: tensors and plain values")
         session.sequential = False
         session.remark(f"calibrated in one pass, not layer by layer: the model was called with {told}")
-    if len(session.batches) >= session.wanted or odd:
+    kept = session.sequential or (session.config.schedule.fold and not session.batches)
+    if odd or not kept:
         session.watching = Statistics(attention_mask(root, args, kwargs))
         return
     batch = Batch.of(root, args, kwargs, first=session.sequential and not session.batches)

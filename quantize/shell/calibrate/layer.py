@@ -48,7 +48,7 @@ class CalibrationLinear(Foldable):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Linear gives it
         """``input`` ``[..., c]`` to ``[..., n]``: float, or fake-quantized once the model is solved."""
         watching = self.session.watching
-        quantized = self.active if watching is None or self.active else watching.observe(self, input)
+        quantized = self.active if watching is None or self.active else watching(self, input)
         # Not before: while it is observed, it may be solved.
         s = self.solution
         if s is None or not quantized:

@@ -13,7 +13,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from quantize.shell.calibrate.layer import CalibrationLinear
-from quantize.shell.calibrate.stacks import siblings, solve_stack, stacks
+from quantize.shell.calibrate.units import siblings, solve_stack, stacks
 from quantize.shell.config import QuantizeError, refusal
 
 Stack = list[list[CalibrationLinear]]

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from quantize.shell import offload
-from quantize.shell.calibrate import passes
 from quantize.shell.calibrate.layer import CalibrationLinear
 from quantize.shell.calibrate.ranks import Ranks
 from quantize.shell.calibrate.session import Session
@@ -19,8 +18,7 @@ from quantize.shell.calibrate.walks import Walks
 from quantize.shell.calibrate.watching import check_finite, counted
 from quantize.shell.modes import same_attributes, undisturbed
 from quantize.shell.progress import layers_progress
-
-T = TypeVar("T")
+from quantize.shell.values import kept
 
 
 def fit(root: nn.Module, session: Session, layers: list[CalibrationLinear], ranks: Ranks) -> None:
@@ -39,7 +37,7 @@ def fit(root: nn.Module, session: Session, layers: list[CalibrationLinear], rank
             layer.solution = solution
         session.remark(f"calibrated in full passes for each layer, which is slow, and not in lock step: {trouble}")
         for unit in layers_progress([unit for unit in ordered if not unit.solved]):
-            _fit_unit(unit, ranks, partial(passes.read, root, session, unit))
+            _fit_unit(unit, ranks, partial(_full_passes, root, session, unit))
 
 
 def _in_lock_step(root: nn.Module, session: Session, ordered: list[Unit], ranks: Ranks) -> str | None:
@@ -51,7 +49,8 @@ def _in_lock_step(root: nn.Module, session: Session, ordered: list[Unit], ranks:
     try:
         for _ in layers_progress([unit for unit in ordered if not unit.solved]):
             ranks.together(walks.advance)
-            trouble, place = _first(ranks, walks.trouble), _first(ranks, walks.first)
+            trouble: str | None = _first(ranks, walks.trouble)
+            place = _first(ranks, walks.first)
             if trouble is not None or place is None:
                 return trouble
             _fit_unit(ordered[place], ranks, partial(walks.read, ordered[place]))
@@ -62,10 +61,33 @@ def _in_lock_step(root: nn.Module, session: Session, ordered: list[Unit], ranks:
     return None
 
 
-def _first(ranks: Ranks, value: T | None) -> T | None:
+def _first(ranks: Ranks, value: Any) -> Any:
     """The least of what the ranks found, None where none found anything."""
-    found: list[Any] = [each for each in ranks.gather(value) if each is not None]
-    return min(found, default=None)
+    return min((each for each in ranks.gather(value) if each is not None), default=None)
+
+
+def _full_passes(root: nn.Module, session: Session, unit: Unit) -> dict[CalibrationLinear, list[Inputs]]:
+    """What the layers of ``unit`` read where every batch runs from the root, alone.
+
+    Slow, and right for every model that gives the same twice. Batches run in their order, and the buffers that they
+    write to are at first as they were.
+    """
+    found = {layer: [Inputs(batch.mask, [], []) for batch in session.batches] for layer in unit.layers}
+
+    def watch(number: int, floating: bool, layer: CalibrationLinear, x: Tensor) -> bool:
+        if layer in found:
+            _, arriving, originals = found[layer][number]
+            # What runs on may write to it.
+            (originals if floating else arriving).append(kept(x))
+        return layer.solution is not None and not floating
+
+    for floating in (True, False) if session.algorithm.paired is not None else (False,):
+        for number, batch in enumerate(session.batches):
+            if number == 0:
+                batch.rewind(root)
+            session.watching = partial(watch, number, floating)
+            batch.run(root)
+    return found
 
 
 def _fit_unit(unit: Unit, ranks: Ranks, read: Callable[[], dict[CalibrationLinear, list[Inputs]]]) -> None:

@@ -15,7 +15,7 @@ from quantize.shell.calibrate import sequential
 from quantize.shell.calibrate.layer import CalibrationLinear, calibrated, unsolved
 from quantize.shell.calibrate.ranks import Ranks
 from quantize.shell.calibrate.session import KEY, Session
-from quantize.shell.calibrate.stacks import siblings
+from quantize.shell.calibrate.units import siblings
 from quantize.shell.config import QuantizeWarning, refusal
 from quantize.shell.fold import folding
 from quantize.shell.modes import undisturbed, untracked
@@ -26,8 +26,7 @@ from quantize.shell.progress import layers_progress
 def finish(model: nn.Module, ranks: Ranks) -> None:
     """Solve with what was seen so far, or stay as it is where all is solved; see :func:`quantize.finish`."""
     layers = unsolved(model)
-    # By place as well: parts that were quantized apart may have layers of one name.
-    everyone = ranks.gather([((i, layer.names[0]), layer.session.seen) for i, layer in enumerate(layers)])
+    everyone = ranks.gather([(layer.names[0], layer.session.seen) for layer in layers])
     solved = ranks.gather(_checksum(model) if not layers and ranks.size > 1 else None)
     if not any(everyone):
         # Ranks that finished together hold equal codes; ranks that finished alone do not.
@@ -37,10 +36,10 @@ def finish(model: nn.Module, ranks: Ranks) -> None:
     for rank, theirs in enumerate(everyone):
         if not theirs:
             raise refusal(f"rank {rank}", "solved already, alone", "batch_num above what any process runs")
-    seen = [dict(theirs) for theirs in everyone]
-    for place, _ in everyone[0]:
-        if all(theirs.get(place, 1) == 0 for theirs in seen):
-            raise refusal(f"layer {place[1]!r}", "0 batches seen", "a model after at least one forward pass")
+    # By place: parts that were quantized apart may have layers of one name.
+    for (name, seen), *others in zip(*everyone, strict=False):
+        if not (seen or any(number for _, number in others)):
+            raise refusal(f"layer {name!r}", "0 batches seen", "a model after at least one forward pass")
     solve_all(model, layers, ranks)
 
 

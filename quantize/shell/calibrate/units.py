@@ -1,15 +1,23 @@
-"""Which layers are solved together, and in which order: what the passes of the user tell."""
+"""Which layers are solved together, in which order, and how: units that read the same tensors, and stacks of units."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
 
-from quantize.shell.calibrate.layer import CalibrationLinear
+from quantize.core import Solution, minmax
+from quantize.shell import offload
+from quantize.shell.calibrate.layer import CalibrationLinear, dynamic
+from quantize.shell.report.rows import starred
+
+# Measured: on the CPU, one after the other is as fast. More at once than this do not gain, and take memory.
+_ALONE, _MOST = frozenset({"cpu"}), 16
 
 
 class Inputs(NamedTuple):
@@ -64,17 +72,66 @@ def merged(sequences: list[list[int]]) -> list[int]:
     >>> merged([[3, 5], [1, 3], [1, 4]])
     [1, 3, 4, 5]
     """
-    rest = [list(reversed(sequence)) for sequence in {tuple(sequence): sequence for sequence in sequences}.values()]
+    rest = [list(sequence) for sequence in dict.fromkeys(map(tuple, sequences))]
     left = Counter(item for sequence in rest for item in sequence)
     order: list[int] = []
     while rest := [sequence for sequence in rest if sequence]:
-        heads = Counter(sequence[-1] for sequence in rest)
+        heads = Counter(sequence[0] for sequence in rest)
         # Where the sequences contradict each other, the one with most before it has its way.
-        item = min((head for head in heads if heads[head] == left[head]), default=max(rest, key=len)[-1])
+        item = min((head for head in heads if heads[head] == left[head]), default=max(rest, key=len)[0])
         order.append(item)
         for sequence in rest:
-            if sequence[-1] == item:
-                sequence.pop()
-            elif heads[item] < left[item] and item in sequence:
+            if sequence[0] == item or (heads[item] < left[item] and item in sequence):
                 sequence.remove(item)
     return order
+
+
+def solve_stack(units: list[list[CalibrationLinear]]) -> None:
+    """Solve a stack of units, each of layers that share their statistics; at once, where that saves work."""
+    first, algorithm = units[0][0], units[0][0].session.algorithm
+    if len(units) > 1:
+        statistics = pytree.tree_map(lambda *leaves: torch.stack(leaves), *(unit[0].statistic() for unit in units))
+        for layers in zip(*units, strict=True):
+            solved = algorithm.solve_stack(torch.stack([layer.float_weight() for layer in layers]), statistics)
+            for number, layer in enumerate(layers):
+                layer.adopt(pytree.tree_map(lambda leaf, number=number: leaf[number].clone(), solved))
+    elif algorithm.together is None or first.fell_back or len({layer.weight.dtype for layer in units[0]}) > 1:
+        for layer in units[0]:
+            layer.adopt(_solution(layer))
+    else:
+        solutions = algorithm.together([layer.float_weight() for layer in units[0]], first.statistic())
+        for layer, solution in zip(units[0], solutions, strict=True):
+            layer.adopt(solution)
+
+
+def _solution(layer: CalibrationLinear) -> Solution:
+    """That of one layer from its statistics; with too few tokens that of minmax, without a range of the inputs."""
+    algorithm, spec, weight = layer.session.algorithm, layer.session.config.spec, layer.float_weight()
+    if layer.fell_back:
+        return minmax.algorithm(replace(spec, inputs=dynamic(spec.inputs))).solve(weight, None)
+    if layer.folded is None:
+        return algorithm.solve(weight, None if algorithm.data_free else layer.statistic())
+    solved = algorithm.solve(weight, layer.statistic(), layer.folded)
+    return replace(solved, smoothing=None, notes={**solved.notes, "folded": torch.ones(())})
+
+
+def stacks(units: list[list[CalibrationLinear]]) -> list[list[list[CalibrationLinear]]]:
+    """The units in stacks: experts of one mixture and one shape, some at a time, where many small calls cost most."""
+    found: dict[object, list[list[CalibrationLinear]]] = {}
+    for unit in units:
+        first, device = unit[0], offload.device(unit[0])
+        name = starred(first.names[0])
+        alone = name == first.names[0] or device.type in _ALONE or first.session.algorithm.data_free
+        alone = alone or first.fell_back or any(layer.folded is not None for layer in unit)
+        shapes = tuple((layer.weight.shape, layer.weight.dtype) for layer in unit)
+        found.setdefault(id(unit) if alone else (first.session, name, device, shapes), []).append(unit)
+    return [stack[start : start + _MOST] for stack in found.values() for start in range(0, len(stack), _MOST)]
+
+
+def siblings(layers: list[CalibrationLinear]) -> list[list[CalibrationLinear]]:
+    """The layers by the statistics that they share, in their order."""
+    found: dict[object, list[CalibrationLinear]] = {}
+    for layer in layers:
+        leaves = pytree.tree_leaves(layer.statistics)
+        found.setdefault(id(leaves[0]) if leaves else layer, []).append(layer)
+    return list(found.values())

@@ -8,16 +8,16 @@ times, it is observed at all calls in floating point; once it is solved, the wal
 
 Walks share the model's attributes. So each float walk has to see what the user's own pass saw, by fingerprint and up to
 roundings (in bfloat16, 3 % of another batch are noticed); two are run for that where the algorithm does not ask for
-any. Where something else is seen, or a walk cannot stop, :attr:`Walks.trouble` says why, and :mod:`.passes` are needed.
+any. Where something else is seen, or a walk cannot stop, :attr:`Walks.trouble` says why: every batch has to run alone.
 """
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
-import functools
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from greenlet import getcurrent, greenlet
@@ -55,7 +55,7 @@ class Walk:
         self.tokens: dict[Unit, list[Tensor]] = {}
         self._read: dict[Unit, list[object]] = {}
         self._known, self._calls = Known(), Counter[CalibrationLinear]()
-        self.greenlet = greenlet(self._run)
+        self.greenlet = greenlet(partial(self._batch.run, self._walks.root))
         # What a model keeps in context variables belongs to its walk.
         self.greenlet.gr_context = contextvars.copy_context()
         self._restore, self._unwinding = self._walks.restore, False
@@ -65,21 +65,23 @@ class Walk:
         """Whether the model has returned, or nobody waits for it."""
         return self._unwinding or bool(self.greenlet.dead)
 
-    def _run(self) -> None:
-        with contextlib.suppress(Unwound):
-            self._batch.run(self._walks.root)
-
     def go_on(self) -> None:
         """Run to the next layer that is not solved, or to the end."""
-        self._switch(self.greenlet.switch)
+        if self.ended or self._walks.trouble:
+            return
+        try:
+            self._switch(self.greenlet.switch)
+        except Exception as error:
+            # Its own, or because of another batch: a pass of its own will tell.
+            self._walks.tell(f"{type(error).__name__} where batches run side by side: {error}")
 
     def unwind(self) -> None:
         """End where it stands."""
         self._unwinding = True
         if self.parked:
             # A model may make another error of it: that is none of anybody's.
-            with contextlib.suppress(Exception):
-                self._switch(functools.partial(self.greenlet.throw, Unwound))
+            with contextlib.suppress(Unwound, Exception):
+                self._switch(partial(self.greenlet.throw, Unwound))
 
     def _switch(self, to: Callable[[], Any]) -> None:
         self._restore()
@@ -157,7 +159,7 @@ class Walks:
         self._walks = [Walk(self, number, floating=way) for number, way in ways]
         self.current: Walk | None = None
 
-    def observe(self, layer: CalibrationLinear, x: Tensor) -> bool:
+    def __call__(self, layer: CalibrationLinear, x: Tensor) -> bool:
         """A call of ``layer`` with ``x`` ``[..., c]``: whether it is to compute as quantized."""
         walk, unit = self.current, self._of[layer]
         # Another thread, or a greenlet of the model's own.
@@ -177,21 +179,12 @@ class Walks:
         while ready and not self.trouble:
             for walk in ready:
                 walk.unit = None
-                self._go_on(walk)
+                walk.go_on()
             read = (self.order[walk.unit] for walk in self._walks if not walk.floating and walk.unit is not None)
             self.first = min(read, default=None)
             # Where the quantized model takes another way, the float one does not wait for it.
             ready = [walk for walk in self._walks if walk.floating and walk.parked and walk.unit is not None
                      and self.first is not None and self.order[walk.unit] < self.first]  # fmt: skip
-
-    def _go_on(self, walk: Walk) -> None:
-        if walk.ended or self.trouble:
-            return
-        try:
-            walk.go_on()
-        except Exception as error:
-            # Its own, or because of another batch: a pass of its own will tell.
-            self.tell(f"{type(error).__name__} where batches run side by side: {error}")
 
     def read(self, unit: Unit) -> dict[CalibrationLinear, list[Inputs]]:
         """What the layers of ``unit`` read: the same, from one list."""

@@ -48,7 +48,7 @@ class Statistics:
         self.batch, self._mask, self._known = batch, mask, Known()
         self._pending: dict[CalibrationLinear, tuple[Any, int]] = {}
 
-    def observe(self, layer: CalibrationLinear, x: Tensor) -> bool:
+    def __call__(self, layer: CalibrationLinear, x: Tensor) -> bool:
         """A call of ``layer`` with the inputs ``x`` ``[..., c]``, which computes in floating point."""
         state, tokens = self._pending.get(layer, (layer.statistics, layer.tokens))
         with untracked(x.device):
@@ -79,7 +79,7 @@ class Fingerprints:
         self.batch, self._known = batch, Known()
         self._read: list[tuple[CalibrationLinear, Tensor]] = []
 
-    def observe(self, layer: CalibrationLinear, x: Tensor) -> bool:
+    def __call__(self, layer: CalibrationLinear, x: Tensor) -> bool:
         """A call of ``layer`` with the inputs ``x`` ``[..., c]``, which computes in floating point."""
 
         def number() -> int:
