@@ -75,7 +75,7 @@ class Batch:
                 if name not in before or not torch.equal(before[name].to(now), now)}  # fmt: skip
 
     def rewind(self, root: nn.Module) -> None:
-        """Put the buffers of ``root`` back as they were before this first batch."""
+        """Put the buffers of ``root`` back as they were before this batch, if it was the first."""
         for name, value in self.written(root).items():
             if value is not None:
                 owner, _, last = name.rpartition(".")

@@ -13,7 +13,7 @@ from quantize.shell import offload
 from quantize.shell.calibrate.layer import CalibrationLinear
 from quantize.shell.calibrate.ranks import Ranks
 from quantize.shell.calibrate.session import Session
-from quantize.shell.calibrate.units import Inputs, Unit, units
+from quantize.shell.calibrate.units import Inputs, Reading, Unit, units
 from quantize.shell.calibrate.walks import Walks
 from quantize.shell.calibrate.watching import check_finite, counted
 from quantize.shell.modes import same_attributes, undisturbed
@@ -49,8 +49,9 @@ def _in_lock_step(root: nn.Module, session: Session, ordered: list[Unit], ranks:
     try:
         for _ in layers_progress([unit for unit in ordered if not unit.solved]):
             ranks.together(walks.advance)
-            trouble: str | None = _first(ranks, walks.trouble)
-            place = _first(ranks, walks.first)
+            told = ranks.gather((walks.trouble, walks.first))
+            trouble: str | None = min((each for each, _ in told if each is not None), default=None)
+            place = min((each for _, each in told if each is not None), default=None)
             if trouble is not None or place is None:
                 return trouble
             _fit_unit(ordered[place], ranks, partial(walks.read, ordered[place]))
@@ -61,13 +62,8 @@ def _in_lock_step(root: nn.Module, session: Session, ordered: list[Unit], ranks:
     return None
 
 
-def _first(ranks: Ranks, value: Any) -> Any:
-    """The least of what the ranks found, None where none found anything."""
-    return min((each for each in ranks.gather(value) if each is not None), default=None)
-
-
-def _full_passes(root: nn.Module, session: Session, unit: Unit) -> dict[CalibrationLinear, list[Inputs]]:
-    """What the layers of ``unit`` read where every batch runs from the root, alone.
+def _full_passes(root: nn.Module, session: Session, unit: Unit) -> list[Reading]:
+    """What the layers of ``unit`` read, each for itself, where every batch runs from the root, alone.
 
     Slow, and right for every model that gives the same twice. Batches run in their order, and the buffers that they
     write to are at first as they were.
@@ -83,23 +79,21 @@ def _full_passes(root: nn.Module, session: Session, unit: Unit) -> dict[Calibrat
 
     for floating in (True, False) if session.algorithm.paired is not None else (False,):
         for number, batch in enumerate(session.batches):
-            if number == 0:
-                batch.rewind(root)
+            batch.rewind(root)
             session.watching = partial(watch, number, floating)
             batch.run(root)
-    return found
+    return [([layer], inputs) for layer, inputs in found.items()]
 
 
-def _fit_unit(unit: Unit, ranks: Ranks, read: Callable[[], dict[CalibrationLinear, list[Inputs]]]) -> None:
-    """Solve the layers of ``unit`` on what ``read`` gives; layers that have one list of inputs share statistics."""
+def _fit_unit(unit: Unit, ranks: Ranks, read: Callable[[], list[Reading]]) -> None:
+    """Solve the layers of ``unit`` on what ``read`` gives: layers that share statistics, and their inputs by batch."""
     rest = [layer for layer in unit.layers if layer.solution is None]
 
     def observe() -> None:
-        found, known = read(), dict[int, tuple[Any, int]]()
-        for layer in rest:
-            if id(found[layer]) not in known:
-                known[id(found[layer])] = _statistics(layer, found[layer])
-            layer.statistics, layer.tokens = known[id(found[layer])]
+        for layers, inputs in read():
+            statistics, tokens = _statistics(layers[0], inputs)
+            for layer in set(layers).intersection(rest):
+                layer.statistics, layer.tokens = statistics, tokens
 
     ranks.together(observe)
     ranks.merge(rest)

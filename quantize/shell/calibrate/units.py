@@ -31,6 +31,10 @@ class Inputs(NamedTuple):
     originals: list[Tensor]
 
 
+# Layers that have read the same, and what that was, by batch.
+Reading = tuple[list[CalibrationLinear], list[Inputs]]
+
+
 @dataclass(eq=False)
 class Unit:
     """Layers that read the same tensors at all of their calls, in every pass of the user. They share statistics."""

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from quantize.shell import offload
 from quantize.shell.calibrate.batches import Batch
 from quantize.shell.calibrate.layer import CalibrationLinear
-from quantize.shell.calibrate.units import Inputs, Unit
+from quantize.shell.calibrate.units import Inputs, Reading, Unit
 from quantize.shell.calibrate.watching import Known, fingerprint, near
 from quantize.shell.modes import fixed, snapshot
 from quantize.shell.values import kept
@@ -186,13 +186,13 @@ class Walks:
             ready = [walk for walk in self._walks if walk.floating and walk.parked and walk.unit is not None
                      and self.first is not None and self.order[walk.unit] < self.first]  # fmt: skip
 
-    def read(self, unit: Unit) -> dict[CalibrationLinear, list[Inputs]]:
-        """What the layers of ``unit`` read: the same, from one list."""
+    def read(self, unit: Unit) -> list[Reading]:
+        """What the layers of ``unit`` have read."""
         found = [Inputs(batch.mask, [], []) for batch in self.batches]
         for walk in self._walks:
             _, arriving, originals = found[walk.number]
             (originals if walk.floating else arriving).extend(walk.tokens.get(unit, ()))
-        return dict.fromkeys(unit.layers, found)
+        return [(unit.layers, found)]
 
     def solved(self, unit: Unit) -> None:
         """``unit`` is solved: its inputs are dropped, and walks that came through it in floating point begin again."""
