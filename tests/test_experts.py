@@ -497,7 +497,7 @@ def test_ranks_agree(tmp_path):
 # Refused calls.
 
 
-def interrupted(_layer):
+def interrupted(*_):
     raise KeyboardInterrupt
 
 
@@ -517,7 +517,7 @@ def test_a_refused_call_leaves_everything(kind, monkeypatch):
         qz.quantize(model, {})
     assert_as_before()
     with monkeypatch.context() as patch:
-        patch.setattr(CalibrationLinear, "solve", interrupted)
+        patch.setattr(CalibrationLinear, "adopt", interrupted)
         with pytest.raises(KeyboardInterrupt):
             qz.quantize(model, given("minmax"))
     assert_as_before()

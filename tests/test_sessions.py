@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import quantize as qz
-from quantize.shell.calibrate import stacks
+from quantize.shell.calibrate import units
 from quantize.shell.calibrate.layer import CalibrationLinear
 from tests.models import WEIGHTS, config, filled, mlp, randn, solutions
 from tests.zoo.experts import batch, gpt2, made, run
@@ -86,7 +86,7 @@ def test_a_part_that_saw_nothing_is_named():
 
 @pytest.mark.filterwarnings("ignore::quantize.QuantizeWarning")
 def test_experts_of_two_sessions_are_no_stack(monkeypatch):
-    monkeypatch.setattr(stacks, "_ALONE", frozenset())
+    monkeypatch.setattr(units, "_ALONE", frozenset())
     model = made("mixtral")
     blocks = [layer.mlp for layer in model.model.layers]
     for block, kind in zip(blocks, ("int8", "int4"), strict=True):
@@ -100,16 +100,16 @@ def test_experts_of_two_sessions_are_no_stack(monkeypatch):
 @pytest.mark.filterwarnings("ignore::quantize.QuantizeWarning")
 @pytest.mark.parametrize("make", [gpt2, lambda: made("mixtral")], ids=["conv1d", "experts"])
 def test_an_interrupted_call_leaves_the_classes_of_modules(make, monkeypatch):
-    model, solve, solved = make(), CalibrationLinear.solve, []
+    model, adopt, solved = make(), CalibrationLinear.adopt, []
     classes = [type(module) for module in model.modules()]
 
-    def interrupted(layer):
+    def interrupted(layer, solution):
         solved.append(layer)
         if len(solved) == 3:
             raise KeyboardInterrupt
-        solve(layer)
+        adopt(layer, solution)
 
-    monkeypatch.setattr(CalibrationLinear, "solve", interrupted)
+    monkeypatch.setattr(CalibrationLinear, "adopt", interrupted)
     with pytest.raises(KeyboardInterrupt):
         qz.quantize(model, config())
     assert [type(module) for module in model.modules()] == classes

@@ -10,9 +10,8 @@ from typing import Any
 from torch import nn
 
 from quantize.presets import INT8_MINMAX_WEIGHT_QUANT_CFG
-from quantize.shell.calibrate import counting, solving
+from quantize.shell.calibrate import hooks, solving
 from quantize.shell.calibrate.layer import CalibrationLinear, calibrated
-from quantize.shell.calibrate.observing import restart
 from quantize.shell.calibrate.ranks import Ranks
 from quantize.shell.calibrate.session import KEY, Session
 from quantize.shell.config import QuantizeWarning, parse, refusal, shown
@@ -52,12 +51,11 @@ def quantize(model: nn.Module, config: object = None) -> None:
     _warn(planned)
     session = Session(parsed, planned)
     layers = {layer: CalibrationLinear(layer, names, session) for layer, names in planned.layers.items()}
-    restart(layers.values())
     if parsed.algorithm.data_free:
-        solving.solve(model, [*layers.values()])
+        solving.solve_all(model, [*layers.values()])
     swap(model, planned.views)
     swap(model, layers)
-    counting.attach(model, session)
+    hooks.attach(model, session)
 
 
 def finish(model: nn.Module, *, process_group: Any = None) -> None:
@@ -128,7 +126,7 @@ def convert(
     loading.check_served(deployed.values(), kernel)
     swap(model, deployed)
     release(model)
-    counting.detach(model)
+    hooks.detach(model)
     loading.carry_hidden(model)
 
 

@@ -4,53 +4,39 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from quantize.shell import offload
 
 
-@dataclass(frozen=True)
-class Modes:
-    """What a forward pass may have switched when it stops half-way, and will expect when it goes on.
+def snapshot(devices: frozenset[torch.device]) -> Callable[[], None]:
+    """Note what a forward pass may have switched when it stops half-way. Call the result before the pass goes on.
 
-    Autocast as ``(enabled, dtype)`` by type of device, random states by device and library.
+    That is gradients, the default dtype, autocast, and the random states of ``devices``, those of the model.
     """
+    kinds = {"cpu"} | {device.type for device in devices if torch.amp.is_autocast_available(device.type)}
+    restores: list[Callable[[], Any]] = [
+        partial(torch.set_grad_enabled, torch.is_grad_enabled()),
+        partial(torch.set_default_dtype, torch.get_default_dtype()),
+        partial(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled()),
+        partial(set_random_states, random_states(devices)),
+        *(partial(torch.set_autocast_enabled, kind, torch.is_autocast_enabled(kind)) for kind in kinds),
+        *(partial(torch.set_autocast_dtype, kind, torch.get_autocast_dtype(kind)) for kind in kinds),
+    ]
 
-    grad: bool
-    dtype: torch.dtype
-    autocast: dict[str, tuple[bool, torch.dtype]]
-    cache: bool
-    random: dict[str, Any]
+    def restore() -> None:
+        for each in restores:
+            each()
 
-    @classmethod
-    def now(cls, devices: frozenset[torch.device]) -> Modes:
-        """Those in force; ``devices`` are those of the model."""
-        kinds = {"cpu"} | {device.type for device in devices if torch.amp.is_autocast_available(device.type)}
-        autocast = {kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds}
-        return cls(
-            torch.is_grad_enabled(),
-            torch.get_default_dtype(),
-            autocast,
-            torch.is_autocast_cache_enabled(),
-            random_states(devices),
-        )
-
-    def restore(self) -> None:
-        """Put all of it back."""
-        torch.set_grad_enabled(self.grad)
-        torch.set_default_dtype(self.dtype)
-        for kind, (enabled, dtype) in self.autocast.items():
-            torch.set_autocast_enabled(kind, enabled)
-            torch.set_autocast_dtype(kind, dtype)
-        torch.set_autocast_cache_enabled(self.cache)
-        set_random_states(self.random)
+    return restore
 
 
 def fixed() -> tuple[Any, ...]:
@@ -77,10 +63,11 @@ def fixed() -> tuple[Any, ...]:
 
 def random_states(devices: frozenset[torch.device]) -> dict[str, Any]:
     """The states of the generators that everybody draws from, as plain values: they can be saved."""
+    numpys = np.random.get_state(legacy=False)  # noqa: NPY002 - the generator that others draw from
     found: dict[str, Any] = {
         "torch": bytes(torch.get_rng_state().numpy()),
         "python": random.getstate(),
-        "numpy": _plain(np.random.get_state(legacy=False)),  # noqa: NPY002 - the generator that others draw from
+        "numpy": pytree.tree_map_only(np.ndarray, np.ndarray.tolist, numpys),
     }
     for device in devices:
         if device.type not in ("cpu", "meta"):
@@ -92,8 +79,7 @@ def set_random_states(states: dict[str, Any]) -> None:
     """Undo :func:`random_states`."""
     for name, state in states.items():
         if name == "python":
-            version, internal, gauss = state
-            random.setstate((version, tuple(internal), gauss))
+            random.setstate(state)
         elif name == "numpy":
             np.random.set_state(state)  # noqa: NPY002 - likewise
         else:
@@ -104,27 +90,15 @@ def set_random_states(states: dict[str, Any]) -> None:
                 torch.get_device_module(torch.device(name)).set_rng_state(tensor, torch.device(name))
 
 
-def _plain(state: Any) -> Any:
-    return {**state, "state": {key: value.tolist() if isinstance(value, np.ndarray) else value
-                               for key, value in state["state"].items()}}  # fmt: skip
-
-
-class untracked:  # noqa: N801 - used like a function
-    """No gradients, no inference tensors and no autocast on ``device``, whatever the caller has switched on.
+def untracked(device: torch.device) -> ExitStack:
+    """No gradients, no inference tensors and no autocast on ``device`` until the result of this call is left.
 
     No generator: one that an interrupt leaves suspended would switch once more when it is collected.
     """
-
-    def __init__(self, device: torch.device) -> None:
-        self._modes = torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False)
-
-    def __enter__(self) -> None:
-        for mode in self._modes:
-            mode.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        for mode in reversed(self._modes):
-            mode.__exit__(*error)
+    stack = ExitStack()
+    for mode in (torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False)):
+        stack.enter_context(mode)
+    return stack
 
 
 def put(owner: nn.Module, name: str, value: Tensor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from functools import partial
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -25,6 +26,5 @@ def progress(items: Iterable[T], what: str, *, unit: str, total: int | None = No
     return bar
 
 
-def layers_progress(items: Iterable[T]) -> Iterable[T]:
-    """:func:`progress` over what is solved."""
-    return progress(items, "quantize", unit="layer", delay=1)
+# Over what is solved.
+layers_progress = partial(progress, what="quantize", unit="layer", delay=1)

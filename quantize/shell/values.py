@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from typing import Any
 
@@ -29,28 +30,15 @@ def copied(value: Any) -> Any:
     Small views of something large, such as two rows of a data set, are copied apart.
     """
     tensors = {id(leaf): leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)}
-    covered: Counter[int] = Counter()
-    views: Counter[int] = Counter()
+    covered = Counter[int]()
     for tensor in tensors.values():
         covered[tensor.untyped_storage()._cdata] += tensor.nbytes
-        views[tensor.untyped_storage()._cdata] += 1
-    storages: dict[int, Any] = {}
-    made: dict[int, Tensor] = {}
-
-    def copy(tensor: Tensor) -> Tensor:
-        if id(tensor) not in made:
-            storage = tensor.untyped_storage()
-            key = storage._cdata
-            if views[key] == 1 or covered[key] < storage.nbytes() // 2:
-                made[id(tensor)] = tensor.detach().clone()
-            else:
-                if key not in storages:
-                    storages[key] = storage.clone()  # type: ignore[no-untyped-call]
-                new = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-                made[id(tensor)] = new.set_(storages[key], tensor.storage_offset(), tensor.size(), tensor.stride())
-        return made[id(tensor)]
-
-    return pytree.tree_map_only(Tensor, copy, value)
+    made: dict[int, Any] = {}
+    for key, tensor in tensors.items():
+        storage = tensor.untyped_storage()
+        apart = covered[storage._cdata] == tensor.nbytes or covered[storage._cdata] < storage.nbytes() // 2
+        made[key] = tensor.detach().clone() if apart else copy.deepcopy(tensor.detach(), made)
+    return copy.deepcopy(value, made)
 
 
 def with_tokens(x: Tensor, places: Tensor | None, total: int) -> Tensor:

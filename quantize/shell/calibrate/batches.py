@@ -21,7 +21,7 @@ class Batch:
     """One forward pass: its arguments, what was switched on, and what it gave to the layers.
 
     - ``dtype``, ``device``: of the model at that time; arguments of these follow the model where it goes.
-    - ``buffers``: of the first batch, the buffers of the model before it; ``stateful``: whether it wrote to them.
+    - ``buffers``: of the first batch, the buffers of the model before it.
     - ``reads``: by layer, in the order of the first calls, the number of the tensor that it read at each call.
     - ``prints``: the fingerprints of these tensors.
     """
@@ -34,7 +34,6 @@ class Batch:
     autocast: tuple[str, bool, torch.dtype]
     random: dict[str, Any]
     buffers: dict[str, Tensor] | None
-    stateful: bool = False
     reads: dict[str, list[int]] = field(default_factory=dict)
     prints: list[list[float]] = field(default_factory=list)
 
@@ -69,18 +68,16 @@ class Batch:
                 stack.enter_context(mode)
             return root(*args, **kwargs)
 
-    def close(self, root: nn.Module) -> None:
-        """The pass has ended: find out whether it wrote to the buffers of ``root``."""
-        before, now = self.buffers, offload.buffers(root)
-        self.stateful = before is not None and (
-            now.keys() != before.keys() or any(not torch.equal(now[name], old) for name, old in before.items())
-        )
+    def written(self, root: nn.Module) -> dict[str, Tensor | None]:
+        """The buffers of ``root`` that are not as before this first batch: what they were, None for new ones."""
+        before = self.buffers or {}
+        return {name: before.get(name) for name, now in offload.buffers(root).items()
+                if name not in before or not torch.equal(before[name].to(now), now)}  # fmt: skip
 
     def rewind(self, root: nn.Module) -> None:
-        """Put the buffers of ``root`` back as they were before this first batch."""
-        buffers = offload.buffers(root)
-        for name, value in (self.buffers or {}).items():
-            if name in buffers and not buffers[name].equal(value.to(buffers[name].device)):
+        """Put the buffers of ``root`` back as they were before this batch, if it was the first."""
+        for name, value in self.written(root).items():
+            if value is not None:
                 owner, _, last = name.rpartition(".")
                 put(root.get_submodule(owner), last, value)
 

@@ -11,7 +11,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.nn import functional
 
-from quantize.core import Scheme, Solution, affine, linear, metrics, minmax
+from quantize.core import Scheme, Solution, affine, linear, metrics
 from quantize.shell import offload
 from quantize.shell.calibrate.session import Session
 from quantize.shell.config import refusal
@@ -28,7 +28,7 @@ class CalibrationLinear(Foldable):
 
     Computes in floating point until :attr:`active`, then as the quantized layer will. What is known of this layer alone
     is here (``tokens``, ``statistics``, ``solution``), so that it copies, pickles, moves and enters a ``state_dict``
-    with the model; the rest is the :attr:`session`'s.
+    with the model; the rest is the :attr:`session`'s. ``statistics`` are empty until a pass has reached the layer.
     """
 
     def __init__(self, original: nn.Linear, names: tuple[str, ...], session: Session) -> None:
@@ -39,7 +39,8 @@ class CalibrationLinear(Foldable):
         # The very same objects: ties to other modules, gradients and optimizers stay.
         self._parameters.update(original._parameters)
         adopt(self, original)
-        self.tokens, self.statistics, self.active = 0, None, False
+        self.tokens, self.active = 0, False
+        self.statistics: Any = ()
         self.solution: Solution | None = None
         self.folded = None
 
@@ -47,7 +48,7 @@ class CalibrationLinear(Foldable):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Linear gives it
         """``input`` ``[..., c]`` to ``[..., n]``: float, or fake-quantized once the model is solved."""
         watching = self.session.watching
-        quantized = self.active if watching is None or self.active else watching.observe(self, input)
+        quantized = self.active if watching is None or self.active else watching(self, input)
         # Not before: while it is observed, it may be solved.
         s = self.solution
         if s is None or not quantized:
@@ -59,21 +60,14 @@ class CalibrationLinear(Foldable):
                 input, s.weight, bias, inputs=s.inputs, smoothing=s.smoothing, static=s.static
             )
 
-    def solve(self) -> None:
-        """Compute the solution from the statistics, which are dropped; with too few tokens, fall back to minmax.
+    def updated(self, statistics: Any, tokens: Tensor, *originals: Tensor) -> Any:
+        """The ``statistics`` after ``tokens`` ``[..., c]`` more, for which the float model may have ``originals``."""
+        return self.session.observer.update(statistics or self.initial(), tokens, *originals)
 
-        The fallback knows no range of the inputs: static inputs become dynamic, one scale a token.
-        """
-        algorithm, weight = self.session.algorithm, self.float_weight()
-        if self.fell_back:
-            spec = self.session.config.spec
-            self.solution = minmax.algorithm(replace(spec, inputs=_dynamic(spec.inputs))).solve(weight, None)
-        elif self.folded is None:
-            self.solution = algorithm.solve(weight, None if algorithm.data_free else self.statistic())
-        else:
-            solved = algorithm.solve(weight, self.statistic(), self.folded)
-            self.solution = replace(solved, smoothing=None, notes={**solved.notes, "folded": torch.ones(())})
-        self.statistics = None
+    def initial(self) -> Any:
+        """The statistics of no tokens."""
+        dtype, device = affine.working_dtype(self.weight), offload.device(self)
+        return self.session.observer.init(self.in_features, dtype=dtype, device=device)
 
     def float_weight(self) -> Tensor:
         """The weight ``[n, c]`` where the layer computes, without gradients; read from where it is kept."""
@@ -86,8 +80,8 @@ class CalibrationLinear(Foldable):
         return pytree.tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, found)
 
     def adopt(self, solution: Solution) -> None:
-        """Take over a solution that was found elsewhere."""
-        self.solution, self.statistics = solution, None
+        """Take over ``solution``; the statistics are dropped."""
+        self.solution, self.statistics = solution, ()
         self._follow_weight()
 
     def deployed(self, kernel: str | None = None, *, kept: bool = False) -> deployment.QuantizedLinear:
@@ -140,14 +134,13 @@ class CalibrationLinear(Foldable):
 
     def get_extra_state(self) -> dict[str, Any]:
         """Plain containers of tensors and numbers, so that ``torch.load`` reads them with ``weights_only``."""
-        solved = None if self.solution is None else saved.tensors(self.solution)
         return {
             "format": self.format(),
             "seen": self.session.seen,
             "tokens": self.tokens,
             "active": self.active,
             "statistics": pytree.tree_leaves(self.statistics),
-            "solution": solved,
+            "solution": None if self.solution is None else saved.tensors(self.solution),
             "folded": self.folded,
         }
 
@@ -161,14 +154,12 @@ class CalibrationLinear(Foldable):
         # So that parts of a model may be loaded one by one.
         self.session.seen = state["seen"]
         self.tokens, self.active = state["tokens"], state["active"]
-        self.statistics, self.solution, self.folded = None, None, state["folded"]
-        held = state["solution"]
-        if held is None:
-            structure = pytree.tree_structure(self.session.observer.init(0))
-            self.statistics = pytree.tree_unflatten(state["statistics"], structure)
-        else:
-            spec = self.session.config.spec
-            spec = spec if "input_scale" in held else replace(spec, inputs=_dynamic(spec.inputs))
+        self.statistics, self.solution, self.folded = (), None, state["folded"]
+        leaves, held, spec = state["statistics"], state["solution"], self.session.config.spec
+        if leaves:
+            self.statistics = pytree.tree_unflatten(leaves, pytree.tree_structure(self.session.observer.init(0)))
+        if held is not None:
+            spec = spec if "input_scale" in held else replace(spec, inputs=dynamic(spec.inputs))
             layout = Layout(spec, self.out_features, self.in_features, self.weight.dtype)
             self.solution = saved.solution(self.names[0], held, layout)
         self._follow_weight()
@@ -217,5 +208,11 @@ def calibrated(model: nn.Module) -> list[CalibrationLinear]:
     return [module for module in model.modules() if isinstance(module, CalibrationLinear)]
 
 
-def _dynamic(inputs: Scheme | None) -> Scheme | None:
+def unsolved(model: nn.Module, session: Session | None = None) -> list[CalibrationLinear]:
+    """Those that still compute in floating point: all, or the ones of ``session``."""
+    return [layer for layer in calibrated(model) if not layer.active and session in (None, layer.session)]
+
+
+def dynamic(inputs: Scheme | None) -> Scheme | None:
+    """The format of inputs whose range is not known: one scale a token."""
     return None if inputs is None else replace(inputs, strategy="token")

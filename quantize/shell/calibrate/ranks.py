@@ -13,7 +13,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from quantize.shell.calibrate.layer import CalibrationLinear
-from quantize.shell.calibrate.stacks import siblings, solve_together, stacks
+from quantize.shell.calibrate.units import siblings, solve_stack, stacks
 from quantize.shell.config import QuantizeError, refusal
 
 Stack = list[list[CalibrationLinear]]
@@ -71,19 +71,19 @@ class Ranks:
         """Give every rank the statistics and token counts of all, the same to the last bit."""
         if self.size == 1:
             return
-        # Layers that share a state do so on all ranks, or are taken for different.
-        place: dict[int, int] = {}
+        # Layers that share a state do so on all ranks that have one, or are taken for different.
+        place = {id(()): 0}
         mine = [(place.setdefault(id(layer.statistics), len(place)), layer.tokens) for layer in layers]
         everyone = self.gather(mine)
         merged: dict[tuple[int, ...], Any] = {}
         for i, layer in enumerate(layers):
             key = tuple(theirs[i][0] for theirs in everyone)
-            if key not in merged:
-                states = self._states(layer.statistics)
+            if key not in merged and any(key):
+                states = self._states(layer.statistics or layer.initial())
                 merged[key] = functools.reduce(layer.session.observer.merge, states)
-            layer.statistics, layer.tokens = merged[key], sum(theirs[i][1] for theirs in everyone)
+            layer.statistics, layer.tokens = merged.get(key, ()), sum(theirs[i][1] for theirs in everyone)
 
-    def solve(
+    def divide(
         self,
         layers: list[CalibrationLinear],
         progress: Callable[[list[Stack]], Iterable[Stack]] = iter,
@@ -98,7 +98,7 @@ class Ranks:
         mine = [unit for unit, owner in zip(units, owners, strict=True) if owner == self._rank]
         for stack in progress(stacks(mine)):
             try:
-                solve_together(stack)
+                solve_stack(stack)
             except Exception as error:
                 names = ", ".join(repr(layer.names[0]) for unit in stack for layer in unit)
                 if self.size == 1:

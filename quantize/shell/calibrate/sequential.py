@@ -4,34 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from quantize.shell import offload
-from quantize.shell.calibrate import passes
 from quantize.shell.calibrate.layer import CalibrationLinear
-from quantize.shell.calibrate.observing import check_finite, counted, restart
 from quantize.shell.calibrate.ranks import Ranks
 from quantize.shell.calibrate.session import Session
-from quantize.shell.calibrate.units import Unit, units
+from quantize.shell.calibrate.units import Inputs, Reading, Unit, units
 from quantize.shell.calibrate.walks import Walks
+from quantize.shell.calibrate.watching import check_finite, counted
 from quantize.shell.modes import same_attributes, undisturbed
 from quantize.shell.progress import layers_progress
-
-T = TypeVar("T")
-# By batch: which tokens count, and what the calls of a layer read in the model that is being quantized and in the
-# float model, [..., c] each.
-Read = tuple[Tensor | None, list[Tensor], list[Tensor]]
+from quantize.shell.values import kept
 
 
-def solve(root: nn.Module, session: Session, layers: list[CalibrationLinear], ranks: Ranks) -> None:
+def fit(root: nn.Module, session: Session, layers: list[CalibrationLinear], ranks: Ranks) -> None:
     """Solve unit after unit of ``layers``, those of ``session``; what has a solution keeps it."""
     before, batches = {layer: layer.solution for layer in layers}, session.batches
     reads = ranks.gather([batch.reads for batch in batches])
     ordered = units(layers, [each for theirs in reads for each in theirs])
-    stateful = any(ranks.gather(any(batch.stateful for batch in batches)))
+    stateful = any(ranks.gather(any(batch.written(root) for batch in batches[:1])))
     # Compiled parts run as they were written: the compiler cannot follow a pass that stops half-way.
     with torch.compiler.set_stance("force_eager"), undisturbed(root), same_attributes(root, layers):
         offload.hold(root)
@@ -41,14 +36,12 @@ def solve(root: nn.Module, session: Session, layers: list[CalibrationLinear], ra
         for layer, solution in before.items():
             layer.solution = solution
         session.remark(f"calibrated in full passes for each layer, which is slow, and not in lock step: {trouble}")
-        for unit in layers_progress(ordered):
-            _solve_unit(unit, ranks, partial(_full_passes, root, session, unit))
+        for unit in layers_progress([unit for unit in ordered if not unit.solved]):
+            _fit_unit(unit, ranks, partial(_full_passes, root, session, unit))
 
 
 def _in_lock_step(root: nn.Module, session: Session, ordered: list[Unit], ranks: Ranks) -> str | None:
     """Solve the units in lock step; or say why that cannot be."""
-    for unit in ordered:
-        unit.solved = all(layer.solution is not None for layer in unit.layers)
     batches = session.batches
     # Where the algorithm has no use for float walks, two of them tell whether batches disturb each other.
     floats = len(batches) if session.algorithm.paired else 2 * (len(batches) > 1)
@@ -56,10 +49,12 @@ def _in_lock_step(root: nn.Module, session: Session, ordered: list[Unit], ranks:
     try:
         for _ in layers_progress([unit for unit in ordered if not unit.solved]):
             ranks.together(walks.advance)
-            trouble, place = _first(ranks, walks.trouble), _first(ranks, walks.first)
+            told = ranks.gather((walks.trouble, walks.first))
+            trouble: str | None = min((each for each, _ in told if each is not None), default=None)
+            place = min((each for _, each in told if each is not None), default=None)
             if trouble is not None or place is None:
                 return trouble
-            _solve_unit(ordered[place], ranks, partial(_side_by_side, walks, ordered[place]))
+            _fit_unit(ordered[place], ranks, partial(walks.read, ordered[place]))
             walks.solved(ordered[place])
     finally:
         walks.close()
@@ -67,58 +62,53 @@ def _in_lock_step(root: nn.Module, session: Session, ordered: list[Unit], ranks:
     return None
 
 
-def _first(ranks: Ranks, value: T | None) -> T | None:
-    """The least of what the ranks found, None where none found anything."""
-    found: list[Any] = [each for each in ranks.gather(value) if each is not None]
-    return min(found, default=None)
+def _full_passes(root: nn.Module, session: Session, unit: Unit) -> list[Reading]:
+    """What the layers of ``unit`` read, each for itself, where every batch runs from the root, alone.
+
+    Slow, and right for every model that gives the same twice. Batches run in their order, and the buffers that they
+    write to are at first as they were.
+    """
+    found = {layer: [Inputs(batch.mask, [], []) for batch in session.batches] for layer in unit.layers}
+
+    def watch(number: int, floating: bool, layer: CalibrationLinear, x: Tensor) -> bool:
+        if layer in found:
+            _, arriving, originals = found[layer][number]
+            # What runs on may write to it.
+            (originals if floating else arriving).append(kept(x))
+        return layer.solution is not None and not floating
+
+    for floating in (True, False) if session.algorithm.paired is not None else (False,):
+        for number, batch in enumerate(session.batches):
+            batch.rewind(root)
+            session.watching = partial(watch, number, floating)
+            batch.run(root)
+    return [([layer], inputs) for layer, inputs in found.items()]
 
 
-def _side_by_side(walks: Walks, unit: Unit) -> dict[CalibrationLinear, list[Read]]:
-    return dict.fromkeys(unit.layers, walks.read(unit))
-
-
-def _full_passes(root: nn.Module, session: Session, unit: Unit) -> dict[CalibrationLinear, list[Read]]:
-    paired = session.algorithm.paired is not None
-    originals = passes.read(root, session, unit, floating=True) if paired else [{} for _ in session.batches]
-    arriving = passes.read(root, session, unit, floating=False)
-    return {
-        layer: [
-            (batch.mask, mine[layer], theirs.get(layer, []))
-            for batch, mine, theirs in zip(session.batches, arriving, originals, strict=True)
-        ]
-        for layer in unit.layers
-    }
-
-
-def _solve_unit(unit: Unit, ranks: Ranks, read: Callable[[], dict[CalibrationLinear, list[Read]]]) -> None:
-    """Solve the layers of ``unit`` on what ``read`` gives: by layer and batch; equal lists are gone through once."""
+def _fit_unit(unit: Unit, ranks: Ranks, read: Callable[[], list[Reading]]) -> None:
+    """Solve the layers of ``unit`` on what ``read`` gives: layers that share statistics, and their inputs by batch."""
     rest = [layer for layer in unit.layers if layer.solution is None]
 
     def observe() -> None:
-        known: dict[int, tuple[Any, int]] = {}
-        found = read()
-        for layer in rest:
-            key = id(found[layer])
-            if key not in known:
-                known[key] = _statistics(layer, found[layer])
-            layer.statistics, layer.tokens = known[key]
+        for layers, inputs in read():
+            statistics, tokens = _statistics(layers[0], inputs)
+            for layer in set(layers).intersection(rest):
+                layer.statistics, layer.tokens = statistics, tokens
 
-    if rest:
-        ranks.together(observe)
-        ranks.merge(rest)
-        ranks.solve(rest)
+    ranks.together(observe)
+    ranks.merge(rest)
+    ranks.divide(rest)
 
 
-def _statistics(layer: CalibrationLinear, read: list[Read]) -> tuple[Any, int]:
-    """What the algorithm's observer makes of the inputs of ``layer``, and how many tokens they were."""
-    restart([layer])
-    state, tokens, update = layer.statistics, 0, layer.session.observer.update
-    paired = layer.session.algorithm.paired is not None
-    for number, (mask, mine, theirs) in enumerate(read):
-        for call, x in enumerate(mine):
+def _statistics(layer: CalibrationLinear, inputs: list[Inputs]) -> tuple[Any, int]:
+    """What the algorithm's observer makes of the ``inputs`` of ``layer``, and how many tokens they were."""
+    state: Any = ()
+    tokens, paired = 0, layer.session.algorithm.paired is not None
+    for number, (mask, arriving, originals) in enumerate(inputs):
+        for call, x in enumerate(arriving):
             arrived = counted(x, mask)
-            original = [counted(y, mask).reshape(-1, layer.in_features) for y in theirs[call : call + 1] if paired]
-            state = update(state, arrived, *original)
+            pair = [counted(y, mask).reshape(-1, layer.in_features) for y in originals[call : call + 1] if paired]
+            state = layer.updated(state, arrived, *pair)
             tokens += arrived.numel() // layer.in_features
         check_finite(layer, state, number + 1)
     return state, tokens

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
@@ -15,13 +16,8 @@ from quantize.shell.plan import Plan
 
 # The attribute of a model that holds its session, and the key of the session in a state_dict.
 KEY = "_quantization"
-
-
-class Watching(Protocol):
-    """Who is told of every call of a layer."""
-
-    def observe(self, layer: Any, x: Tensor) -> bool:
-        """A call of ``layer`` with the inputs ``x`` ``[..., c]``. Returns whether it is to compute as quantized."""
+# Who is told of every call of a layer with the inputs [..., c]; returns whether it is to compute as quantized.
+Watching = Callable[[Any, Tensor], bool]
 
 
 class Session:
@@ -51,11 +47,6 @@ class Session:
         """What is learned of the inputs of every layer."""
         paired = self.algorithm.paired
         return self.algorithm.observer if paired is None or not self.sequential else paired
-
-    @property
-    def wanted(self) -> int:
-        """How many batches are kept."""
-        return self.config.batch_num if self.sequential else int(self.config.schedule.fold)
 
     def remark(self, *told: str, prefix: str = "") -> None:
         """Put what was not done as asked into the report and into one warning."""

@@ -5,36 +5,29 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from quantize.shell import offload
 from quantize.shell.calibrate import sequential
-from quantize.shell.calibrate.layer import CalibrationLinear, calibrated
+from quantize.shell.calibrate.layer import CalibrationLinear, calibrated, unsolved
 from quantize.shell.calibrate.ranks import Ranks
 from quantize.shell.calibrate.session import KEY, Session
-from quantize.shell.calibrate.stacks import siblings
+from quantize.shell.calibrate.units import siblings
 from quantize.shell.config import QuantizeWarning, refusal
 from quantize.shell.fold import folding
-from quantize.shell.fold.producers import Foldable
 from quantize.shell.modes import undisturbed, untracked
 from quantize.shell.plan import check_parameters
 from quantize.shell.progress import layers_progress
 from quantize.shell.report.rows import folded, span
 
 
-def unsolved(model: nn.Module) -> list[CalibrationLinear]:
-    """The layers that still compute in floating point."""
-    return [layer for layer in calibrated(model) if not layer.active]
-
-
 def finish(model: nn.Module, ranks: Ranks) -> None:
     """Solve with what was seen so far, or stay as it is where all is solved; see :func:`quantize.finish`."""
     layers = unsolved(model)
-    # By place as well: parts that were quantized apart may have layers of one name.
-    everyone = ranks.gather([((i, layer.names[0]), layer.session.seen) for i, layer in enumerate(layers)])
+    everyone = ranks.gather([(layer.names[0], layer.session.seen) for layer in layers])
     solved = ranks.gather(_checksum(model) if not layers and ranks.size > 1 else None)
     if not any(everyone):
         # Ranks that finished together hold equal codes; ranks that finished alone do not.
@@ -44,14 +37,14 @@ def finish(model: nn.Module, ranks: Ranks) -> None:
     for rank, theirs in enumerate(everyone):
         if not theirs:
             raise refusal(f"rank {rank}", "solved already, alone", "batch_num above what any process runs")
-    seen = [dict(theirs) for theirs in everyone]
-    for place, _ in everyone[0]:
-        if all(theirs.get(place, 1) == 0 for theirs in seen):
-            raise refusal(f"layer {place[1]!r}", "0 batches seen", "a model after at least one forward pass")
-    solve(model, layers, ranks)
+    # By place: parts that were quantized apart may have layers of one name.
+    for (name, seen), *others in zip(*everyone, strict=False):
+        if not (seen or any(number for _, number in others)):
+            raise refusal(f"layer {name!r}", "0 batches seen", "a model after at least one forward pass")
+    solve_all(model, layers, ranks)
 
 
-def solve(model: nn.Module, layers: list[CalibrationLinear], ranks: Ranks | None = None) -> None:
+def solve_all(model: nn.Module, layers: list[CalibrationLinear], ranks: Ranks | None = None) -> None:
     """Solve ``layers`` of ``model``, then let all compute as quantized; layers solved before an interruption are kept.
 
     With ``ranks``, on what all of them have seen.
@@ -61,37 +54,38 @@ def solve(model: nn.Module, layers: list[CalibrationLinear], ranks: Ranks | None
     """
     ranks = ranks or Ranks()
     roots = {module.__dict__[KEY]: module for module in model.modules() if KEY in module.__dict__}
-    sessions = list(dict.fromkeys(layer.session for layer in layers))
-    if ranks.size > 1 and any(session.config.schedule.fold for session in sessions):
+    parts: dict[Session, list[CalibrationLinear]] = {}
+    for layer in layers:
+        parts.setdefault(layer.session, []).append(layer)
+    if ranks.size > 1 and any(session.config.schedule.fold for session in parts):
         raise refusal("algorithm.fold", "True with a process group", "False, or one process")
     ranks.together(partial(_check, layers, roots))
-    ordered = [session for session in sessions if session.sequential]
     # Ranks that stopped at different layers go on from the layers that all have solved.
-    solved = ranks.gather({i for i, layer in enumerate(layers) if layer.solution is not None})
-    for i, layer in enumerate(layers):
-        if layer.session.sequential and not all(i in theirs for theirs in solved):
+    for layer, *solved in zip(layers, *ranks.gather([layer.solution is not None for layer in layers]), strict=False):
+        if layer.session.sequential and not all(solved):
             layer.solution = None
     try:
-        for session in sessions:
+        for session in parts:
             session.solving = True
         with untracked(offload.device(layers[0])):
-            mode = f"{len(ordered)} of {len(sessions)} sessions layer by layer"
+            mode = f"{sum(each.sequential for each in parts)} of {len(parts)} sessions layer by layer"
             ranks.agree([layer for layer in layers if layer.solution is None], mode)
-            for session in ordered:
-                sequential.solve(roots[session], session, _of(session, layers), ranks)
+            for session, own in parts.items():
+                if session.sequential:
+                    sequential.fit(roots[session], session, own, ranks)
             rest = [layer for layer in layers if layer.solution is None]
             ranks.merge(rest)
-            for session in sessions:
+            for session, own in parts.items():
                 if session.config.schedule.fold and session in roots:
-                    _fold(roots[session], session, _of(session, layers))
-            ranks.solve(rest, layers_progress)
+                    _fold(roots[session], session, own)
+            ranks.divide(rest, layers_progress)
     finally:
-        for session in sessions:
+        for session in parts:
             session.solving, session.watching = False, None
     for layer in layers:
         layer.active = True
     # A part of a model may be solved before the rest.
-    for session in filter(roots.__contains__, sessions):
+    for session in parts.keys() & roots.keys():
         session.batches = []
     idle = [layer for layer in layers if layer.fell_back]
     if idle:
@@ -103,28 +97,21 @@ def solve(model: nn.Module, layers: list[CalibrationLinear], ranks: Ranks | None
         warnings.warn(message, QuantizeWarning, stacklevel=2)
 
 
-def _of(session: Session, layers: list[CalibrationLinear]) -> list[CalibrationLinear]:
-    return [layer for layer in layers if layer.session is session]
-
-
 def _fold(root: nn.Module, session: Session, layers: list[CalibrationLinear]) -> None:
     """Fold the scales of a session, once: after an interrupted solve what is folded stays so."""
     if any(layer.folded is not None for layer in layers):
         return
-    rest = [layer for layer in layers if layer.solution is None and not layer.fell_back]
+    rest, scale = [layer for layer in layers if layer.solution is None and not layer.fell_back], session.algorithm.scale
+    assert scale is not None
+
+    def common(readers: Sequence[Any], rows: Tensor | None) -> Tensor:
+        return scale([layer.float_weight() for layer in readers], readers[0].statistic(), rows)
+
     told = ["all scales at run time: the model was called with what may not be given twice"]
     if session.batches:
         with undisturbed(root):
-            told = folding.fold(root, siblings(rest), partial(session.batches[0].run, root), _common_scale)
+            told = folding.fold(root, siblings(rest), partial(session.batches[0].run, root), common)
     session.remark(*told, prefix="not folded, see report(model): ")
-
-
-def _common_scale(layers: Sequence[Foldable], rows: Tensor | None) -> Tensor:
-    first = cast("CalibrationLinear", layers[0])
-    assert first.session.algorithm.scale is not None
-    return first.session.algorithm.scale(
-        [cast("CalibrationLinear", layer).float_weight() for layer in layers], first.statistic(), rows
-    )
 
 
 def _check(layers: list[CalibrationLinear], roots: Mapping[Session, nn.Module]) -> None:

@@ -1,54 +1,73 @@
-"""Which layers are solved together, and in which order: what the passes of the user tell."""
+"""Which layers are solved together, in which order, and how: units that read the same tensors, and stacks of units."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
-from quantize.shell.calibrate.layer import CalibrationLinear
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
 
-# By layer, in the order of the first calls: which tensor it read at each call. Equal numbers, one tensor.
-Reads = Mapping[str, list[int]]
+from quantize.core import Solution, minmax
+from quantize.shell import offload
+from quantize.shell.calibrate.layer import CalibrationLinear, dynamic
+from quantize.shell.report.rows import starred
+
+# Measured: on the CPU, one after the other is as fast. More at once than this do not gain, and take memory.
+_ALONE, _MOST = frozenset({"cpu"}), 16
+
+
+class Inputs(NamedTuple):
+    """What the calls of a layer read in one batch, ``[..., c]`` each: as quantized so far, and in the float model.
+
+    ``mask`` ``[b, t]``: which tokens count.
+    """
+
+    mask: Tensor | None
+    arriving: list[Tensor]
+    originals: list[Tensor]
+
+
+# Layers that have read the same, and what that was, by batch.
+Reading = tuple[list[CalibrationLinear], list[Inputs]]
 
 
 @dataclass(eq=False)
 class Unit:
     """Layers that read the same tensors at all of their calls, in every pass of the user. They share statistics."""
 
-    layers: list[CalibrationLinear]
-    solved: bool = False
+    layers: list[CalibrationLinear] = field(default_factory=list)
+
+    @property
+    def solved(self) -> bool:
+        """Whether all of the layers have a solution."""
+        return all(layer.solution is not None for layer in self.layers)
 
 
-def units(layers: list[CalibrationLinear], passes: Iterable[Reads]) -> list[Unit]:
-    """All ``layers`` in units, in the order of execution.
+def units(layers: list[CalibrationLinear], passes: Sequence[Mapping[str, list[int]]]) -> list[Unit]:
+    """All ``layers`` in units, in the order of execution; ``passes``: what each of them read, as :attr:`Batch.reads`.
 
     A layer that was never called, such as an idle expert, stands alone, behind the one before it in the model: there
     it would be called if quantization changed the route.
     """
-    found = list(passes)
-    keys = {
-        layer.names[0]: tuple((number, *reads[layer.names[0]]) for number, reads in enumerate(found)
-                              if layer.names[0] in reads) or layer.names[0]
-        for layer in layers
-    }  # fmt: skip
-    members: dict[object, list[CalibrationLinear]] = {}
-    for layer in layers:
-        members.setdefault(keys[layer.names[0]], []).append(layer)
-    place = {key: number for number, key in enumerate(members)}
-    order = merged([list(dict.fromkeys(place[keys[name]] for name in reads if name in keys)) for reads in found])
-    position = {name: place for reads in found for place, name in enumerate(reads)}
-    for each in members.values():
-        each.sort(key=lambda layer: position.get(layer.names[0], 0))
-    called, idle, before = set(order), dict[int, list[int]](), -1
-    for number in (place[keys[layer.names[0]]] for layer in layers):
-        if number in called:
-            before = number
-        else:
-            idle.setdefault(before, []).append(number)
-    everything = [*idle.get(-1, ()), *(each for number in order for each in (number, *idle.get(number, ())))]
-    units_of = list(members.values())
-    return [Unit(units_of[number]) for number in everything]
+    # By name, the number of the unit: that of its first layer in the model.
+    unit_of: dict[str, int] = {}
+    first: dict[object, int] = {}
+    for number, (name, *_) in enumerate(layer.names for layer in layers):
+        read = tuple((i, *reads[name]) for i, reads in enumerate(passes) if name in reads)
+        unit_of[name] = first.setdefault(read or name, number)
+    sequences = [list(dict.fromkeys(unit_of[name] for name in reads if name in unit_of)) for reads in passes]
+    order, before = {unit: (place, -1) for place, unit in enumerate(merged(sequences))}, -1
+    for unit in unit_of.values():
+        before, _ = order.setdefault(unit, (before, unit))
+    found = {unit: Unit() for unit in sorted(order, key=order.__getitem__)}
+    position = {name: place for reads in passes for place, name in enumerate(reads)}
+    for layer in sorted(layers, key=lambda layer: position.get(layer.names[0], 0)):
+        found[unit_of[layer.names[0]]].layers.append(layer)
+    return list(found.values())
 
 
 def merged(sequences: list[list[int]]) -> list[int]:
@@ -57,17 +76,66 @@ def merged(sequences: list[list[int]]) -> list[int]:
     >>> merged([[3, 5], [1, 3], [1, 4]])
     [1, 3, 4, 5]
     """
-    rest = [list(reversed(sequence)) for sequence in {tuple(sequence): sequence for sequence in sequences}.values()]
+    rest = [list(sequence) for sequence in dict.fromkeys(map(tuple, sequences))]
     left = Counter(item for sequence in rest for item in sequence)
     order: list[int] = []
     while rest := [sequence for sequence in rest if sequence]:
-        heads = Counter(sequence[-1] for sequence in rest)
+        heads = Counter(sequence[0] for sequence in rest)
         # Where the sequences contradict each other, the one with most before it has its way.
-        item = min((head for head in heads if heads[head] == left[head]), default=max(rest, key=len)[-1])
+        item = min((head for head in heads if heads[head] == left[head]), default=max(rest, key=len)[0])
         order.append(item)
         for sequence in rest:
-            if sequence[-1] == item:
-                sequence.pop()
-            elif heads[item] < left[item] and item in sequence:
+            if sequence[0] == item or (heads[item] < left[item] and item in sequence):
                 sequence.remove(item)
     return order
+
+
+def solve_stack(units: list[list[CalibrationLinear]]) -> None:
+    """Solve a stack of units, each of layers that share their statistics; at once, where that saves work."""
+    first, algorithm = units[0][0], units[0][0].session.algorithm
+    if len(units) > 1:
+        statistics = pytree.tree_map(lambda *leaves: torch.stack(leaves), *(unit[0].statistic() for unit in units))
+        for layers in zip(*units, strict=True):
+            solved = algorithm.solve_stack(torch.stack([layer.float_weight() for layer in layers]), statistics)
+            for number, layer in enumerate(layers):
+                layer.adopt(pytree.tree_map(lambda leaf, number=number: leaf[number].clone(), solved))
+    elif algorithm.together is None or first.fell_back or len({layer.weight.dtype for layer in units[0]}) > 1:
+        for layer in units[0]:
+            layer.adopt(_solution(layer))
+    else:
+        solutions = algorithm.together([layer.float_weight() for layer in units[0]], first.statistic())
+        for layer, solution in zip(units[0], solutions, strict=True):
+            layer.adopt(solution)
+
+
+def _solution(layer: CalibrationLinear) -> Solution:
+    """That of one layer from its statistics; with too few tokens that of minmax, without a range of the inputs."""
+    algorithm, spec, weight = layer.session.algorithm, layer.session.config.spec, layer.float_weight()
+    if layer.fell_back:
+        return minmax.algorithm(replace(spec, inputs=dynamic(spec.inputs))).solve(weight, None)
+    if layer.folded is None:
+        return algorithm.solve(weight, None if algorithm.data_free else layer.statistic())
+    solved = algorithm.solve(weight, layer.statistic(), layer.folded)
+    return replace(solved, smoothing=None, notes={**solved.notes, "folded": torch.ones(())})
+
+
+def stacks(units: list[list[CalibrationLinear]]) -> list[list[list[CalibrationLinear]]]:
+    """The units in stacks: experts of one mixture and one shape, some at a time, where many small calls cost most."""
+    found: dict[object, list[list[CalibrationLinear]]] = {}
+    for unit in units:
+        first, device = unit[0], offload.device(unit[0])
+        name = starred(first.names[0])
+        alone = name == first.names[0] or device.type in _ALONE or first.session.algorithm.data_free
+        alone = alone or first.fell_back or any(layer.folded is not None for layer in unit)
+        shapes = tuple((layer.weight.shape, layer.weight.dtype) for layer in unit)
+        found.setdefault(id(unit) if alone else (first.session, name, device, shapes), []).append(unit)
+    return [stack[start : start + _MOST] for stack in found.values() for start in range(0, len(stack), _MOST)]
+
+
+def siblings(layers: list[CalibrationLinear]) -> list[list[CalibrationLinear]]:
+    """The layers by the statistics that they share, in their order."""
+    found: dict[object, list[CalibrationLinear]] = {}
+    for layer in layers:
+        leaves = pytree.tree_leaves(layer.statistics)
+        found.setdefault(id(leaves[0]) if leaves else layer, []).append(layer)
+    return list(found.values())

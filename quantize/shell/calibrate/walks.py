@@ -8,17 +8,16 @@ times, it is observed at all calls in floating point; once it is solved, the wal
 
 Walks share the model's attributes. So each float walk has to see what the user's own pass saw, by fingerprint and up to
 roundings (in bfloat16, 3 % of another batch are noticed); two are run for that where the algorithm does not ask for
-any. Where something else is seen, or a walk cannot stop, :attr:`Walks.trouble` says why, and :mod:`.passes` are needed.
+any. Where something else is seen, or a walk cannot stop, :attr:`Walks.trouble` says why: every batch has to run alone.
 """
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
-import functools
-import weakref
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from greenlet import getcurrent, greenlet
@@ -27,9 +26,9 @@ from torch import Tensor, nn
 from quantize.shell import offload
 from quantize.shell.calibrate.batches import Batch
 from quantize.shell.calibrate.layer import CalibrationLinear
-from quantize.shell.calibrate.observing import fingerprint, near
-from quantize.shell.calibrate.units import Unit
-from quantize.shell.modes import Modes, fixed
+from quantize.shell.calibrate.units import Inputs, Reading, Unit
+from quantize.shell.calibrate.watching import Known, fingerprint, near
+from quantize.shell.modes import fixed, snapshot
 from quantize.shell.values import kept
 
 
@@ -37,127 +36,119 @@ class Unwound(BaseException):
     """Ends a walk where it stands, so that the model can tidy up."""
 
 
-class _Read:
-    """One call of a unit: the tokens ``[..., c]`` that it read, and which tensor they were."""
-
-    def __init__(self, x: Tensor, tokens: Tensor) -> None:
-        self.tokens: Tensor | None = tokens
-        self._reference, self._version = weakref.ref(x), None if x.is_inference() else x._version
-
-    def same(self, x: Tensor) -> bool:
-        return self._reference() is x and (self._version is None or x._version == self._version)
-
-
 class Walk:
     """One run of one batch, through the float weights or the quantized ones."""
 
     def __init__(self, walks: Walks, number: int, *, floating: bool) -> None:
         self.number, self.floating, self._walks, self._batch = number, floating, walks, walks.batches[number]
-        # Groups that need nothing of it any more.
-        self.served = {unit for unit in walks.units if unit.solved}
+        # Units that need nothing of it any more.
+        self.served = {unit for unit in walks.order if unit.solved}
         self.begin()
 
     def begin(self) -> None:
         """Be at the root, and know nothing."""
-        self.reads: dict[Unit, list[_Read]] = {}
-        self.unsolved: set[Unit] = set()
-        self.parked: Unit | None = None
-        self._calls: Counter[CalibrationLinear] = Counter()
-        # The unit that is being observed and will be called again; whether another one was passed meanwhile.
-        self._open: Unit | None = None
-        self.skipped = False
-        self._place = 0
-        self.greenlet = greenlet(self._run)
+        # The unit that is observed now. Whether the walk waits until it is solved; and whether it has passed others
+        # meanwhile, because that one is called again.
+        self.unit: Unit | None = None
+        self.parked, self.skipped, self._place = False, False, 0
+        # By unit: the tokens [..., c] that its calls have read, until it is solved; and which tensors they were.
+        self.tokens: dict[Unit, list[Tensor]] = {}
+        self._read: dict[Unit, list[object]] = {}
+        self._known, self._calls = Known(), Counter[CalibrationLinear]()
+        self.greenlet = greenlet(partial(self._batch.run, self._walks.root))
         # What a model keeps in context variables belongs to its walk.
         self.greenlet.gr_context = contextvars.copy_context()
-        self._modes: Modes | None = None
-        self._unwinding = False
+        self._restore, self._unwinding = self._walks.restore, False
 
     @property
     def ended(self) -> bool:
         """Whether the model has returned, or nobody waits for it."""
         return self._unwinding or bool(self.greenlet.dead)
 
-    def _run(self) -> None:
-        with contextlib.suppress(Unwound):
-            self._batch.run(self._walks.root)
-
     def go_on(self) -> None:
         """Run to the next layer that is not solved, or to the end."""
-        self._switch(self.greenlet.switch)
+        if self.ended or self._walks.trouble:
+            return
+        try:
+            self._switch(self.greenlet.switch)
+        except Exception as error:
+            # Its own, or because of another batch: a pass of its own will tell.
+            self._walks.tell(f"{type(error).__name__} where batches run side by side: {error}")
 
     def unwind(self) -> None:
         """End where it stands."""
         self._unwinding = True
-        if self.parked is not None:
+        if self.parked:
             # A model may make another error of it: that is none of anybody's.
-            with contextlib.suppress(Exception):
-                self._switch(functools.partial(self.greenlet.throw, Unwound))
+            with contextlib.suppress(Unwound, Exception):
+                self._switch(partial(self.greenlet.throw, Unwound))
 
     def _switch(self, to: Callable[[], Any]) -> None:
-        if self._modes is not None:
-            self._modes.restore()
+        self._restore()
+        self._walks.current = self
         try:
             to()
         finally:
-            self._modes = Modes.now(self._walks.devices)
-            self._walks.modes.restore()
+            self._walks.current = None
+            self._restore = snapshot(self._walks.devices)
+            self._walks.restore()
 
     def arrive(self, layer: CalibrationLinear, unit: Unit, x: Tensor) -> None:
         """A call of ``layer``; stops until it is solved, if it has to be."""
         if self._unwinding:
             raise Unwound
-        call = self._calls[layer]
+        call, place, tell = self._calls[layer], self._walks.order[unit], self._walks.tell
         self._calls[layer] += 1
-        if unit in self.served and unit not in self.reads:
+        if unit in self.served and unit not in self._read:
             return
-        if self._open not in (None, unit):
+        if self.unit not in (None, unit):
             # That one comes first, and is called again: then this walk begins anew.
             self.skipped = True
             return
-        reads, place = self.reads.setdefault(unit, []), self._walks.order[unit]
-        if call < len(reads):
-            if not reads[call].same(x):
-                self._walks.tell(f"layer {layer.names[0]!r} read another tensor than the layers that it shares with")
+        tensor, before = self._known.get(x, object), self._read.setdefault(unit, [])
+        if call < len(before):
+            if before[call] is not tensor:
+                tell(f"layer {layer.names[0]!r} read another tensor than the layers that it shares with")
             return
         if unit.solved or place < self._place:
-            self._walks.tell(f"layer {layer.names[0]!r} is called where it was not called in floating point")
+            tell(f"layer {layer.names[0]!r} is called where it was not called in floating point")
             return
-        self._place = place
-        last = call + 1 >= len(self._batch.reads.get(layer.names[0], ()))
-        self._open = None if last else unit
-        self.unsolved.add(unit)
-        # What runs on may write to it.
-        reads.append(_Read(x, x if last else kept(x)))
-        if self.floating and not self._as_before(layer, call, x):
-            self._walks.tell(f"layer {layer.names[0]!r} reads something else where batches run side by side")
-        elif last:
-            self._park(layer, unit)
-
-    def _as_before(self, layer: CalibrationLinear, call: int, x: Tensor) -> bool:
         numbers = self._batch.reads.get(layer.names[0], [])
-        if call >= len(numbers):
-            return True
-        return near(self._batch.prints[numbers[call]], fingerprint(x, self._batch.mask).tolist())
+        last = call + 1 >= len(numbers)
+        self.unit, self._place = unit, place
+        before.append(tensor)
+        # What runs on may write to it.
+        self.tokens.setdefault(unit, []).append(x if last else kept(x))
+        seen = self._batch.prints[numbers[call]] if self.floating and call < len(numbers) else None
+        if seen is not None and not near(seen, fingerprint(x, self._batch.mask).tolist()):
+            tell(f"layer {layer.names[0]!r} reads something else where batches run side by side")
+        elif last and fixed() != self._walks.fixed:
+            tell(f"layer {layer.names[0]!r} is called inside of a mode of torch that cannot be put back")
+        elif last:
+            self.parked = True
+            try:
+                self.greenlet.parent.switch()
+            finally:
+                self.parked = False
 
-    def _park(self, layer: CalibrationLinear, unit: Unit) -> None:
-        if fixed() != self._walks.fixed:
-            self._walks.tell(f"layer {layer.names[0]!r} is called inside of a mode of torch that cannot be put back")
-            return
-        self.parked = unit
-        try:
-            self.greenlet.parent.switch()
-        finally:
-            self.parked = None
+    def solved(self, unit: Unit) -> None:
+        """Drop what ``unit`` has read. A walk that came through unsolved layers, which differ now, begins again."""
+        calls, parked = len(self.tokens.pop(unit, ())), self.parked and self.unit is unit
+        if calls:
+            self.served.add(unit)
+        if self.unit is unit:
+            self.unit = None
+        if self.skipped or (calls > parked and not self.floating):
+            self.unwind()
+            self.begin()
 
 
 class Walks:
     """The walks of all batches, and what the layers ask while one runs."""
 
     def __init__(self, root: nn.Module, units: list[Unit], batches: list[Batch], *, floats: int) -> None:
-        self.root, self.units, self.batches = root, units, batches
-        self.devices = offload.devices(root)
-        self.modes, self.fixed = Modes.now(self.devices), fixed()
+        self.root, self.batches, self.devices = root, batches, offload.devices(root)
+        self.restore, self.fixed = snapshot(self.devices), fixed()
         self.trouble: str | None = None
         # The place of the first unit that a quantized walk has read and that is not solved.
         self.first: int | None = None
@@ -166,11 +157,11 @@ class Walks:
         # The float walk of a batch comes first: it hands its inputs over.
         ways = [(number, True) for number in range(floats)] + [(number, False) for number in range(len(batches))]
         self._walks = [Walk(self, number, floating=way) for number, way in ways]
-        self._current: Walk | None = None
+        self.current: Walk | None = None
 
-    def observe(self, layer: CalibrationLinear, x: Tensor) -> bool:
+    def __call__(self, layer: CalibrationLinear, x: Tensor) -> bool:
         """A call of ``layer`` with ``x`` ``[..., c]``: whether it is to compute as quantized."""
-        walk, unit = self._current, self._of[layer]
+        walk, unit = self.current, self._of[layer]
         # Another thread, or a greenlet of the model's own.
         if walk is None or getcurrent() is not walk.greenlet:
             self.tell(f"layer {layer.names[0]!r} is called from another thread")
@@ -184,67 +175,36 @@ class Walks:
 
     def advance(self) -> None:
         """Run every walk to the next layer that is not solved, or to its end."""
-        for walk in self._walks:
-            if walk.parked is None or walk.parked.solved:
-                self._go_on(walk)
-        while True:
-            read = (unit for walk in self._walks if not walk.floating for unit in walk.unsolved)
-            self.first = min(map(self.order.__getitem__, read), default=None)
+        ready = [walk for walk in self._walks if walk.unit is None]
+        while ready and not self.trouble:
+            for walk in ready:
+                walk.unit = None
+                walk.go_on()
+            read = (self.order[walk.unit] for walk in self._walks if not walk.floating and walk.unit is not None)
+            self.first = min(read, default=None)
             # Where the quantized model takes another way, the float one does not wait for it.
-            behind = [walk for walk in self._walks if walk.floating and walk.parked is not None
-                      and self.first is not None and self.order[walk.parked] < self.first]  # fmt: skip
-            if not behind or self.trouble:
-                return
-            for walk in behind:
-                self._go_on(walk)
+            ready = [walk for walk in self._walks if walk.floating and walk.parked and walk.unit is not None
+                     and self.first is not None and self.order[walk.unit] < self.first]  # fmt: skip
 
-    def _go_on(self, walk: Walk) -> None:
-        if walk.ended or self.trouble:
-            return
-        self._current = walk
-        try:
-            walk.go_on()
-        except Exception as error:
-            # Its own, or because of another batch: a pass of its own will tell.
-            self.tell(f"{type(error).__name__} where batches run side by side: {error}")
-        finally:
-            self._current = None
-
-    def read(self, unit: Unit) -> list[tuple[Tensor | None, list[Tensor], list[Tensor]]]:
-        """By batch: which tokens count, and what the calls of ``unit`` read, quantized and in floating point."""
-        found: dict[bool, list[list[Tensor]]] = {way: [[] for _ in self.batches] for way in (False, True)}
+    def read(self, unit: Unit) -> list[Reading]:
+        """What the layers of ``unit`` have read."""
+        found = [Inputs(batch.mask, [], []) for batch in self.batches]
         for walk in self._walks:
-            reads = walk.reads.get(unit, ())
-            found[walk.floating][walk.number] += [read.tokens for read in reads if read.tokens is not None]
-        return list(zip((batch.mask for batch in self.batches), found[False], found[True], strict=True))
+            _, arriving, originals = found[walk.number]
+            (originals if walk.floating else arriving).extend(walk.tokens.get(unit, ()))
+        return [(unit.layers, found)]
 
     def solved(self, unit: Unit) -> None:
         """``unit`` is solved: its inputs are dropped, and walks that came through it in floating point begin again."""
-        unit.solved = True
         for walk in self._walks:
-            walk.unsolved.discard(unit)
-            if unit in walk.reads:
-                walk.served.add(unit)
-            for read in walk.reads.get(unit, ()):
-                read.tokens = None
-            passed = len(walk.reads.get(unit, ())) > (walk.parked is unit)
-            if walk.skipped or (passed and not walk.floating):
-                self._end(walk)
-                walk.begin()
+            walk.solved(unit)
 
     def close(self) -> None:
         """End all walks."""
         with contextlib.ExitStack() as stack:
             # One after the other, whatever happens.
             for walk in self._walks:
-                stack.callback(self._end, walk)
+                stack.callback(walk.unwind)
         # Greenlets and walks refer to each other: the layers must not wait for the garbage collector.
         for each in (*self._walks, self):
             vars(each).clear()
-
-    def _end(self, walk: Walk) -> None:
-        self._current = walk
-        try:
-            walk.unwind()
-        finally:
-            self._current = None

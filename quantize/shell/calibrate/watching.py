@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,8 +10,6 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from quantize.core import affine
-from quantize.shell import offload
 from quantize.shell.calibrate.batches import Batch
 from quantize.shell.calibrate.layer import CalibrationLinear
 from quantize.shell.config import refusal
@@ -20,7 +17,7 @@ from quantize.shell.modes import untracked
 from quantize.shell.values import tokens_of
 
 
-class _Known:
+class Known:
     """Values by tensor, as long as it lives and nobody writes to it.
 
     Inference tensors do not tell whether they were written to, and are not known.
@@ -29,7 +26,7 @@ class _Known:
     def __init__(self) -> None:
         self._values = WeakTensorKeyDictionary()
 
-    def get(self, x: Tensor, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+    def get(self, x: Tensor, make: Callable[[], Any], *key: Any) -> Any:
         """What ``make`` gave when it was first asked for with ``x`` and the very same objects in ``key``."""
         if x.is_inference():
             return make()
@@ -47,18 +44,18 @@ class Statistics:
     ``mask`` ``[b, t]``: which tokens count. ``batch``: the pass itself, where it will be made again.
     """
 
-    def __init__(self, mask: Tensor | None, batch: Batch | None) -> None:
-        self.batch, self._mask, self._known = batch, mask, _Known()
+    def __init__(self, mask: Tensor | None, batch: Batch | None = None) -> None:
+        self.batch, self._mask, self._known = batch, mask, Known()
         self._pending: dict[CalibrationLinear, tuple[Any, int]] = {}
 
-    def observe(self, layer: CalibrationLinear, x: Tensor) -> bool:
+    def __call__(self, layer: CalibrationLinear, x: Tensor) -> bool:
         """A call of ``layer`` with the inputs ``x`` ``[..., c]``, which computes in floating point."""
         state, tokens = self._pending.get(layer, (layer.statistics, layer.tokens))
         with untracked(x.device):
             found = counted(x, self._mask)
-            # Layers start from one state, so those that always read the same tensor share one to the end.
-            update = layer.session.observer.update
-            state = self._known.get(x, tuple(pytree.tree_leaves(state)), lambda: update(state, found))
+            # Layers that always read the same tensor start from none, and share their statistics to the end.
+            leaves = pytree.tree_leaves(state)
+            state = self._known.get(x, lambda: layer.updated(state, found), *leaves)
         self._pending[layer] = state, tokens + found.numel() // layer.in_features
         return False
 
@@ -75,21 +72,21 @@ class Statistics:
             layer.statistics, layer.tokens = state, tokens
 
 
-class Reads:
+class Fingerprints:
     """Which tensors a pass gave to each layer, and their fingerprints: for ``batch``, which will run again."""
 
     def __init__(self, batch: Batch) -> None:
-        self.batch, self._known = batch, _Known()
+        self.batch, self._known = batch, Known()
         self._read: list[tuple[CalibrationLinear, Tensor]] = []
 
-    def observe(self, layer: CalibrationLinear, x: Tensor) -> bool:
+    def __call__(self, layer: CalibrationLinear, x: Tensor) -> bool:
         """A call of ``layer`` with the inputs ``x`` ``[..., c]``, which computes in floating point."""
 
         def number() -> int:
             self._read.append((layer, fingerprint(x, self.batch.mask)))
             return len(self._read) - 1
 
-        self.batch.reads.setdefault(layer.names[0], []).append(self._known.get(x, (), number))
+        self.batch.reads.setdefault(layer.names[0], []).append(self._known.get(x, number))
         return False
 
     def close(self, number: int) -> None:
@@ -100,22 +97,7 @@ class Reads:
         """
         self.batch.prints = torch.stack([found for _, found in self._read]).tolist() if self._read else []
         for (layer, _), (size, *_) in zip(self._read, self.batch.prints, strict=True):
-            if not math.isfinite(size):
-                raise _not_finite(layer, number)
-
-
-def restart(layers: Iterable[CalibrationLinear]) -> None:
-    """Forget what was learned of the inputs.
-
-    Layers with as many channels start from one state, so that those which read one tensor go on sharing it.
-    """
-    initial: dict[tuple[int, torch.dtype, torch.device], Any] = {}
-    for layer in layers:
-        key = (layer.in_features, affine.working_dtype(layer.weight), offload.device(layer))
-        if key not in initial:
-            with untracked(key[2]):
-                initial[key] = layer.session.observer.init(key[0], dtype=key[1], device=key[2])
-        layer.statistics, layer.tokens = initial[key], 0
+            check_finite(layer, torch.tensor(size, dtype=torch.float64), number)
 
 
 def counted(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -157,13 +139,9 @@ def near(first: list[float], second: list[float]) -> bool:
     return bool(apart <= max(eps, others_eps) ** 0.75 * size)
 
 
-def check_finite(layer: CalibrationLinear, state: Any, number: int) -> None:
-    """Refuse the statistics ``state`` of ``layer`` that saw NaN or inf in batch ``number``."""
-    leaves = [leaf for leaf in pytree.tree_leaves(state) if leaf.is_floating_point()]
+def check_finite(layer: CalibrationLinear, found: Any, number: int) -> None:
+    """Refuse NaN or inf in ``found``, a tree of tensors that is made of what ``layer`` read in batch ``number``."""
+    leaves = [leaf for leaf in pytree.tree_leaves(found) if leaf.is_floating_point()]
     if not all(bool(torch.isfinite(leaf).all()) for leaf in leaves):
-        raise _not_finite(layer, number)
-
-
-def _not_finite(layer: CalibrationLinear, number: int) -> Exception:
-    where = f"layer {layer.names[0]!r}"
-    return refusal(where, f"NaN or inf in batch {number}", "finite inputs; the batch is not counted")
+        told = f"NaN or inf in batch {number}"
+        raise refusal(f"layer {layer.names[0]!r}", told, "finite inputs; the batch is not counted")
