@@ -51,7 +51,7 @@ def quantize(model: nn.Module, config: object = None) -> None:
     _warn(planned)
     session = Session(parsed, planned)
     layers = {layer: CalibrationLinear(layer, names, session) for layer, names in planned.layers.items()}
-    if parsed.algorithm.data_free:
+    if all(layer.algorithm.data_free for layer in layers.values()):
         solving.solve_all(model, [*layers.values()])
     swap(model, planned.views)
     swap(model, layers)
@@ -153,7 +153,7 @@ def _check_model(model: object) -> None:
 
 def _warn(planned: Plan) -> None:
     left = [f"{skipped.name!r} ({skipped.reason})" for skipped in planned.skipped if not skipped.asked]
-    left += [f"skip_layers entry {word!r} matched nothing" for word in planned.unmatched]
+    left += [f"{word!r} of skip_layers or quant_cfg matched nothing" for word in planned.unmatched]
     if left:
         told = share(sum(skipped.elements for skipped in planned.skipped), planned.elements)
         message = f"{told} stay in floating point, see report(model): {'; '.join(left)}"

@@ -11,7 +11,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.nn import functional
 
-from quantize.core import Scheme, Solution, affine, linear, metrics
+from quantize.core import Algorithm, LayerSpec, Observer, Scheme, Solution, affine, linear, metrics
 from quantize.shell import offload
 from quantize.shell.calibrate.session import Session
 from quantize.shell.config import refusal
@@ -62,12 +62,12 @@ class CalibrationLinear(Foldable):
 
     def updated(self, statistics: Any, tokens: Tensor, *originals: Tensor) -> Any:
         """The ``statistics`` after ``tokens`` ``[..., c]`` more, for which the float model may have ``originals``."""
-        return self.session.observer.update(statistics or self.initial(), tokens, *originals)
+        return self.observer.update(statistics or self.initial(), tokens, *originals)
 
     def initial(self) -> Any:
         """The statistics of no tokens."""
         dtype, device = affine.working_dtype(self.weight), offload.device(self)
-        return self.session.observer.init(self.in_features, dtype=dtype, device=device)
+        return self.observer.init(self.in_features, dtype=dtype, device=device)
 
     def float_weight(self) -> Tensor:
         """The weight ``[n, c]`` where the layer computes, without gradients; read from where it is kept."""
@@ -76,7 +76,7 @@ class CalibrationLinear(Foldable):
     def statistic(self) -> Any:
         """What the algorithm learns from the inputs, in the dtype that it computes in."""
         # The model may have been cast since: one dtype for weight and statistic.
-        dtype, found = affine.working_dtype(self.weight), self.session.observer.finalize(self.statistics)
+        dtype, found = affine.working_dtype(self.weight), self.observer.finalize(self.statistics)
         return pytree.tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, found)
 
     def adopt(self, solution: Solution) -> None:
@@ -96,10 +96,25 @@ class CalibrationLinear(Foldable):
         return layer
 
     @property
+    def spec(self) -> LayerSpec:
+        """The format that the layer shall have."""
+        return self.session.specs[self.names[0]]
+
+    @property
+    def algorithm(self) -> Algorithm:
+        """The algorithm of the config, for that format."""
+        return self.session.config.algorithm(self.spec)
+
+    @property
+    def observer(self) -> Observer:
+        """What is learned of the inputs."""
+        paired = self.algorithm.paired
+        return self.algorithm.observer if paired is None or not self.session.sequential else paired
+
+    @property
     def fell_back(self) -> bool:
         """Whether too few tokens reached a layer whose algorithm needs them."""
-        algorithm = self.session.algorithm
-        return self.tokens < algorithm.fewest and not algorithm.data_free
+        return self.tokens < self.algorithm.fewest and not self.algorithm.data_free
 
     def record(self) -> Row:
         """The row of this layer in the report."""
@@ -117,8 +132,8 @@ class CalibrationLinear(Foldable):
         return Row(
             self.names,
             (self.out_features, self.in_features),
-            weights=config.spec.weight,
-            inputs=config.spec.inputs if s is None else s.inputs,
+            weights=self.spec.weight,
+            inputs=self.spec.inputs if s is None else s.inputs,
             algorithm=config.name,
             fell_back=s is not None and self.fell_back,
             stage="quantized" if self.active else "calibrating",
@@ -130,7 +145,7 @@ class CalibrationLinear(Foldable):
         """Shape, format and progress, as ``print(model)`` shows them."""
         config = self.session.config
         done = "quantized" if self.active else f"{self.session.seen} of {config.batch_num} batches"
-        return f"in_features={self.in_features}, out_features={self.out_features}, {config.spec.weight}, {done}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self.spec.weight}, {done}"
 
     def get_extra_state(self) -> dict[str, Any]:
         """Plain containers of tensors and numbers, so that ``torch.load`` reads them with ``weights_only``."""
@@ -155,9 +170,9 @@ class CalibrationLinear(Foldable):
         self.session.seen = state["seen"]
         self.tokens, self.active = state["tokens"], state["active"]
         self.statistics, self.solution, self.folded = (), None, state["folded"]
-        leaves, held, spec = state["statistics"], state["solution"], self.session.config.spec
+        leaves, held, spec = state["statistics"], state["solution"], self.spec
         if leaves:
-            self.statistics = pytree.tree_unflatten(leaves, pytree.tree_structure(self.session.observer.init(0)))
+            self.statistics = pytree.tree_unflatten(leaves, pytree.tree_structure(self.observer.init(0)))
         if held is not None:
             spec = spec if "input_scale" in held else replace(spec, inputs=dynamic(spec.inputs))
             layout = Layout(spec, self.out_features, self.in_features, self.weight.dtype)
@@ -174,7 +189,7 @@ class CalibrationLinear(Foldable):
         """Algorithm, schemes and options: what a saved state must agree in."""
         config = self.session.config
         return (
-            f"{config.name}, weights {config.spec.weight}, inputs {config.spec.inputs or 'float'}, "
+            f"{config.name}, weights {self.spec.weight}, inputs {self.spec.inputs or 'float'}, "
             f"{config.options}, {config.schedule}"
         )
 

@@ -80,7 +80,7 @@ class Ranks:
             key = tuple(theirs[i][0] for theirs in everyone)
             if key not in merged and any(key):
                 states = self._states(layer.statistics or layer.initial())
-                merged[key] = functools.reduce(layer.session.observer.merge, states)
+                merged[key] = functools.reduce(layer.observer.merge, states)
             layer.statistics, layer.tokens = merged.get(key, ()), sum(theirs[i][1] for theirs in everyone)
 
     def divide(
@@ -93,7 +93,7 @@ class Ranks:
         Raises:
             QuantizeError: a rank could not solve a layer; it names rank and layer.
         """
-        units = siblings(layers)
+        units = siblings(layers, alike=True)
         owners, failures = self._owners(units), dict[int, str]()
         mine = [unit for unit, owner in zip(units, owners, strict=True) if owner == self._rank]
         for stack in progress(stacks(mine)):

@@ -44,7 +44,7 @@ def _in_lock_step(root: nn.Module, session: Session, ordered: list[Unit], ranks:
     """Solve the units in lock step; or say why that cannot be."""
     batches = session.batches
     # Where the algorithm has no use for float walks, two of them tell whether batches disturb each other.
-    floats = len(batches) if session.algorithm.paired else 2 * (len(batches) > 1)
+    floats = len(batches) if session.paired else 2 * (len(batches) > 1)
     session.watching = walks = Walks(root, ordered, batches, floats=floats)
     try:
         for _ in layers_progress([unit for unit in ordered if not unit.solved]):
@@ -77,7 +77,7 @@ def _full_passes(root: nn.Module, session: Session, unit: Unit) -> list[Reading]
             (originals if floating else arriving).append(kept(x))
         return layer.solution is not None and not floating
 
-    for floating in (True, False) if session.algorithm.paired is not None else (False,):
+    for floating in (True, False) if session.paired else (False,):
         for number, batch in enumerate(session.batches):
             batch.rewind(root)
             session.watching = partial(watch, number, floating)
@@ -91,9 +91,12 @@ def _fit_unit(unit: Unit, ranks: Ranks, read: Callable[[], list[Reading]]) -> No
 
     def observe() -> None:
         for layers, inputs in read():
-            statistics, tokens = _statistics(layers[0], inputs)
-            for layer in set(layers).intersection(rest):
-                layer.statistics, layer.tokens = statistics, tokens
+            known: dict[int, tuple[Any, int]] = {}
+            for layer in (layer for layer in layers if layer in rest):
+                key = id(layer.observer)
+                if key not in known:
+                    known[key] = _statistics(layer, inputs)
+                layer.statistics, layer.tokens = known[key]
 
     ranks.together(observe)
     ranks.merge(rest)
@@ -103,7 +106,7 @@ def _fit_unit(unit: Unit, ranks: Ranks, read: Callable[[], list[Reading]]) -> No
 def _statistics(layer: CalibrationLinear, inputs: list[Inputs]) -> tuple[Any, int]:
     """What the algorithm's observer makes of the ``inputs`` of ``layer``, and how many tokens they were."""
     state: Any = ()
-    tokens, paired = 0, layer.session.algorithm.paired is not None
+    tokens, paired = 0, layer.algorithm.paired is not None
     for number, (mask, arriving, originals) in enumerate(inputs):
         for call, x in enumerate(arriving):
             arrived = counted(x, mask)

@@ -8,8 +8,6 @@ from typing import Any
 
 from torch import Tensor
 
-from quantize.core import Observer
-from quantize.core.algorithms import Algorithm
 from quantize.shell.calibrate.batches import Batch
 from quantize.shell.config import Config, QuantizeWarning
 from quantize.shell.plan import Plan
@@ -23,6 +21,7 @@ Watching = Callable[[Any, Tensor], bool]
 class Session:
     """The config, what was left out, and how far calibration is. It holds no module, so it copies with the model.
 
+    - ``specs``: the format of every layer, by its first name.
     - ``seen``: forward passes that were counted.
     - ``batches``: what will run again was called with: all batches with ``sequential``, the first with ``fold``.
     - ``remarks``: what was not done as asked.
@@ -31,22 +30,16 @@ class Session:
 
     def __init__(self, config: Config, plan: Plan) -> None:
         self.config, self.skipped, self.unmatched = config, plan.skipped, plan.unmatched
-        self.sequential, self.elements = config.schedule.sequential, plan.elements
+        self.specs, self.elements, self.sequential = plan.specs, plan.elements, config.schedule.sequential
         self.seen, self.batches = 0, list[Batch]()
         self.remarks: tuple[str, ...] = ()
         self.watching: Watching | None = None
         self.solving = False
 
     @property
-    def algorithm(self) -> Algorithm:
-        """The algorithm of the config."""
-        return self.config.algorithm
-
-    @property
-    def observer(self) -> Observer:
-        """What is learned of the inputs of every layer."""
-        paired = self.algorithm.paired
-        return self.algorithm.observer if paired is None or not self.sequential else paired
+    def paired(self) -> bool:
+        """Whether a layer has a use for the inputs that it has in the float model."""
+        return any(self.config.algorithm(spec).paired is not None for spec in self.specs.values())
 
     def remark(self, *told: str, prefix: str = "") -> None:
         """Put what was not done as asked into the report and into one warning."""

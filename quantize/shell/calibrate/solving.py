@@ -90,7 +90,7 @@ def solve_all(model: nn.Module, layers: list[CalibrationLinear], ranks: Ranks | 
     idle = [layer for layer in layers if layer.fell_back]
     if idle:
         few = max(layer.tokens for layer in idle)
-        reached = f"fewer than {layers[0].session.algorithm.fewest} tokens reached" if few else "no token reached"
+        reached = f"fewer than {idle[0].algorithm.fewest} tokens reached" if few else "no token reached"
         told = [(title, span(layer.tokens for layer in group)) for title, group in folded(idle, type)]
         names = ", ".join(f"{title} ({tokens})" if few else title for title, tokens in told)
         message = f"{reached} {len(idle)} of {len(layers)} layers, which fall back to minmax: {names}"
@@ -101,11 +101,13 @@ def _fold(root: nn.Module, session: Session, layers: list[CalibrationLinear]) ->
     """Fold the scales of a session, once: after an interrupted solve what is folded stays so."""
     if any(layer.folded is not None for layer in layers):
         return
-    rest, scale = [layer for layer in layers if layer.solution is None and not layer.fell_back], session.algorithm.scale
-    assert scale is not None
+    rest = [layer for layer in layers if layer.solution is None and not layer.fell_back]
 
     def common(readers: Sequence[Any], rows: Tensor | None) -> Tensor:
-        return scale([layer.float_weight() for layer in readers], readers[0].statistic(), rows)
+        scale = readers[0].algorithm.scale
+        assert scale is not None
+        found: Tensor = scale([layer.float_weight() for layer in readers], readers[0].statistic(), rows)
+        return found
 
     told = ["all scales at run time: the model was called with what may not be given twice"]
     if session.batches:

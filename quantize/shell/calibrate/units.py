@@ -92,7 +92,7 @@ def merged(sequences: list[list[int]]) -> list[int]:
 
 def solve_stack(units: list[list[CalibrationLinear]]) -> None:
     """Solve a stack of units, each of layers that share their statistics; at once, where that saves work."""
-    first, algorithm = units[0][0], units[0][0].session.algorithm
+    first, algorithm = units[0][0], units[0][0].algorithm
     if len(units) > 1:
         statistics = pytree.tree_map(lambda *leaves: torch.stack(leaves), *(unit[0].statistic() for unit in units))
         for layers in zip(*units, strict=True):
@@ -110,7 +110,7 @@ def solve_stack(units: list[list[CalibrationLinear]]) -> None:
 
 def _solution(layer: CalibrationLinear) -> Solution:
     """That of one layer from its statistics; with too few tokens that of minmax, without a range of the inputs."""
-    algorithm, spec, weight = layer.session.algorithm, layer.session.config.spec, layer.float_weight()
+    algorithm, spec, weight = layer.algorithm, layer.spec, layer.float_weight()
     if layer.fell_back:
         return minmax.algorithm(replace(spec, inputs=dynamic(spec.inputs))).solve(weight, None)
     if layer.folded is None:
@@ -125,17 +125,18 @@ def stacks(units: list[list[CalibrationLinear]]) -> list[list[list[CalibrationLi
     for unit in units:
         first, device = unit[0], offload.device(unit[0])
         name = starred(first.names[0])
-        alone = name == first.names[0] or device.type in _ALONE or first.session.algorithm.data_free
+        alone = name == first.names[0] or device.type in _ALONE or first.algorithm.data_free
         alone = alone or first.fell_back or any(layer.folded is not None for layer in unit)
-        shapes = tuple((layer.weight.shape, layer.weight.dtype) for layer in unit)
+        shapes = tuple((layer.weight.shape, layer.weight.dtype, layer.spec) for layer in unit)
         found.setdefault(id(unit) if alone else (first.session, name, device, shapes), []).append(unit)
     return [stack[start : start + _MOST] for stack in found.values() for start in range(0, len(stack), _MOST)]
 
 
-def siblings(layers: list[CalibrationLinear]) -> list[list[CalibrationLinear]]:
-    """The layers by the statistics that they share, in their order."""
+def siblings(layers: list[CalibrationLinear], *, alike: bool = False) -> list[list[CalibrationLinear]]:
+    """The layers by the statistics that they share, in their order; with ``alike``, by their format as well."""
     found: dict[object, list[CalibrationLinear]] = {}
     for layer in layers:
         leaves = pytree.tree_leaves(layer.statistics)
-        found.setdefault(id(leaves[0]) if leaves else layer, []).append(layer)
+        key = id(leaves[0]) if leaves else layer
+        found.setdefault((key, layer.spec) if alike else key, []).append(layer)
     return list(found.values())

@@ -55,7 +55,7 @@ class Statistics:
             found = counted(x, self._mask)
             # Layers that always read the same tensor start from none, and share their statistics to the end.
             leaves = pytree.tree_leaves(state)
-            state = self._known.get(x, lambda: layer.updated(state, found), *leaves)
+            state = self._known.get(x, lambda: layer.updated(state, found), layer.observer, *leaves)
         self._pending[layer] = state, tokens + found.numel() // layer.in_features
         return False
 

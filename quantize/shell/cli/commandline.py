@@ -111,7 +111,7 @@ def _integer(least: int) -> Callable[[str], int]:
 def _run(given: argparse.Namespace) -> None:
     # All that can be refused at once is refused here, before a model is read or hours are spent.
     config = CONFIG if given.config is None else _read("--config", given.config, json.loads, "a JSON file")
-    data_free = parse(config).algorithm.data_free
+    data_free = parse(config).data_free
     if given.plot is not None:
         picture.check(given.plot)
     if given.out is not None:
@@ -151,9 +151,11 @@ def _check_out(directory: Path, format: str | None, config: Any) -> None:  # noq
     parent = directory.resolve().parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise refusal("--out", str(directory), "a new or an empty directory, in one that exists and can be written to")
-    if format not in export.FORMATS:
+    spec = parse(config).spec(("",))
+    # Which layers have the formats of patterns is known once the model is.
+    if format not in export.FORMATS or spec is None or any("*" in key for key in config["quant_cfg"]):
         return
-    size = 2 * (parse(config).spec.weight.group_size or 32)
+    size = 2 * (spec.weight.group_size or 32)
     model = nn.Sequential(nn.LayerNorm(size), nn.Linear(size, 8))
     with torch.no_grad(), warnings.catch_warnings(action="ignore", category=QuantizeWarning):
         api.quantize(model, {**config, "batch_num": 1, "skip_layers": None})
@@ -192,7 +194,7 @@ def demonstrate(
     model before it is measured.
     """
     parsed = parse(config)
-    batches = 0 if parsed.algorithm.data_free else parsed.batch_num
+    batches = 0 if parsed.data_free else parsed.batch_num
     calibration, held = subject.split(text, batches, batch, evaluate=evaluate)
     model = subject.model
     measured = _measured(subject, held, "float")

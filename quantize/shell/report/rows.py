@@ -75,9 +75,9 @@ class Skipped:
 class Report:
     """One row a quantized layer, one entry a module left in floating point with its reason.
 
-    ``unmatched``: entries of ``skip_layers`` that matched no name. ``remarks``: what else was not done as asked.
-    ``elements``: those of all weight matrices of the model. Prints as a table; :meth:`as_dict` gives plain values,
-    ready for JSON.
+    ``unmatched``: entries of ``skip_layers`` and patterns of ``quant_cfg`` that matched no name. ``remarks``: what else
+    was not done as asked. ``elements``: those of all weight matrices of the model. Prints as a table; :meth:`as_dict`
+    gives plain values, ready for JSON.
     """
 
     rows: tuple[Row, ...]
@@ -91,7 +91,7 @@ class Report:
         return {
             "layers": [_plain(row) for row in self.rows],
             "skipped": [asdict(skipped) for skipped in self.skipped],
-            "unmatched_skip_layers": list(self.unmatched),
+            "unmatched": list(self.unmatched),
             "remarks": list(self.remarks),
             "elements": self.elements,
         }
@@ -118,7 +118,7 @@ class Report:
             "not as asked": self.remarks,
             "why not a faster kernel": [f"{reason}: {', '.join(slower[reason])}" for reason in slower if reason],
             f"{left} stay in floating point": [f"{s.name or 'the model'}: {s.reason}" for s in self.skipped],
-            "entries of skip_layers that matched nothing": [*map(repr, self.unmatched)],
+            "entries of skip_layers and quant_cfg that matched nothing": [*map(repr, self.unmatched)],
         }.items():
             lines += ["", f"{heading} ({len(entries)})", *(f"  {entry}" for entry in entries)] if entries else []
         return "\n".join(lines)
