@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
@@ -125,16 +126,44 @@ class Away(NamedTuple):
 
 def away(layer: nn.Module) -> Away | None:
     """Where the weight of ``layer`` is kept and where it computes, None where both are the same."""
-    hook, key = keeper(layer), "weight"
+    hook = keeper(layer)
     if hook is None:
         return None
-    kept = hook.weights_map
-    # The map of a module is a part of that of the model.
+    kept, key = _source(hook.weights_map, "weight")
+    folder = None if _entry(kept, key) is None else kept.save_folder
+    return Away(torch.device(hook.execution_device), folder)
+
+
+def _source(kept: Any, key: str) -> tuple[Any, str]:
+    """The map of the whole model that ``kept``, the map of a module, reads ``key`` from, and the key there."""
     while isinstance(kept, _Changed) or hasattr(kept, "dataset"):
-        key = getattr(kept, "prefix", "") + key
-        kept = kept.kept if isinstance(kept, _Changed) else kept.dataset
-    on_disk = key in getattr(kept, "index", ()) and key not in getattr(kept, "state_dict", ())
-    return Away(torch.device(hook.execution_device), getattr(kept, "save_folder", None) if on_disk else None)
+        if isinstance(kept, _Changed):
+            kept, key = kept.kept, kept.names.get(key, key)
+        else:
+            kept, key = kept.dataset, kept.prefix + key
+    return kept, key
+
+
+def _entry(kept: Any, key: str) -> Any:
+    """What the map ``kept`` of a model knows of the file that holds ``key``; None if it is in memory."""
+    return None if key in getattr(kept, "state_dict", ()) else getattr(kept, "index", {}).get(key)
+
+
+def ties(root: nn.Module) -> dict[nn.Parameter, nn.Parameter]:
+    """By parameter that is kept elsewhere, the first that is the same tensor: of tied ones accelerate makes several.
+
+    Files do not tell; there it is what transformers says of the model.
+    """
+    told, found = getattr(root, "all_tied_weights_keys", None) or {}, dict[nn.Parameter, nn.Parameter]()
+    first: dict[object, nn.Parameter] = {}
+    for module in root.modules():
+        hook = keeper(module)
+        for key, p in module._parameters.items():
+            if hook is not None and p is not None and p.is_meta:
+                kept, name = _source(hook.weights_map, key)
+                place = told.get(name, name) if _entry(kept, name) is not None else kept[name].data_ptr()
+                found[p] = first.setdefault(place, p)
+    return found
 
 
 def state(root: nn.Module, **options: Any) -> dict[str, Any]:
@@ -152,9 +181,26 @@ def state(root: nn.Module, **options: Any) -> dict[str, Any]:
     return found
 
 
+def follow(new: nn.Module, old: nn.Module, names: Mapping[str, str], part: Change, *, inside: bool = False) -> None:
+    """Let the hook of ``old``, if it has one, serve ``new`` as well; with ``inside``, only to keep its parameters.
+
+    The parameters ``names`` of ``new`` are each a ``part`` of that parameter of ``old``, and of nothing else.
+    """
+    hook, kept = keeper(old) if inside else old.__dict__.get(_HOOK), keeper(old)
+    if hook is None:
+        return
+    if kept is not None:
+        devices = {key: at[name] for key, name in names.items() if name in (at := kept.original_devices)}
+        hook = _changed(hook, _Part(kept.weights_map, names, part), original_devices=devices)
+    original = new.forward
+    forward = functools.update_wrapper(functools.partial(old.__dict__["forward"].func, new), original)
+    new.__dict__.update({_HOOK: hook, _FORWARD: original, "forward": forward})
+    settle(new)
+
+
 def resident(hook: Any) -> Any:
     """The same as ``hook``, but it leaves the parameters of modules where they are."""
-    return _altered(hook, offload=False)
+    return _altered(hook, offload=False, weights_map=None)
 
 
 def settle(module: nn.Module) -> None:
@@ -182,19 +228,39 @@ def hooked(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 class _Changed(Mapping[str, Any]):
-    """What a hook keeps, changed each time it is read."""
+    """What a hook keeps under other ``names``, changed each time it is read; the rest as it is."""
 
-    def __init__(self, kept: Mapping[str, Any], keys: Collection[str], function: Change) -> None:
-        self.kept, self._keys, self._function = kept, keys, function
+    def __init__(self, kept: Mapping[str, Any], names: Mapping[str, str], function: Change) -> None:
+        self.kept, self.names, self._function = kept, names, function
 
     def __getitem__(self, key: str) -> Any:
-        return self._function(key, self.kept[key]) if key in self._keys else self.kept[key]
+        return self._function(key, self._whole(self.names[key])) if key in self.names else self.kept[key]
+
+    def _whole(self, name: str) -> Any:
+        return self.kept[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.kept)
 
     def __len__(self) -> int:
         return len(self.kept)
+
+
+class _Part(_Changed):
+    """Parts of what a hook keeps: of a file, nothing else is read."""
+
+    def _whole(self, name: str) -> Any:
+        kept, key = _source(self.kept, name)
+        entry = _entry(kept, key)
+        if entry is None:
+            return kept[key]
+        if entry.get("safetensors_file") is None:
+            path, shape, dtype = Path(kept.save_folder, f"{key}.dat"), entry["shape"], getattr(torch, entry["dtype"])
+            return torch.from_file(str(path), size=math.prod(shape), dtype=dtype).view(shape)
+        # On any other device the whole would be read.
+        here = copy.copy(kept)
+        here.device = None
+        return here[key]
 
 
 def change(module: nn.Module, keys: Collection[str], function: Change) -> Callable[[], None]:
@@ -208,11 +274,14 @@ def change(module: nn.Module, keys: Collection[str], function: Change) -> Callab
         after = {key: nn.Parameter(function(key, p.detach()), p.requires_grad) for key, p in before.items()}
         module._parameters.update(after)
         return functools.partial(module._parameters.update, before)
-    values = _Changed(hook.weights_map, keys, function)
-    # Values of its own: what the hook knows of parameters that are tied to others does not hold for them.
-    old = module.__dict__[_HOOK]
-    module.__dict__[_HOOK] = _altered(old, weights_map=values, tied_params_map=None, tied_params_names=set())
+    old, names = module.__dict__[_HOOK], dict(zip(keys, keys, strict=True))
+    module.__dict__[_HOOK] = _changed(old, _Changed(hook.weights_map, names, function))
     return functools.partial(module.__dict__.__setitem__, _HOOK, old)
+
+
+def _changed(hook: Any, values: _Changed, **more: Any) -> Any:
+    # What a hook knows of parameters that are tied to others does not hold for values of its own.
+    return _altered(hook, weights_map=values, tied_params_map=None, tied_params_names=set(), **more)
 
 
 def hold(root: nn.Module) -> None:
@@ -231,7 +300,7 @@ def hold(root: nn.Module) -> None:
 
 def changed(root: nn.Module) -> bool:
     """Whether :func:`change` is in force for something that is kept elsewhere."""
-    return any(isinstance(getattr(keeper(module), "weights_map", None), _Changed) for module in root.modules())
+    return any(type(getattr(keeper(module), "weights_map", None)) is _Changed for module in root.modules())
 
 
 def _altered(hook: Any, **values: Any) -> Any:

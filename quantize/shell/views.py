@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Iterator
 from typing import Any, cast
 
@@ -50,21 +51,26 @@ def view(name: str, module: nn.Module) -> nn.Module | None:
     Raises:
         QuantizeError: experts whose attributes do not fit their parameters; it names the module.
     """
-    if "forward" in module.__dict__ or not known(module):
+    hook = offload.keeper(module)
+    replaced = "forward" in module.__dict__ and not offload.dispatched(module)
+    if replaced or getattr(hook, "place_submodules", False) or not known(module):
         return None
-    # A view wants gradients where its parameter does, if they are on when it is made.
-    with torch.enable_grad():
-        if "down_proj" in module._parameters:
-            return Experts(name, module)
-        weight, bias = cast("Tensor", module._parameters["weight"]), module._parameters.get("bias")
-        layer = _linear(weight.T, bias, training=module.training)
+    if "down_proj" in module._parameters:
+        return Experts(name, module)
+    names = {"weight": "weight", "bias": "bias"}
+    layer = _linear(module, names, _transposed)
     adopt(layer, module)
+    offload.follow(layer, module, names, _transposed)
     return layer
 
 
 def adopt(new: nn.Module, old: nn.Module) -> None:
-    """Give ``new`` what users attach to a module: its hooks, the very same dicts, and the training flag."""
-    new.__dict__.update({key: value for key, value in old.__dict__.items() if "_hook" in key})
+    """Give ``new`` what users attach to a module: attributes, buffers, the training flag; hooks, the very same dicts."""
+    for key, value in old.__dict__.items():
+        if "_hook" in key or not (key in getattr(old, "own", ()) or hasattr(new, key) or key == "_old_forward"):
+            new.__dict__[key] = value
+    new._buffers = {**old._buffers, **new._buffers}
+    new._non_persistent_buffers_set |= old._non_persistent_buffers_set
     new.training = old.training
     offload.settle(new)
 
@@ -106,6 +112,7 @@ class Experts(nn.Module):
     def __init__(self, name: str, original: nn.Module) -> None:
         super().__init__()
         self.__dict__.update(original.__dict__)
+        self.__dict__.pop("forward", None)
         self._modules, self._parameters = dict(original._modules), dict(original._parameters)
         self.name, self.original = name, cast("Any", type(original))
         up, e = "gate_up_proj" if self.has_gate else "up_proj", self.num_experts
@@ -114,25 +121,27 @@ class Experts(nn.Module):
         if down.ndim != 3:
             raise refusal(f"module {name!r}", f"'down_proj' as {list(down.shape)}", "[experts, hidden, inner]")
         h, i = (down.mT if self.is_transposed else down).shape[1:]
-        wide, held = 2 * i if self.has_gate else i, dict[str, Tensor]()
+        wide = 2 * i if self.has_gate else i
         shapes = {up: (e, wide, h), "down_proj": (e, h, i), f"{up}_bias": (e, wide), "down_proj_bias": (e, h)}
         for key, (_, *shape) in shapes.items():
             p = self._parameters.pop(key, None)
             wanted = None if "bias" in key and not self.has_bias else [e, *shape[:: -1 if self.is_transposed else 1]]
             if (found := None if p is None else list(p.shape)) != wanted:
                 raise refusal(f"module {name!r}", f"{key!r} as {found}", f"{wanted}, as its attributes say")
-            if p is not None:
-                held[key] = p.mT if self.is_transposed and p.ndim == 3 else p
         # Concatenated: [gate; up]. Interleaved: gate, up, gate, up, ...
         halves = (slice(i), slice(i, None)) if self.is_concatenated else (slice(0, None, 2), slice(1, None, 2))
         rows = dict(zip(("gate_proj", "up_proj"), halves, strict=True)) if self.has_gate else {"up_proj": slice(None)}
+        parts = [*((key, up, at) for key, at in rows.items()), ("down_proj", "down_proj", slice(None))]
         for number in range(e):
-            part, expert = {key: p[number] for key, p in held.items()}, nn.ModuleDict().train(original.training)
-            up_bias = part.get(f"{up}_bias")
-            for key, at in rows.items():
-                expert[key] = _linear(part[up][at], None if up_bias is None else up_bias[at], training=self.training)
-            expert["down_proj"] = _linear(part["down_proj"], part.get("down_proj_bias"), training=self.training)
+            expert = nn.ModuleDict().train(original.training)
+            for key, source, at in parts:
+                part = functools.partial(_of_expert, number, at, transposed=self.is_transposed)
+                names = {"weight": source, "bias": f"{source}_bias"}
+                expert[key] = _linear(original, names, part)
+                # Hooks of the mixture run around all of its experts.
+                offload.follow(expert[key], original, names, part, inside=True)
             self.add_module(str(number), expert)
+        offload.follow(self, original, {key: key for key in self._parameters}, lambda _, tensor: tensor)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """``[t, h]`` by way of the experts ``[t, k]`` with their weights ``[t, k]``: ``[t, h]``.
@@ -167,10 +176,19 @@ class Experts(nn.Module):
         return self.post_expert_norm(y) if self.has_post_expert_norm else y
 
 
-def _linear(weight: Tensor, bias: Tensor | None, *, training: bool) -> nn.Linear:
-    n, c = weight.shape
-    layer = nn.Linear(c, n, bias=bias is not None, device="meta")
-    for key, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None:
-            layer._parameters[key] = nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
-    return layer.train(training)
+def _transposed(_: str, tensor: Tensor) -> Tensor:
+    return tensor.T if tensor.ndim == 2 else tensor
+
+
+def _of_expert(number: int, rows: slice, _: str, tensor: Tensor, *, transposed: bool) -> Tensor:
+    return (tensor.mT if transposed and tensor.ndim == 3 else tensor)[number][rows]
+
+
+def _linear(original: nn.Module, names: dict[str, str], part: offload.Change) -> nn.Linear:
+    """A linear layer whose parameters are each a ``part`` of those ``names`` of ``original``, if it has them."""
+    held = {key: p for key, name in names.items() if (p := original._parameters.get(name)) is not None}
+    n, c = part("weight", held["weight"]).shape
+    layer = nn.Linear(c, n, bias="bias" in held, device="meta").train(original.training)
+    for key, p in held.items():
+        layer._parameters[key] = nn.Parameter(part(key, p.detach()), p.requires_grad)
+    return layer
