@@ -11,9 +11,9 @@ import copy
 import functools
 import math
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +27,9 @@ _HOOK, _FORWARD = "_hf_hook", "_old_forward"
 
 def dispatched(module: nn.Module) -> bool:
     """Whether a hook of accelerate, and nothing else, has replaced the forward of ``module``."""
-    own = module.__dict__
-    hook, forward, original = own.get(_HOOK), own.get("forward"), own.get(_FORWARD)
+    forward, original = module.__dict__.get("forward"), module.__dict__.get(_FORWARD)
     return (
-        all(callable(getattr(hook, name, None)) for name in ("pre_forward", "post_forward"))
-        and isinstance(forward, functools.partial)
+        isinstance(forward, functools.partial)
         and forward.args == (module,)
         and forward.__dict__.get("__wrapped__") == original
         and getattr(original, "__func__", None) is type(module).forward
@@ -49,10 +47,7 @@ def keeper(module: nn.Module) -> Any:
 def device(module: nn.Module) -> torch.device:
     """Where ``module``, which has a weight, computes."""
     hook = keeper(module)
-    if hook is not None:
-        return torch.device(hook.execution_device)
-    held: Tensor = module._parameters["weight"]  # type: ignore[assignment] # layers have one
-    return held.device
+    return module.get_parameter("weight").device if hook is None else torch.device(hook.execution_device)
 
 
 def devices(root: nn.Module) -> frozenset[torch.device]:
@@ -73,9 +68,7 @@ def weight(layer: nn.Module, name: str) -> Tensor:
     Raises:
         QuantizeError: it cannot be read.
     """
-    found = _read(layer, name, "weight")
-    assert found is not None
-    return found
+    return cast("Tensor", _read(layer, name, "weight"))
 
 
 def bias(layer: nn.Module, name: str) -> Tensor | None:
@@ -130,17 +123,13 @@ def away(layer: nn.Module) -> Away | None:
     if hook is None:
         return None
     kept, key = _source(hook.weights_map, "weight")
-    folder = None if _entry(kept, key) is None else kept.save_folder
-    return Away(torch.device(hook.execution_device), folder)
+    return Away(torch.device(hook.execution_device), kept.save_folder if _entry(kept, key) else None)
 
 
 def _source(kept: Any, key: str) -> tuple[Any, str]:
-    """The map of the whole model that ``kept``, the map of a module, reads ``key`` from, and the key there."""
-    while isinstance(kept, _Changed) or hasattr(kept, "dataset"):
-        if isinstance(kept, _Changed):
-            kept, key = kept.kept, kept.names.get(key, key)
-        else:
-            kept, key = kept.dataset, kept.prefix + key
+    """The map of the model that ``kept``, the map of a module, reads ``key`` from, and the key there."""
+    while (whole := getattr(kept, "dataset", None)) is not None:
+        kept, key = whole, kept.names.get(key, key) if isinstance(kept, _Changed) else kept.prefix + key
     return kept, key
 
 
@@ -150,20 +139,10 @@ def _entry(kept: Any, key: str) -> Any:
 
 
 def ties(root: nn.Module) -> dict[nn.Parameter, nn.Parameter]:
-    """By parameter that is kept elsewhere, the first that is the same tensor: of tied ones accelerate makes several.
-
-    Files do not tell; there it is what transformers says of the model.
-    """
-    told, found = getattr(root, "all_tied_weights_keys", None) or {}, dict[nn.Parameter, nn.Parameter]()
-    first: dict[object, nn.Parameter] = {}
-    for module in root.modules():
-        hook = keeper(module)
-        for key, p in module._parameters.items():
-            if hook is not None and p is not None and p.is_meta:
-                kept, name = _source(hook.weights_map, key)
-                place = told.get(name, name) if _entry(kept, name) is not None else kept[name].data_ptr()
-                found[p] = first.setdefault(place, p)
-    return found
+    """Of tied parameters that are kept elsewhere, which accelerate makes several of, the one: as transformers says."""
+    told, named = getattr(root, "all_tied_weights_keys", None), dict(root.named_parameters(remove_duplicate=False))
+    pairs = ((named.get(key), named.get(first)) for key, first in (told or {}).items())
+    return {p: first for p, first in pairs if p is not None and first is not None and p.is_meta}
 
 
 def state(root: nn.Module, **options: Any) -> dict[str, Any]:
@@ -182,16 +161,17 @@ def state(root: nn.Module, **options: Any) -> dict[str, Any]:
 
 
 def follow(new: nn.Module, old: nn.Module, names: Mapping[str, str], part: Change, *, inside: bool = False) -> None:
-    """Let the hook of ``old``, if it has one, serve ``new`` as well; with ``inside``, only to keep its parameters.
+    """Let the hook of ``old``, if it has one, run around ``new``, whose parameters are parts of those ``names``.
 
-    The parameters ``names`` of ``new`` are each a ``part`` of that parameter of ``old``, and of nothing else.
+    With ``inside``, ``new`` runs inside of it: then it only keeps the parameters, if it does.
     """
-    hook, kept = keeper(old) if inside else old.__dict__.get(_HOOK), keeper(old)
+    kept = keeper(old)
+    hook = kept if inside else old.__dict__.get(_HOOK)
     if hook is None:
         return
     if kept is not None:
         devices = {key: at[name] for key, name in names.items() if name in (at := kept.original_devices)}
-        hook = _changed(hook, _Part(kept.weights_map, names, part), original_devices=devices)
+        hook = _with(hook, _Changed(kept.weights_map, names, part), original_devices=devices)
     original = new.forward
     forward = functools.update_wrapper(functools.partial(old.__dict__["forward"].func, new), original)
     new.__dict__.update({_HOOK: hook, _FORWARD: original, "forward": forward})
@@ -221,46 +201,39 @@ def hooked(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
         args, kwargs = hook.pre_forward(module, *args, **kwargs)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not getattr(hook, "no_grad", False)):
             output = forward(module, *args, **kwargs)
-        result: Tensor = hook.post_forward(module, output)
-        return result
+        return cast("Tensor", hook.post_forward(module, output))
 
     return called
 
 
-class _Changed(Mapping[str, Any]):
-    """What a hook keeps under other ``names``, changed each time it is read; the rest as it is."""
+class _Changed:
+    """What a hook keeps under the ``names``, by a function each time it is read; the rest as it is."""
 
-    def __init__(self, kept: Mapping[str, Any], names: Mapping[str, str], function: Change) -> None:
-        self.kept, self.names, self._function = kept, names, function
+    def __init__(self, kept: Any, names: Mapping[str, str], function: Change, *, folded: bool = False) -> None:
+        self.dataset, self.names, self._function, self.folded = kept, names, function, folded
 
     def __getitem__(self, key: str) -> Any:
-        return self._function(key, self._whole(self.names[key])) if key in self.names else self.kept[key]
+        if key not in self.names:
+            return self.dataset[key]
+        return self._function(key, _mapped(self.dataset, self.names[key]))
 
-    def _whole(self, name: str) -> Any:
-        return self.kept[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.kept)
-
-    def __len__(self) -> int:
-        return len(self.kept)
+    def get(self, key: str, _default: object = None) -> Any:
+        """As of any mapping; what is asked for is there."""
+        return self[key]
 
 
-class _Part(_Changed):
-    """Parts of what a hook keeps: of a file, nothing else is read."""
-
-    def _whole(self, name: str) -> Any:
-        kept, key = _source(self.kept, name)
-        entry = _entry(kept, key)
-        if entry is None:
-            return kept[key]
-        if entry.get("safetensors_file") is None:
-            path, shape, dtype = Path(kept.save_folder, f"{key}.dat"), entry["shape"], getattr(torch, entry["dtype"])
-            return torch.from_file(str(path), size=math.prod(shape), dtype=dtype).view(shape)
-        # On any other device the whole would be read.
-        here = copy.copy(kept)
-        here.device = None
-        return here[key]
+def _mapped(kept: Any, key: str) -> Tensor:
+    """The tensor ``key`` of the map of a module; of one in a file, no more is read than is used."""
+    whole, name = (kept, key) if isinstance(kept, _Changed) else _source(kept, key)
+    if (entry := _entry(whole, name)) is None:
+        return cast("Tensor", kept[key])
+    if "safetensors_file" not in entry:
+        file, dtype = f"{whole.save_folder}/{name}.dat", getattr(torch, entry["dtype"])
+        return torch.from_file(file, size=math.prod(entry["shape"]), dtype=dtype).view(entry["shape"])
+    # To another device than this one, it would be copied.
+    here = copy.copy(whole)
+    here.device = None
+    return cast("Tensor", here[name])
 
 
 def change(module: nn.Module, keys: Collection[str], function: Change) -> Callable[[], None]:
@@ -274,14 +247,9 @@ def change(module: nn.Module, keys: Collection[str], function: Change) -> Callab
         after = {key: nn.Parameter(function(key, p.detach()), p.requires_grad) for key, p in before.items()}
         module._parameters.update(after)
         return functools.partial(module._parameters.update, before)
-    old, names = module.__dict__[_HOOK], dict(zip(keys, keys, strict=True))
-    module.__dict__[_HOOK] = _changed(old, _Changed(hook.weights_map, names, function))
+    old, values = module.__dict__[_HOOK], _Changed(hook.weights_map, {key: key for key in keys}, function, folded=True)
+    module.__dict__[_HOOK] = _with(old, values)
     return functools.partial(module.__dict__.__setitem__, _HOOK, old)
-
-
-def _changed(hook: Any, values: _Changed, **more: Any) -> Any:
-    # What a hook knows of parameters that are tied to others does not hold for values of its own.
-    return _altered(hook, weights_map=values, tied_params_map=None, tied_params_names=set(), **more)
 
 
 def hold(root: nn.Module) -> None:
@@ -300,18 +268,22 @@ def hold(root: nn.Module) -> None:
 
 def changed(root: nn.Module) -> bool:
     """Whether :func:`change` is in force for something that is kept elsewhere."""
-    return any(type(getattr(keeper(module), "weights_map", None)) is _Changed for module in root.modules())
+    return any(getattr(getattr(keeper(each), "weights_map", None), "folded", False) for each in root.modules())
+
+
+def _with(hook: Any, values: _Changed, **more: Any) -> Any:
+    # What a hook knows of parameters that are tied to others does not hold for values of its own.
+    return _altered(hook, weights_map=values, tied_params_map=None, tied_params_names=set(), **more)
 
 
 def _altered(hook: Any, **values: Any) -> Any:
     """A copy of ``hook`` with other attributes where it offloads; itself where it does not."""
-    if not (hasattr(hook, "hooks") or _offloads(hook)):
+    if hasattr(hook, "hooks"):
+        values = {"hooks": tuple(_altered(each, **values) for each in hook.hooks)}
+    elif not _offloads(hook):
         return hook
     new = copy.copy(hook)
-    if hasattr(hook, "hooks"):
-        new.hooks = tuple(_altered(each, **values) for each in hook.hooks)
-    else:
-        new.__dict__.update(values)
+    new.__dict__.update(values)
     return new
 
 

@@ -51,24 +51,23 @@ def view(name: str, module: nn.Module) -> nn.Module | None:
     Raises:
         QuantizeError: experts whose attributes do not fit their parameters; it names the module.
     """
-    hook = offload.keeper(module)
     replaced = "forward" in module.__dict__ and not offload.dispatched(module)
-    if replaced or getattr(hook, "place_submodules", False) or not known(module):
+    if replaced or getattr(offload.keeper(module), "place_submodules", False) or not known(module):
         return None
     if "down_proj" in module._parameters:
         return Experts(name, module)
-    names = {"weight": "weight", "bias": "bias"}
-    layer = _linear(module, names, _transposed)
+    layer = _linear(module, {"weight": "weight", "bias": "bias"}, functools.partial(_part, (), True), inside=False)
     adopt(layer, module)
-    offload.follow(layer, module, names, _transposed)
     return layer
 
 
 def adopt(new: nn.Module, old: nn.Module) -> None:
     """Give ``new`` what users attach to a module: attributes, buffers, the training flag; hooks, the very same dicts."""
-    for key, value in old.__dict__.items():
-        if "_hook" in key or not (key in getattr(old, "own", ()) or hasattr(new, key) or key == "_old_forward"):
-            new.__dict__[key] = value
+    own = *getattr(old, "own", ()), "_old_forward"
+    for key, value in vars(old).items():
+        # Those of torch are in both; that of accelerate may already be another.
+        if ("_hook" in key and key in vars(nn.Module())) or not (key in own or hasattr(new, key)):
+            vars(new)[key] = value
     new._buffers = {**old._buffers, **new._buffers}
     new._non_persistent_buffers_set |= old._non_persistent_buffers_set
     new.training = old.training
@@ -131,15 +130,14 @@ class Experts(nn.Module):
         # Concatenated: [gate; up]. Interleaved: gate, up, gate, up, ...
         halves = (slice(i), slice(i, None)) if self.is_concatenated else (slice(0, None, 2), slice(1, None, 2))
         rows = dict(zip(("gate_proj", "up_proj"), halves, strict=True)) if self.has_gate else {"up_proj": slice(None)}
-        parts = [*((key, up, at) for key, at in rows.items()), ("down_proj", "down_proj", slice(None))]
         for number in range(e):
             expert = nn.ModuleDict().train(original.training)
-            for key, source, at in parts:
-                part = functools.partial(_of_expert, number, at, transposed=self.is_transposed)
-                names = {"weight": source, "bias": f"{source}_bias"}
-                expert[key] = _linear(original, names, part)
-                # Hooks of the mixture run around all of its experts.
-                offload.follow(expert[key], original, names, part, inside=True)
+            for key, at in {**rows, "down_proj": slice(None)}.items():
+                source, part = (
+                    key if key == "down_proj" else up,
+                    functools.partial(_part, (number, at), self.is_transposed),
+                )
+                expert[key] = _linear(original, {"weight": source, "bias": f"{source}_bias"}, part, inside=True)
             self.add_module(str(number), expert)
         offload.follow(self, original, {key: key for key in self._parameters}, lambda _, tensor: tensor)
 
@@ -176,19 +174,17 @@ class Experts(nn.Module):
         return self.post_expert_norm(y) if self.has_post_expert_norm else y
 
 
-def _transposed(_: str, tensor: Tensor) -> Tensor:
-    return tensor.T if tensor.ndim == 2 else tensor
+def _part(place: tuple[Any, ...], transposed: bool, key: str, tensor: Tensor) -> Tensor:  # noqa: FBT001 - bound first
+    return (tensor.mT if transposed and key == "weight" else tensor)[place]
 
 
-def _of_expert(number: int, rows: slice, _: str, tensor: Tensor, *, transposed: bool) -> Tensor:
-    return (tensor.mT if transposed and tensor.ndim == 3 else tensor)[number][rows]
-
-
-def _linear(original: nn.Module, names: dict[str, str], part: offload.Change) -> nn.Linear:
+def _linear(original: nn.Module, names: dict[str, str], part: offload.Change, *, inside: bool) -> nn.Linear:
     """A linear layer whose parameters are each a ``part`` of those ``names`` of ``original``, if it has them."""
     held = {key: p for key, name in names.items() if (p := original._parameters.get(name)) is not None}
     n, c = part("weight", held["weight"]).shape
     layer = nn.Linear(c, n, bias="bias" in held, device="meta").train(original.training)
     for key, p in held.items():
         layer._parameters[key] = nn.Parameter(part(key, p.detach()), p.requires_grad)
+    # The hook of a mixture runs around all of its experts.
+    offload.follow(layer, original, names, part, inside=inside)
     return layer
