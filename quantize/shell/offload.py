@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import math
 import tempfile
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -27,13 +26,9 @@ _HOOK, _FORWARD = "_hf_hook", "_old_forward"
 
 def dispatched(module: nn.Module) -> bool:
     """Whether a hook of accelerate, and nothing else, has replaced the forward of ``module``."""
-    forward, original = module.__dict__.get("forward"), module.__dict__.get(_FORWARD)
-    return (
-        isinstance(forward, functools.partial)
-        and forward.args == (module,)
-        and forward.__dict__.get("__wrapped__") == original
-        and getattr(original, "__func__", None) is type(module).forward
-    )
+    forward, bound = module.__dict__.get("forward"), type(module).forward.__get__(module)
+    replaced = isinstance(forward, functools.partial) and forward.args == (module,)
+    return replaced and forward.__dict__.get("__wrapped__") == module.__dict__.get(_FORWARD) == bound
 
 
 def keeper(module: nn.Module) -> Any:
@@ -41,13 +36,13 @@ def keeper(module: nn.Module) -> Any:
     hooks = [module.__dict__.get(_HOOK)]
     for hook in hooks:
         hooks += getattr(hook, "hooks", ())
-    return next((hook for hook in hooks if _offloads(hook)), None)
+    return next((hook for hook in hooks if getattr(hook, "offload", False) and hasattr(hook, "weights_map")), None)
 
 
 def device(module: nn.Module) -> torch.device:
     """Where ``module``, which has a weight, computes."""
     hook = keeper(module)
-    return module.get_parameter("weight").device if hook is None else torch.device(hook.execution_device)
+    return torch.device(hook.execution_device) if hook is not None else module.get_parameter("weight").device
 
 
 def devices(root: nn.Module) -> frozenset[torch.device]:
@@ -113,44 +108,35 @@ class Away(NamedTuple):
             # The file has no name any more when this returns: it lasts as long as the tensor.
             mapped = torch.from_file(file.name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
         # A dense tensor keeps its strides.
-        like = torch.empty_like(tensor, device="meta")
-        return mapped.as_strided(like.shape, like.stride()).copy_(tensor)
+        return mapped.as_strided(tensor.shape, torch.empty_like(tensor, device="meta").stride()).copy_(tensor)
 
 
 def away(layer: nn.Module) -> Away | None:
     """Where the weight of ``layer`` is kept and where it computes, None where both are the same."""
-    hook = keeper(layer)
-    if hook is None:
+    if (hook := keeper(layer)) is None:
         return None
-    kept, key = _source(hook.weights_map, "weight")
-    return Away(torch.device(hook.execution_device), kept.save_folder if _entry(kept, key) else None)
+    kept, _, entry = _source(hook.weights_map, "weight")
+    return Away(torch.device(hook.execution_device), kept.save_folder if entry else None)
 
 
-def _source(kept: Any, key: str) -> tuple[Any, str]:
-    """The map of the model that ``kept``, the map of a module, reads ``key`` from, and the key there."""
+def _source(kept: Any, key: str) -> tuple[Any, str, Any]:
+    """The map of the model that ``kept``, the map of a module, reads ``key`` from; the key there; its file, if any."""
     while (whole := getattr(kept, "dataset", None)) is not None:
         kept, key = whole, kept.names.get(key, key) if isinstance(kept, _Changed) else kept.prefix + key
-    return kept, key
-
-
-def _entry(kept: Any, key: str) -> Any:
-    """What the map ``kept`` of a model knows of the file that holds ``key``; None if it is in memory."""
-    return None if key in getattr(kept, "state_dict", ()) else getattr(kept, "index", {}).get(key)
+    return kept, key, None if key in getattr(kept, "state_dict", ()) else getattr(kept, "index", {}).get(key)
 
 
 def ties(root: nn.Module) -> dict[nn.Parameter, nn.Parameter]:
     """Of tied parameters that are kept elsewhere, which accelerate makes several of, the one: as transformers says."""
-    told, named = getattr(root, "all_tied_weights_keys", None), dict(root.named_parameters(remove_duplicate=False))
-    pairs = ((named.get(key), named.get(first)) for key, first in (told or {}).items())
-    return {p: first for p, first in pairs if p is not None and first is not None and p.is_meta}
+    told, named = (
+        getattr(root, "all_tied_weights_keys", None) or {},
+        dict(root.named_parameters(remove_duplicate=False)),
+    )
+    return {p: named.get(told[key], p) for key, p in named.items() if key in told and p.is_meta}
 
 
 def state(root: nn.Module, **options: Any) -> dict[str, Any]:
-    """The ``state_dict`` of ``root`` with these ``options``, with what is kept elsewhere.
-
-    Raises:
-        QuantizeError: something cannot be read.
-    """
+    """The ``state_dict`` of ``root`` with these ``options``; what is kept elsewhere is read as by :func:`weight`."""
     found: dict[str, Any] = root.state_dict(**options)
     for name, module in root.named_modules(remove_duplicate=False):
         for key in (*module._parameters, *module._buffers) if keeper(module) is not None else ():
@@ -166,27 +152,20 @@ def follow(new: nn.Module, old: nn.Module, names: Mapping[str, str], part: Chang
     With ``inside``, ``new`` runs inside of it: then it only keeps the parameters, if it does.
     """
     kept = keeper(old)
-    hook = kept if inside else old.__dict__.get(_HOOK)
-    if hook is None:
+    if (hook := kept if inside else old.__dict__.get(_HOOK)) is None:
         return
     if kept is not None:
         devices = {key: at[name] for key, name in names.items() if name in (at := kept.original_devices)}
-        hook = _with(hook, _Changed(kept.weights_map, names, part), original_devices=devices)
-    original = new.forward
-    forward = functools.update_wrapper(functools.partial(old.__dict__["forward"].func, new), original)
-    new.__dict__.update({_HOOK: hook, _FORWARD: original, "forward": forward})
+        hook = _altered(hook, kept, weights_map=_Changed(kept.weights_map, names, part), original_devices=devices)
+    forward = functools.update_wrapper(functools.partial(old.__dict__["forward"].func, new), new.forward)
+    new.__dict__.update({_HOOK: hook, _FORWARD: new.forward, "forward": forward})
     settle(new)
-
-
-def resident(hook: Any) -> Any:
-    """The same as ``hook``, but it leaves the parameters of modules where they are."""
-    return _altered(hook, offload=False, weights_map=None)
 
 
 def settle(module: nn.Module) -> None:
     """Let the hook of ``module`` leave its parameters alone, if they are not on the meta device."""
     if _HOOK in module.__dict__ and not any(p.is_meta for p in module.parameters(recurse=False)):
-        module.__dict__[_HOOK] = resident(module.__dict__[_HOOK])
+        module.__dict__[_HOOK] = _altered(module.__dict__[_HOOK], keeper(module), offload=False, weights_map=None)
 
 
 def hooked(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -197,7 +176,7 @@ def hooked(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
         # accelerate has replaced the forward of this instance if there is an old one: then the hook was called.
         if _HOOK not in module.__dict__ or _FORWARD in module.__dict__:
             return forward(module, *args, **kwargs)
-        hook = resident(module.__dict__[_HOOK])
+        hook = _altered(module.__dict__[_HOOK], keeper(module), offload=False, weights_map=None)
         args, kwargs = hook.pre_forward(module, *args, **kwargs)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not getattr(hook, "no_grad", False)):
             output = forward(module, *args, **kwargs)
@@ -212,28 +191,22 @@ class _Changed:
     def __init__(self, kept: Any, names: Mapping[str, str], function: Change, *, folded: bool = False) -> None:
         self.dataset, self.names, self._function, self.folded = kept, names, function, folded
 
-    def __getitem__(self, key: str) -> Any:
-        if key not in self.names:
-            return self.dataset[key]
-        return self._function(key, _mapped(self.dataset, self.names[key]))
+    def __getitem__(self, key: str, _default: object = None) -> Any:
+        return self._function(key, _mapped(self.dataset, self.names[key])) if key in self.names else self.dataset[key]
 
-    def get(self, key: str, _default: object = None) -> Any:
-        """As of any mapping; what is asked for is there."""
-        return self[key]
+    get = __getitem__
 
 
-def _mapped(kept: Any, key: str) -> Tensor:
+def _mapped(kept: Any, key: str) -> Any:
     """The tensor ``key`` of the map of a module; of one in a file, no more is read than is used."""
-    whole, name = (kept, key) if isinstance(kept, _Changed) else _source(kept, key)
-    if (entry := _entry(whole, name)) is None:
-        return cast("Tensor", kept[key])
-    if "safetensors_file" not in entry:
-        file, dtype = f"{whole.save_folder}/{name}.dat", getattr(torch, entry["dtype"])
-        return torch.from_file(file, size=math.prod(entry["shape"]), dtype=dtype).view(entry["shape"])
-    # To another device than this one, it would be copied.
-    here = copy.copy(whole)
-    here.device = None
-    return cast("Tensor", here[name])
+    whole, name, entry = _source(kept, key)
+    if entry is None or isinstance(kept, _Changed):
+        return kept[key]
+    if entry.get("safetensors_file"):
+        # Without the device that the model computes on, to which all of it would be copied.
+        return type(whole)(index={name: entry})[name]
+    file, dtype = f"{whole.save_folder}/{name}.dat", getattr(torch, entry["dtype"])
+    return torch.from_file(file, size=torch.Size(entry["shape"]).numel(), dtype=dtype).view(entry["shape"])
 
 
 def change(module: nn.Module, keys: Collection[str], function: Change) -> Callable[[], None]:
@@ -248,7 +221,7 @@ def change(module: nn.Module, keys: Collection[str], function: Change) -> Callab
         module._parameters.update(after)
         return functools.partial(module._parameters.update, before)
     old, values = module.__dict__[_HOOK], _Changed(hook.weights_map, {key: key for key in keys}, function, folded=True)
-    module.__dict__[_HOOK] = _with(old, values)
+    module.__dict__[_HOOK] = _altered(old, hook, weights_map=values)
     return functools.partial(module.__dict__.__setitem__, _HOOK, old)
 
 
@@ -258,12 +231,9 @@ def hold(root: nn.Module) -> None:
     A pass that stops inside of such a module would lose them when another one ends.
     """
     for module in root.modules():
-        hook = keeper(module)
-        if hook is not None and next(module.children(), None) is not None and not hook.place_submodules:
-            for key, p in module._parameters.items():
-                if (value := _read(module, type(module).__name__, key)) is not None and p is not None:
-                    module._parameters[key] = nn.Parameter(value, p.requires_grad)
-            module.__dict__[_HOOK] = resident(module.__dict__[_HOOK])
+        if (hook := keeper(module)) is not None and [*module.children()] and not hook.place_submodules:
+            hook.pre_forward(module)
+            settle(module)
 
 
 def changed(root: nn.Module) -> bool:
@@ -271,21 +241,15 @@ def changed(root: nn.Module) -> bool:
     return any(getattr(getattr(keeper(each), "weights_map", None), "folded", False) for each in root.modules())
 
 
-def _with(hook: Any, values: _Changed, **more: Any) -> Any:
-    # What a hook knows of parameters that are tied to others does not hold for values of its own.
-    return _altered(hook, weights_map=values, tied_params_map=None, tied_params_names=set(), **more)
-
-
-def _altered(hook: Any, **values: Any) -> Any:
-    """A copy of ``hook`` with other attributes where it offloads; itself where it does not."""
-    if hasattr(hook, "hooks"):
-        values = {"hooks": tuple(_altered(each, **values) for each in hook.hooks)}
-    elif not _offloads(hook):
+def _altered(hook: Any, kept: Any, **values: Any) -> Any:
+    """``hook`` with other attributes of ``kept``, if it is that or holds it: then a copy."""
+    if hook is kept:
+        # What it knows of parameters that are tied to others does not hold for values of its own.
+        values |= {"tied_params_map": None, "tied_params_names": set()}
+    elif hasattr(hook, "hooks"):
+        values = {"hooks": tuple(_altered(each, kept, **values) for each in hook.hooks)}
+    else:
         return hook
     new = copy.copy(hook)
     new.__dict__.update(values)
     return new
-
-
-def _offloads(hook: Any) -> bool:
-    return getattr(hook, "offload", None) is True and getattr(hook, "weights_map", None) is not None

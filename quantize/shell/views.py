@@ -62,11 +62,11 @@ def view(name: str, module: nn.Module) -> nn.Module | None:
 
 
 def adopt(new: nn.Module, old: nn.Module) -> None:
-    """Give ``new`` what users attach to a module: attributes, buffers, the training flag; hooks, the very same dicts."""
+    """Give ``new`` what users attach to a module: attributes, buffers, flags, and hooks, the very same dicts."""
     own = *getattr(old, "own", ()), "_old_forward"
     for key, value in vars(old).items():
-        # Those of torch are in both; that of accelerate may already be another.
-        if ("_hook" in key and key in vars(nn.Module())) or not (key in own or hasattr(new, key)):
+        # That of accelerate may be another already.
+        if ("_hook" in key and key != "_hf_hook") or not (key in own or hasattr(new, key)):
             vars(new)[key] = value
     new._buffers = {**old._buffers, **new._buffers}
     new._non_persistent_buffers_set |= old._non_persistent_buffers_set
@@ -130,13 +130,11 @@ class Experts(nn.Module):
         # Concatenated: [gate; up]. Interleaved: gate, up, gate, up, ...
         halves = (slice(i), slice(i, None)) if self.is_concatenated else (slice(0, None, 2), slice(1, None, 2))
         rows = dict(zip(("gate_proj", "up_proj"), halves, strict=True)) if self.has_gate else {"up_proj": slice(None)}
+        sources = {**dict.fromkeys(rows, up), "down_proj": "down_proj"}
         for number in range(e):
             expert = nn.ModuleDict().train(original.training)
-            for key, at in {**rows, "down_proj": slice(None)}.items():
-                source, part = (
-                    key if key == "down_proj" else up,
-                    functools.partial(_part, (number, at), self.is_transposed),
-                )
+            for key, source in sources.items():
+                part = functools.partial(_part, (number, rows.get(key, slice(None))), self.is_transposed)
                 expert[key] = _linear(original, {"weight": source, "bias": f"{source}_bias"}, part, inside=True)
             self.add_module(str(number), expert)
         offload.follow(self, original, {key: key for key in self._parameters}, lambda _, tensor: tensor)
@@ -174,7 +172,7 @@ class Experts(nn.Module):
         return self.post_expert_norm(y) if self.has_post_expert_norm else y
 
 
-def _part(place: tuple[Any, ...], transposed: bool, key: str, tensor: Tensor) -> Tensor:  # noqa: FBT001 - bound first
+def _part(place: tuple[Any, ...], transposed: bool, key: str, tensor: Tensor) -> Tensor:
     return (tensor.mT if transposed and key == "weight" else tensor)[place]
 
 
