@@ -47,8 +47,7 @@ def device(module: nn.Module) -> torch.device:
 
 def devices(root: nn.Module) -> frozenset[torch.device]:
     """All devices that ``root`` computes on."""
-    hooks = filter(None, map(keeper, root.modules()))
-    found = {p.device for p in root.parameters()} | {torch.device(hook.execution_device) for hook in hooks}
+    found = {p.device for p in root.parameters()} | {*map(device, filter(keeper, root.modules()))}
     return frozenset(each for each in found if each.type != "meta")
 
 
@@ -128,10 +127,8 @@ def _source(kept: Any, key: str) -> tuple[Any, str, Any]:
 
 def ties(root: nn.Module) -> dict[nn.Parameter, nn.Parameter]:
     """Of tied parameters that are kept elsewhere, which accelerate makes several of, the one: as transformers says."""
-    told, named = (
-        getattr(root, "all_tied_weights_keys", None) or {},
-        dict(root.named_parameters(remove_duplicate=False)),
-    )
+    told: dict[str, str] = getattr(root, "all_tied_weights_keys", None) or {}
+    named = dict(root.named_parameters(remove_duplicate=False))
     return {p: named.get(told[key], p) for key, p in named.items() if key in told and p.is_meta}
 
 
@@ -214,8 +211,7 @@ def change(module: nn.Module, keys: Collection[str], function: Change) -> Callab
 
     What is kept elsewhere stays as it is, and is changed whenever it is read.
     """
-    hook = keeper(module)
-    if hook is None:
+    if (hook := keeper(module)) is None:
         before = {key: p for key, p in module._parameters.items() if p is not None and key in keys}
         after = {key: nn.Parameter(function(key, p.detach()), p.requires_grad) for key, p in before.items()}
         module._parameters.update(after)
@@ -242,9 +238,8 @@ def changed(root: nn.Module) -> bool:
 
 
 def _altered(hook: Any, kept: Any, **values: Any) -> Any:
-    """``hook`` with other attributes of ``kept``, if it is that or holds it: then a copy."""
+    """``hook``, or where it is or holds ``kept``, a copy with other attributes that knows of no tied parameters."""
     if hook is kept:
-        # What it knows of parameters that are tied to others does not hold for values of its own.
         values |= {"tied_params_map": None, "tied_params_names": set()}
     elif hasattr(hook, "hooks"):
         values = {"hooks": tuple(_altered(each, kept, **values) for each in hook.hooks)}

@@ -115,8 +115,7 @@ class Experts(nn.Module):
         self._modules, self._parameters = dict(original._modules), dict(original._parameters)
         self.name, self.original = name, cast("Any", type(original))
         up, e = "gate_up_proj" if self.has_gate else "up_proj", self.num_experts
-        down = original._parameters["down_proj"]
-        assert down is not None
+        down = cast("Tensor", original._parameters["down_proj"])
         if down.ndim != 3:
             raise refusal(f"module {name!r}", f"'down_proj' as {list(down.shape)}", "[experts, hidden, inner]")
         h, i = (down.mT if self.is_transposed else down).shape[1:]
