@@ -235,36 +235,6 @@ def test_a_forward_that_is_replaced_beside_the_hook_is_refused():
         assert [row.name for row in qz.report(model).rows] == ["0"]
 
 
-@pytest.mark.filterwarnings("ignore:fewer than 16 tokens")
-@pytest.mark.parametrize("way", WAYS)
-def test_experts_and_conv1d_under_hooks_stay_in_floating_point_and_the_warning_says_so(way, tmp_path):
-    import transformers
-
-    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1,
-             "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}  # fmt: skip
-    small = {"vocab_size": 64, "n_positions": 32, "n_embd": 64, "n_layer": 1, "n_head": 4,
-             "bos_token_id": 1, "eos_token_id": 1}  # fmt: skip
-    mixture, gpt2 = transformers.MixtralConfig(**sizes), transformers.GPT2Config(**small)
-    why = "its forward is replaced on the instance, by a hook of accelerate"
-    for number, (settings, told, left) in enumerate((
-        (mixture, f"'model.layers.0.mlp.experts' .{why}: its 3-D parameters, .* are 78.0 %", 5),
-        (gpt2, f"'transformer.h.0.attn.c_attn' .{why}.;", 1),
-    )):  # fmt: skip
-
-        def made(settings=settings):
-            return transformers.AutoModelForCausalLM.from_config(settings).eval()
-
-        model = dispatched(made(), way, tmp_path / f"kept{number}")
-        with pytest.warns(qz.QuantizeWarning, match=told):
-            calibrated(model, "gptq")
-        assert len(qz.report(model).rows) == left
-        qz.convert(model)
-        qz.save(model, tmp_path / f"saved{number}")
-        fresh = made()
-        qz.load(fresh, tmp_path / f"saved{number}")
-        assert torch.equal(logits(fresh), logits(model))
-
-
 def test_a_weight_that_the_hook_of_another_module_keeps_stays_as_it_is():
     model = accelerate.cpu_offload(nn.Sequential(mlp(), nn.Linear(32, 64)), CPU, preload_module_classes=["Sequential"])
     with pytest.raises(qz.QuantizeError, match=r"nothing to quantize .*on the meta device, without data"):
