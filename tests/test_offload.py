@@ -29,7 +29,7 @@ ALGORITHMS = {
     "smoothquant": ("smoothquant", TENSOR),
     "smoothquant fold": ({"smoothquant": {"fold": True}}, TOKEN),
 }
-WAYS = ["cpu", "disk", "mixed"]
+WAYS = ["cpu", "disk", "mixed", "part"]
 
 
 def llama():
@@ -42,17 +42,18 @@ def llama():
 
 
 def dispatched(model, way, folder):
-    """``model`` with all parameters in host memory or on disk, or with some of both and some in place."""
+    """``model`` with all parameters in host memory or on disk, or some of them in each, or a part on disk."""
     if way == "cpu":
         return accelerate.cpu_offload(model, CPU)
     if way == "disk":
         return accelerate.disk_offload(model, folder, CPU)
-    # With the CPU as main device, "cpu" is in place.
     names = [name for name, module in model.named_modules()
              if name.count(".") < 3 and (not list(module.children()) or name.split(".")[-1].isdigit())
              and not any(part.isdigit() for part in name.split(".")[:-1])]  # fmt: skip
     places = {name: ("disk", "cpu")[i % 2] for i, name in enumerate(names)}
-    return accelerate.dispatch_model(model, places, main_device=CPU, offload_dir=folder)
+    # What is to be on the main device is in place; accelerate compares it with the name.
+    main = CPU if way == "mixed" else "cpu"
+    return accelerate.dispatch_model(model, places, main_device=main, offload_dir=folder)
 
 
 def tokens(seed):

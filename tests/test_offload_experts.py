@@ -70,7 +70,7 @@ def test_skipped_experts_stay_where_they_are_kept(skip, way, tmp_path):
     model = calibrated(dispatched(zoo.made("gpt_oss"), way, tmp_path / "kept"), "gptq", skip_layers=skip)
     assert qz.report(model).as_dict() == told.as_dict()
     qz.convert(model)
-    for block, kept in zip(model.model.layers, (way != "mixed", True), strict=True):
+    for block, kept in zip(model.model.layers, (way != "part", True), strict=True):
         left = [m for m in block.mlp.experts.modules() if type(m) is nn.Linear]
         assert len(left) == (3 if skip == "experts.1." else 4)
         assert all(p.is_meta == kept for layer in left for p in layer.parameters())
@@ -218,12 +218,14 @@ def test_a_refused_call_leaves_everything(way, tmp_path):
             qz.quantize(model, given("gptq"))
 
 
-@pytest.mark.parametrize("way", [*WAYS, "one of two"])
+@pytest.mark.parametrize("way", [*WAYS, "one of two", "other of two"])
 def test_tied_weights_that_are_kept_elsewhere_count_once(way, tmp_path):
     plain, model = zoo.gpt2(), zoo.gpt2()
-    if way == "one of two":
-        places = {"transformer": "disk", "lm_head": "cpu"}
-        model = accelerate.dispatch_model(model, places, main_device=CPU, offload_dir=tmp_path)
+    if "of two" in way:
+        places = dict(
+            zip(("transformer", "lm_head"), ("disk", "cpu") if way == "one of two" else ("cpu", "disk"), strict=True)
+        )
+        model = accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=tmp_path)
     else:
         model = dispatched(model, way, tmp_path)
     for each in (plain, model):
