@@ -21,7 +21,7 @@ from tests.zoo.experts import batch, given, logits, run
 # Routers and embeddings are named in the warning, rare experts in another.
 pytestmark = pytest.mark.filterwarnings("ignore::quantize.QuantizeWarning")
 
-KINDS = {kind: functools.partial(zoo.made, kind) for kind in ("mixtral", "qwen3_moe", "gpt_oss")} | {"gpt2": zoo.gpt2}
+KINDS = {kind: functools.partial(zoo.made, kind) for kind in zoo.KINDS} | {"gpt2": zoo.gpt2}
 BATCHES = [batch(1), batch(2)]
 
 
@@ -233,3 +233,16 @@ def test_tied_weights_that_are_kept_elsewhere_count_once(way, tmp_path):
     mine, theirs = qz.report(model), qz.report(plain)
     assert mine.elements == theirs.elements == sum(p.numel() for p in zoo.gpt2().parameters() if p.ndim > 1)
     assert [(row.name, row.elements) for row in mine.skipped] == [(row.name, row.elements) for row in theirs.skipped]
+
+
+@pytest.mark.parametrize("skip", ["lm_head", "experts", "experts.1."])
+def test_exports_are_those_of_the_model_in_memory(skip, tmp_path):
+    exported = {}
+    for name in ("here", "kept"):
+        model = zoo.made("mixtral")
+        model = model if name == "here" else accelerate.disk_offload(model, tmp_path / "kept", CPU)
+        qz.quantize(model, given("minmax", skip_layers=skip))
+        qz.convert(model)
+        qz.export(model, tmp_path / f"exported {name}", format="compressed-tensors")
+        exported[name] = {file.name: file.read_bytes() for file in (tmp_path / f"exported {name}").iterdir()}
+    assert exported["here"] == exported["kept"]
