@@ -42,7 +42,7 @@ def keeper(module: nn.Module) -> Any:
 def device(module: nn.Module) -> torch.device:
     """Where ``module``, which has a weight, computes."""
     hook = keeper(module)
-    return torch.device(hook.execution_device) if hook is not None else module.get_parameter("weight").device
+    return torch.device(hook.execution_device) if hook is not None else cast("Tensor", module.weight).device
 
 
 def devices(root: nn.Module) -> frozenset[torch.device]:
