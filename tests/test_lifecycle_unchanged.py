@@ -126,3 +126,50 @@ def test_a_failure_inside_quantize_undoes_everything(monkeypatch):
     with pytest.raises(MemoryError):
         qz.quantize(model, config())
     assert_same_snapshot(before, snapshot(model))
+
+
+def test_attributes_and_buffers_of_a_layer_go_with_it(tmp_path):
+    def made(device="cpu"):
+        model = filled(nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8))).eval()
+        for layer in (model[0], model[2]):
+            layer.tag, layer.solution, layer.scale = ["a"], "a user's", "likewise"
+            layer.register_buffer("mine", torch.arange(3.0))
+            layer.register_buffer("hidden", torch.arange(2.0), persistent=False)
+        return model.to(device)
+
+    model = made()
+    tags = [layer.tag for layer in (model[0], model[2])]
+    with torch.no_grad():
+        model[0].mine += 1
+        model[0].hidden += 1
+
+    def assert_kept(model, *, hidden=True):
+        for shift, layer, tag in zip((1, 0), (model[0], model[2]), tags, strict=True):
+            assert layer.tag == tag
+            assert torch.equal(layer.mine, torch.arange(3.0) + shift)
+            assert torch.equal(layer.hidden, torch.arange(2.0) + shift * hidden)
+            assert not hasattr(layer, "_old_forward")
+        assert {"0.mine", "2.mine"} < model.state_dict().keys()
+        assert not {"0.hidden", "2.hidden"} & model.state_dict().keys()
+
+    qz.quantize(model, config("gptq"))
+    assert_kept(model)
+    assert model[0].tag is tags[0]
+    # What a user writes to a layer under calibration is no different.
+    model[0].later = 1
+    model(randn(32, 64))
+    qz.convert(model)
+    assert_kept(model)
+    assert (model[0].later, model[0].tag) == (1, tags[0])
+    # The layer's own come first.
+    assert model[0].scale.shape == (32, 1)
+    assert not {"session", "statistics", "tokens", "own"} & vars(model[0]).keys()
+    assert_kept(model.double().float())
+    qz.save(model, tmp_path / "saved")
+    y = model(randn(4, 64))
+    for device in ("cpu", "meta"):
+        fresh = made(device)
+        qz.load(fresh, tmp_path / "saved")
+        # Those that have data stay.
+        assert_kept(fresh, hidden=device == "meta")
+        assert torch.equal(fresh(randn(4, 64)), y)

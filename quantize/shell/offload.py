@@ -10,9 +10,9 @@ from __future__ import annotations
 import copy
 import functools
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,15 +26,9 @@ _HOOK, _FORWARD = "_hf_hook", "_old_forward"
 
 def dispatched(module: nn.Module) -> bool:
     """Whether a hook of accelerate, and nothing else, has replaced the forward of ``module``."""
-    own = module.__dict__
-    hook, forward, original = own.get(_HOOK), own.get("forward"), own.get(_FORWARD)
-    return (
-        all(callable(getattr(hook, name, None)) for name in ("pre_forward", "post_forward"))
-        and isinstance(forward, functools.partial)
-        and forward.args == (module,)
-        and forward.__dict__.get("__wrapped__") == original
-        and getattr(original, "__func__", None) is type(module).forward
-    )
+    forward, bound = module.__dict__.get("forward"), type(module).forward.__get__(module)
+    replaced = isinstance(forward, functools.partial) and forward.args == (module,)
+    return replaced and forward.__dict__.get("__wrapped__") == module.__dict__.get(_FORWARD) == bound
 
 
 def keeper(module: nn.Module) -> Any:
@@ -42,22 +36,18 @@ def keeper(module: nn.Module) -> Any:
     hooks = [module.__dict__.get(_HOOK)]
     for hook in hooks:
         hooks += getattr(hook, "hooks", ())
-    return next((hook for hook in hooks if _offloads(hook)), None)
+    return next((hook for hook in hooks if getattr(hook, "offload", False) and hasattr(hook, "weights_map")), None)
 
 
 def device(module: nn.Module) -> torch.device:
     """Where ``module``, which has a weight, computes."""
     hook = keeper(module)
-    if hook is not None:
-        return torch.device(hook.execution_device)
-    held: Tensor = module._parameters["weight"]  # type: ignore[assignment] # layers have one
-    return held.device
+    return torch.device(hook.execution_device) if hook is not None else cast("Tensor", module.weight).device
 
 
 def devices(root: nn.Module) -> frozenset[torch.device]:
     """All devices that ``root`` computes on."""
-    hooks = filter(None, map(keeper, root.modules()))
-    found = {p.device for p in root.parameters()} | {torch.device(hook.execution_device) for hook in hooks}
+    found = {p.device for p in root.parameters()} | {*map(device, filter(keeper, root.modules()))}
     return frozenset(each for each in found if each.type != "meta")
 
 
@@ -72,9 +62,7 @@ def weight(layer: nn.Module, name: str) -> Tensor:
     Raises:
         QuantizeError: it cannot be read.
     """
-    found = _read(layer, name, "weight")
-    assert found is not None
-    return found
+    return cast("Tensor", _read(layer, name, "weight"))
 
 
 def bias(layer: nn.Module, name: str) -> Tensor | None:
@@ -119,30 +107,33 @@ class Away(NamedTuple):
             # The file has no name any more when this returns: it lasts as long as the tensor.
             mapped = torch.from_file(file.name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
         # A dense tensor keeps its strides.
-        like = torch.empty_like(tensor, device="meta")
-        return mapped.as_strided(like.shape, like.stride()).copy_(tensor)
+        return mapped.as_strided(tensor.shape, torch.empty_like(tensor, device="meta").stride()).copy_(tensor)
 
 
 def away(layer: nn.Module) -> Away | None:
     """Where the weight of ``layer`` is kept and where it computes, None where both are the same."""
-    hook, key = keeper(layer), "weight"
-    if hook is None:
+    if (hook := keeper(layer)) is None:
         return None
-    kept = hook.weights_map
-    # The map of a module is a part of that of the model.
-    while isinstance(kept, _Changed) or hasattr(kept, "dataset"):
-        key = getattr(kept, "prefix", "") + key
-        kept = kept.kept if isinstance(kept, _Changed) else kept.dataset
-    on_disk = key in getattr(kept, "index", ()) and key not in getattr(kept, "state_dict", ())
-    return Away(torch.device(hook.execution_device), getattr(kept, "save_folder", None) if on_disk else None)
+    kept, _, entry = _source(hook.weights_map, "weight")
+    return Away(torch.device(hook.execution_device), kept.save_folder if entry else None)
+
+
+def _source(kept: Any, key: str) -> tuple[Any, str, Any]:
+    """The map of the model that ``kept``, the map of a module, reads ``key`` from; the key there; its file, if any."""
+    while (whole := getattr(kept, "dataset", None)) is not None:
+        kept, key = whole, kept.names.get(key, key) if isinstance(kept, _Changed) else kept.prefix + key
+    return kept, key, None if key in getattr(kept, "state_dict", ()) else getattr(kept, "index", {}).get(key)
+
+
+def ties(root: nn.Module) -> dict[nn.Parameter, nn.Parameter]:
+    """Of tied parameters that are kept elsewhere, which accelerate makes several of, the one: as transformers says."""
+    told: dict[str, str] = getattr(root, "all_tied_weights_keys", None) or {}
+    named = dict(root.named_parameters(remove_duplicate=False))
+    return {p: named.get(told[key], p) for key, p in named.items() if key in told and p.is_meta}
 
 
 def state(root: nn.Module, **options: Any) -> dict[str, Any]:
-    """The ``state_dict`` of ``root`` with these ``options``, with what is kept elsewhere.
-
-    Raises:
-        QuantizeError: something cannot be read.
-    """
+    """The ``state_dict`` of ``root`` with these ``options``; what is kept elsewhere is read as by :func:`weight`."""
     found: dict[str, Any] = root.state_dict(**options)
     for name, module in root.named_modules(remove_duplicate=False):
         for key in (*module._parameters, *module._buffers) if keeper(module) is not None else ():
@@ -152,15 +143,26 @@ def state(root: nn.Module, **options: Any) -> dict[str, Any]:
     return found
 
 
-def resident(hook: Any) -> Any:
-    """The same as ``hook``, but it leaves the parameters of modules where they are."""
-    return _altered(hook, offload=False)
+def follow(new: nn.Module, old: nn.Module, names: Mapping[str, str], part: Change, *, inside: bool = False) -> None:
+    """Let the hook of ``old``, if it has one, run around ``new``, whose parameters are parts of those ``names``.
+
+    With ``inside``, ``new`` runs inside of it: then it only keeps the parameters, if it does.
+    """
+    kept = keeper(old)
+    if (hook := kept if inside else old.__dict__.get(_HOOK)) is None:
+        return
+    if kept is not None:
+        devices = {key: at[name] for key, name in names.items() if name in (at := kept.original_devices)}
+        hook = _altered(hook, kept, weights_map=_Changed(kept.weights_map, names, part), original_devices=devices)
+    forward = functools.update_wrapper(functools.partial(old.__dict__["forward"].func, new), new.forward)
+    new.__dict__.update({_HOOK: hook, _FORWARD: new.forward, "forward": forward})
+    settle(new)
 
 
 def settle(module: nn.Module) -> None:
     """Let the hook of ``module`` leave its parameters alone, if they are not on the meta device."""
     if _HOOK in module.__dict__ and not any(p.is_meta for p in module.parameters(recurse=False)):
-        module.__dict__[_HOOK] = resident(module.__dict__[_HOOK])
+        module.__dict__[_HOOK] = _altered(module.__dict__[_HOOK], keeper(module), offload=False, weights_map=None)
 
 
 def hooked(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -171,30 +173,37 @@ def hooked(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
         # accelerate has replaced the forward of this instance if there is an old one: then the hook was called.
         if _HOOK not in module.__dict__ or _FORWARD in module.__dict__:
             return forward(module, *args, **kwargs)
-        hook = resident(module.__dict__[_HOOK])
+        hook = _altered(module.__dict__[_HOOK], keeper(module), offload=False, weights_map=None)
         args, kwargs = hook.pre_forward(module, *args, **kwargs)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not getattr(hook, "no_grad", False)):
             output = forward(module, *args, **kwargs)
-        result: Tensor = hook.post_forward(module, output)
-        return result
+        return cast("Tensor", hook.post_forward(module, output))
 
     return called
 
 
-class _Changed(Mapping[str, Any]):
-    """What a hook keeps, changed each time it is read."""
+class _Changed:
+    """What a hook keeps under the ``names``, by a function each time it is read; the rest as it is."""
 
-    def __init__(self, kept: Mapping[str, Any], keys: Collection[str], function: Change) -> None:
-        self.kept, self._keys, self._function = kept, keys, function
+    def __init__(self, kept: Any, names: Mapping[str, str], function: Change, *, folded: bool = False) -> None:
+        self.dataset, self.names, self._function, self.folded = kept, names, function, folded
 
-    def __getitem__(self, key: str) -> Any:
-        return self._function(key, self.kept[key]) if key in self._keys else self.kept[key]
+    def __getitem__(self, key: str, _default: object = None) -> Any:
+        return self._function(key, _mapped(self.dataset, self.names[key])) if key in self.names else self.dataset[key]
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.kept)
+    get = __getitem__
 
-    def __len__(self) -> int:
-        return len(self.kept)
+
+def _mapped(kept: Any, key: str) -> Any:
+    """The tensor ``key`` of the map of a module; of one in a file, no more is read than is used."""
+    whole, name, entry = _source(kept, key)
+    if entry is None or isinstance(kept, _Changed):
+        return kept[key]
+    if entry.get("safetensors_file"):
+        # Without the device that the model computes on, to which all of it would be copied.
+        return type(whole)(index={name: entry})[name]
+    file, dtype = f"{whole.save_folder}/{name}.dat", getattr(torch, entry["dtype"])
+    return torch.from_file(file, size=torch.Size(entry["shape"]).numel(), dtype=dtype).view(entry["shape"])
 
 
 def change(module: nn.Module, keys: Collection[str], function: Change) -> Callable[[], None]:
@@ -202,16 +211,13 @@ def change(module: nn.Module, keys: Collection[str], function: Change) -> Callab
 
     What is kept elsewhere stays as it is, and is changed whenever it is read.
     """
-    hook = keeper(module)
-    if hook is None:
+    if (hook := keeper(module)) is None:
         before = {key: p for key, p in module._parameters.items() if p is not None and key in keys}
         after = {key: nn.Parameter(function(key, p.detach()), p.requires_grad) for key, p in before.items()}
         module._parameters.update(after)
         return functools.partial(module._parameters.update, before)
-    values = _Changed(hook.weights_map, keys, function)
-    # Values of its own: what the hook knows of parameters that are tied to others does not hold for them.
-    old = module.__dict__[_HOOK]
-    module.__dict__[_HOOK] = _altered(old, weights_map=values, tied_params_map=None, tied_params_names=set())
+    old, values = module.__dict__[_HOOK], _Changed(hook.weights_map, {key: key for key in keys}, function, folded=True)
+    module.__dict__[_HOOK] = _altered(old, hook, weights_map=values)
     return functools.partial(module.__dict__.__setitem__, _HOOK, old)
 
 
@@ -221,30 +227,24 @@ def hold(root: nn.Module) -> None:
     A pass that stops inside of such a module would lose them when another one ends.
     """
     for module in root.modules():
-        hook = keeper(module)
-        if hook is not None and next(module.children(), None) is not None and not hook.place_submodules:
-            for key, p in module._parameters.items():
-                if (value := _read(module, type(module).__name__, key)) is not None and p is not None:
-                    module._parameters[key] = nn.Parameter(value, p.requires_grad)
-            module.__dict__[_HOOK] = resident(module.__dict__[_HOOK])
+        if (hook := keeper(module)) is not None and [*module.children()] and not hook.place_submodules:
+            hook.pre_forward(module)
+            settle(module)
 
 
 def changed(root: nn.Module) -> bool:
     """Whether :func:`change` is in force for something that is kept elsewhere."""
-    return any(isinstance(getattr(keeper(module), "weights_map", None), _Changed) for module in root.modules())
+    return any(getattr(getattr(keeper(each), "weights_map", None), "folded", False) for each in root.modules())
 
 
-def _altered(hook: Any, **values: Any) -> Any:
-    """A copy of ``hook`` with other attributes where it offloads; itself where it does not."""
-    if not (hasattr(hook, "hooks") or _offloads(hook)):
+def _altered(hook: Any, kept: Any, **values: Any) -> Any:
+    """``hook``, or where it is or holds ``kept``, a copy with other attributes that knows of no tied parameters."""
+    if hook is kept:
+        values |= {"tied_params_map": None, "tied_params_names": set()}
+    elif hasattr(hook, "hooks"):
+        values = {"hooks": tuple(_altered(each, kept, **values) for each in hook.hooks)}
+    else:
         return hook
     new = copy.copy(hook)
-    if hasattr(hook, "hooks"):
-        new.hooks = tuple(_altered(each, **values) for each in hook.hooks)
-    else:
-        new.__dict__.update(values)
+    new.__dict__.update(values)
     return new
-
-
-def _offloads(hook: Any) -> bool:
-    return getattr(hook, "offload", None) is True and getattr(hook, "weights_map", None) is not None

@@ -55,11 +55,12 @@ def plan(model: nn.Module, config: Config) -> Plan:
     owners = {module.get_submodule(child): owner.__name__ for module in names
               for owner, children in _READ_DIRECTLY.items() if isinstance(module, owner)
               for child in children}  # fmt: skip
-    total = sum(p.numel() for p in model.parameters() if p.ndim >= 2)
+    tied = offload.ties(model)
+    total = sum(p.numel() for p in {tied.get(p, p) for p in model.parameters()} if p.ndim >= 2)
     layers, specs = dict[nn.Linear, tuple[str, ...]](), dict[str, LayerSpec]()
     skipped, matched, counted = list[Skipped](), set[str](), set[nn.Parameter]()
     for module, all_names in names.items():
-        matrices = {p for p in module.parameters(recurse=False) if p.ndim >= 2}
+        matrices = {tied.get(p, p) for p in module.parameters(recurse=False) if p.ndim >= 2}
         if not matrices and not isinstance(module, nn.Linear):
             continue
         asked = [word for word in config.skip_layers if any(word in name for name in all_names)]

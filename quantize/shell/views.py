@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Iterator
 from typing import Any, cast
 
@@ -50,21 +51,25 @@ def view(name: str, module: nn.Module) -> nn.Module | None:
     Raises:
         QuantizeError: experts whose attributes do not fit their parameters; it names the module.
     """
-    if "forward" in module.__dict__ or not known(module):
+    replaced = "forward" in module.__dict__ and not offload.dispatched(module)
+    if replaced or getattr(offload.keeper(module), "place_submodules", False) or not known(module):
         return None
-    # A view wants gradients where its parameter does, if they are on when it is made.
-    with torch.enable_grad():
-        if "down_proj" in module._parameters:
-            return Experts(name, module)
-        weight, bias = cast("Tensor", module._parameters["weight"]), module._parameters.get("bias")
-        layer = _linear(weight.T, bias, training=module.training)
+    if "down_proj" in module._parameters:
+        return Experts(name, module)
+    layer = _linear(module, {"weight": "weight", "bias": "bias"}, functools.partial(_part, (), True), inside=False)
     adopt(layer, module)
     return layer
 
 
 def adopt(new: nn.Module, old: nn.Module) -> None:
-    """Give ``new`` what users attach to a module: its hooks, the very same dicts, and the training flag."""
-    new.__dict__.update({key: value for key, value in old.__dict__.items() if "_hook" in key})
+    """Give ``new`` what users attach to a module: attributes, buffers, flags, and hooks, the very same dicts."""
+    own = *getattr(old, "own", ()), "_old_forward"
+    for key, value in vars(old).items():
+        # That of accelerate may be another already.
+        if ("_hook" in key and key != "_hf_hook") or not (key in own or hasattr(new, key)):
+            vars(new)[key] = value
+    new._buffers = {**old._buffers, **new._buffers}
+    new._non_persistent_buffers_set |= old._non_persistent_buffers_set
     new.training = old.training
     offload.settle(new)
 
@@ -106,33 +111,32 @@ class Experts(nn.Module):
     def __init__(self, name: str, original: nn.Module) -> None:
         super().__init__()
         self.__dict__.update(original.__dict__)
+        self.__dict__.pop("forward", None)
         self._modules, self._parameters = dict(original._modules), dict(original._parameters)
         self.name, self.original = name, cast("Any", type(original))
         up, e = "gate_up_proj" if self.has_gate else "up_proj", self.num_experts
-        down = original._parameters["down_proj"]
-        assert down is not None
+        down = cast("Tensor", original._parameters["down_proj"])
         if down.ndim != 3:
             raise refusal(f"module {name!r}", f"'down_proj' as {list(down.shape)}", "[experts, hidden, inner]")
         h, i = (down.mT if self.is_transposed else down).shape[1:]
-        wide, held = 2 * i if self.has_gate else i, dict[str, Tensor]()
+        wide = 2 * i if self.has_gate else i
         shapes = {up: (e, wide, h), "down_proj": (e, h, i), f"{up}_bias": (e, wide), "down_proj_bias": (e, h)}
         for key, (_, *shape) in shapes.items():
             p = self._parameters.pop(key, None)
             wanted = None if "bias" in key and not self.has_bias else [e, *shape[:: -1 if self.is_transposed else 1]]
             if (found := None if p is None else list(p.shape)) != wanted:
                 raise refusal(f"module {name!r}", f"{key!r} as {found}", f"{wanted}, as its attributes say")
-            if p is not None:
-                held[key] = p.mT if self.is_transposed and p.ndim == 3 else p
         # Concatenated: [gate; up]. Interleaved: gate, up, gate, up, ...
         halves = (slice(i), slice(i, None)) if self.is_concatenated else (slice(0, None, 2), slice(1, None, 2))
         rows = dict(zip(("gate_proj", "up_proj"), halves, strict=True)) if self.has_gate else {"up_proj": slice(None)}
+        sources = {**dict.fromkeys(rows, up), "down_proj": "down_proj"}
         for number in range(e):
-            part, expert = {key: p[number] for key, p in held.items()}, nn.ModuleDict().train(original.training)
-            up_bias = part.get(f"{up}_bias")
-            for key, at in rows.items():
-                expert[key] = _linear(part[up][at], None if up_bias is None else up_bias[at], training=self.training)
-            expert["down_proj"] = _linear(part["down_proj"], part.get("down_proj_bias"), training=self.training)
+            expert = nn.ModuleDict().train(original.training)
+            for key, source in sources.items():
+                part = functools.partial(_part, (number, rows.get(key, slice(None))), self.is_transposed)
+                expert[key] = _linear(original, {"weight": source, "bias": f"{source}_bias"}, part, inside=True)
             self.add_module(str(number), expert)
+        offload.follow(self, original, {key: key for key in self._parameters}, lambda _, tensor: tensor)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """``[t, h]`` by way of the experts ``[t, k]`` with their weights ``[t, k]``: ``[t, h]``.
@@ -167,10 +171,17 @@ class Experts(nn.Module):
         return self.post_expert_norm(y) if self.has_post_expert_norm else y
 
 
-def _linear(weight: Tensor, bias: Tensor | None, *, training: bool) -> nn.Linear:
-    n, c = weight.shape
-    layer = nn.Linear(c, n, bias=bias is not None, device="meta")
-    for key, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None:
-            layer._parameters[key] = nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
-    return layer.train(training)
+def _part(place: tuple[Any, ...], transposed: bool, key: str, tensor: Tensor) -> Tensor:
+    return (tensor.mT if transposed and key == "weight" else tensor)[place]
+
+
+def _linear(original: nn.Module, names: dict[str, str], part: offload.Change, *, inside: bool) -> nn.Linear:
+    """A linear layer whose parameters are each a ``part`` of those ``names`` of ``original``, if it has them."""
+    held = {key: p for key, name in names.items() if (p := original._parameters.get(name)) is not None}
+    n, c = part("weight", held["weight"]).shape
+    layer = nn.Linear(c, n, bias="bias" in held, device="meta").train(original.training)
+    for key, p in held.items():
+        layer._parameters[key] = nn.Parameter(part(key, p.detach()), p.requires_grad)
+    # The hook of a mixture runs around all of its experts.
+    offload.follow(layer, original, names, part, inside=inside)
+    return layer

@@ -38,11 +38,12 @@ class CalibrationLinear(Foldable):
         self.out_features, self.in_features = original.weight.shape
         # The very same objects: ties to other modules, gradients and optimizers stay.
         self._parameters.update(original._parameters)
-        adopt(self, original)
         self.tokens, self.active = 0, False
         self.statistics: Any = ()
         self.solution: Solution | None = None
         self.folded = None
+        self.own = frozenset({*vars(self), "own"})
+        adopt(self, original)
 
     @offload.hooked
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Linear gives it

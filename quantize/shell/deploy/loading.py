@@ -41,7 +41,7 @@ def hidden(model: nn.Module) -> dict[str, Tensor]:
         f"{name}.{key}".lstrip("."): buffer
         for name, module in model.named_modules(remove_duplicate=False)
         for key, buffer in module._buffers.items()
-        if key in module._non_persistent_buffers_set and buffer is not None and not isinstance(module, QuantizedLinear)
+        if key in module._non_persistent_buffers_set and buffer is not None and key not in getattr(module, "_kept", ())
     }
 
 
@@ -148,6 +148,7 @@ def _convert(model: nn.Module, state: Mapping[str, Any], kernel: str | None) -> 
         modules[owner]._buffers[last] = new[first(name)]
     for old, layer in built.items():
         layer._parameters["bias"] = old._parameters["bias"]
+        adopt(layer, old)
     swap(model, built)
     carry_hidden(model)
 
@@ -175,9 +176,7 @@ def _layer(
         return tensor.detach().to(tensor.device if weight.is_meta else weight.device, copy=not weight.is_meta)
 
     held = None if bias is None else nn.Parameter(placed(bias))
-    layer = QuantizedLinear(pytree.tree_map_only(Tensor, placed, solved), held, row, weight.dtype, kernel)
-    adopt(layer, module)
-    return layer
+    return QuantizedLinear(pytree.tree_map_only(Tensor, placed, solved), held, row, weight.dtype, kernel)
 
 
 def _filled(tensor: Tensor, value: Tensor) -> Tensor:
