@@ -61,7 +61,8 @@ def assign(errors: Tensor, sizes: Tensor, limit: int) -> Assignment:
     chosen = [hull[place] for hull, place in zip(hulls, taken, strict=True)]
     error = sum(point[1] for point in chosen)
     found = torch.tensor([error, error if bound is None else min(bound, error)], dtype=torch.float64)
-    return Assignment(torch.tensor([point[2] for point in chosen], device=errors.device), *found.to(errors.device))
+    choice = torch.tensor([point[2] for point in chosen], dtype=torch.int64, device=errors.device)
+    return Assignment(choice, *found.to(errors.device))
 
 
 def _hull(errors: list[float], sizes: list[int]) -> list[tuple[int, float, int]]:
