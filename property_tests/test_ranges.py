@@ -178,6 +178,24 @@ def test_with_a_sign_the_longer_tail_reaches_the_lowest_code(n, size, g, scheme,
     assert (ranges.search(-weight, scheme, importance, signed=True).scale == 2.0**exponent).all()
 
 
+def test_the_zero_point_is_not_always_the_nearest_one():
+    scheme, source = Scheme(4, False), np.random.default_rng(0)
+    weight, importance = source.normal(size=(60, 8)), source.random(8)
+    found = ranges.search(torch.from_numpy(weight), scheme, torch.from_numpy(importance), steps=4)
+    others = 0
+    for i, row in enumerate(weight):
+        # The same list, and those of it whose zero point is the nearest to the exact one of its range.
+        listed = candidates(row, importance, scheme, 4, 0.4, signed=False)
+        exact = -8 - min(0.0, *row) * 15 / (max(0.0, *row) - min(0.0, *row))
+        best, nearest = (min(some, key=lambda each: each.error) for some in (
+            listed, [each for each in listed if each.zero == np.rint(exact)]))  # fmt: skip
+        assert found.zero_point[i].item() == best.zero
+        assert abs(found.scale[i].item() - best.scale) <= best.spread
+        others += best.error + best.noise < nearest.error - nearest.noise
+    # Drawn from a continuum, about half of the rows.
+    assert others > 10
+
+
 @given(st.data(), every_width, st.booleans())
 def test_rows_are_searched_apart(data, scheme, signed):
     x = data.draw(normal_matrices(st.integers(2, 5), st.integers(1, 6), F64))
