@@ -44,7 +44,7 @@ def assign(errors: Tensor, sizes: Tensor, limit: int) -> Assignment:
     if not all(hulls):
         raise ValueError(f"errors: layer {hulls.index([])} has none below inf; accepted: a format for every layer")
     steps = [
-        ((before[1] - after[1]) / (after[0] - before[0]), layer, after[0] - before[0], before[1] - after[1], place)
+        (_rate(before, after), layer, after[0] - before[0], before[1] - after[1], place)
         for layer, hull in enumerate(hulls)
         for place, (before, after) in enumerate(pairwise(hull), 1)
     ]
@@ -61,7 +61,8 @@ def assign(errors: Tensor, sizes: Tensor, limit: int) -> Assignment:
     chosen = [hull[place] for hull, place in zip(hulls, taken, strict=True)]
     error = sum(point[1] for point in chosen)
     found = torch.tensor([error, error if bound is None else min(bound, error)], dtype=torch.float64)
-    return Assignment(torch.tensor([point[2] for point in chosen], device=errors.device), *found.to(errors.device))
+    choice = torch.tensor([point[2] for point in chosen], dtype=torch.int64, device=errors.device)
+    return Assignment(choice, *found.to(errors.device))
 
 
 def _hull(errors: list[float], sizes: list[int]) -> list[tuple[int, float, int]]:
@@ -70,11 +71,12 @@ def _hull(errors: list[float], sizes: list[int]) -> list[tuple[int, float, int]]
     for point in sorted((size, error, place) for place, (error, size) in enumerate(zip(errors, sizes, strict=True))):
         if point[1] >= (hull[-1][1] if hull else float("inf")):
             continue
-        while len(hull) > 1 and _slope(hull[-2], point) <= _slope(hull[-2], hull[-1]):
+        # The quotients by which the steps are ordered, so that rounding cannot put a step before the one below it.
+        while len(hull) > 1 and _rate(hull[-1], point) >= _rate(hull[-2], hull[-1]):
             hull.pop()
         hull.append(point)
     return hull
 
 
-def _slope(a: tuple[int, float, int], b: tuple[int, float, int]) -> float:
-    return (b[1] - a[1]) / (b[0] - a[0])
+def _rate(before: tuple[int, float, int], after: tuple[int, float, int]) -> float:
+    return (before[1] - after[1]) / (after[0] - before[0])

@@ -99,11 +99,12 @@ def _fitted(
     """
     scale = params.scale[..., None]
     codes = (groups / scale).round_()
+    # Not in place: torch maps clamp_ over a stack one by one, and warns.
     if params.zero_point is None:
-        codes = codes.clamp_(scheme.qmin, scheme.qmax)
+        codes = codes.clamp(scheme.qmin, scheme.qmax)
     else:
         zero = params.zero_point[..., None].to(codes.dtype)
-        codes = codes.clamp_(scheme.qmin - zero, scheme.qmax - zero)
+        codes = codes.clamp(scheme.qmin - zero, scheme.qmax - zero)
     error = torch.addcmul(groups, codes, scale, value=-1)
     weighted = error * importance
     least = torch.linalg.vecdot(weighted, error)
@@ -113,4 +114,5 @@ def _fitted(
     shift = torch.where(curve > 0, pull / curve, 0.0)
     # A scale that would change its sign, or vanish, belongs to codes that say nothing.
     shift = torch.where((params.scale + shift) / params.scale > 0.5, shift, 0.0)
-    return least - pull * shift, QParams(params.scale + shift, params.zero_point)
+    # A square by definition: what falls below 0 is rounding, and must not beat an exact 0.
+    return (least - pull * shift).clamp(min=0), QParams(params.scale + shift, params.zero_point)

@@ -138,7 +138,8 @@ def common_scale(
 
     scales = torch.stack([candidate_scale(absmean, i / options.grids_num) for i in range(options.grids_num)])
     found = torch.stack([errors(scale) for scale in scales.unbind()])
-    return refine.least(scales, (found / torch.where(found[0] > 0, found[0], 1.0)).amax(1))
+    # Nothing to 0 is as good; anything else to 0 is infinitely worse.
+    return refine.least(scales, torch.where(found == 0, 0.0, found / found[0]).amax(1))
 
 
 def solve(

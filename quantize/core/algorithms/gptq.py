@@ -255,9 +255,11 @@ def _solve(
             target, spec.weight, prepared.pivots, signed=options.signed_scale and spec.inputs is None
         )
     else:
-        params = refine.each(lambda w: affine.qparams(*affine.group_ranges(w, spec.weight), spec.weight), stacked)(
-            target
-        )
+
+        def full(matrix: Tensor) -> tuple[Tensor, ...]:
+            return present(affine.qparams(*affine.group_ranges(matrix, spec.weight), spec.weight))
+
+        params = QParams(*refine.each(full, stacked)(target))
     q = refine.sweep(target, target, prepared.upper, params, spec.weight, prepared.order, block_size=options.block_size)
     for _ in range(options.sweeps):
         q = refine.each(refine.refit, stacked)(
