@@ -111,6 +111,19 @@ channel_absmean = Observer(_absmean_init, _absmean_update, _sum_merge, _absmean_
 """Mean magnitude ``[c]`` of every input channel; zeros when no token was seen."""
 
 
+def _square_update(state: SumState, x: Tensor) -> SumState:
+    tokens = _tokens(x, state.total.dtype)
+    return SumState(state.total + reduce(tokens.square(), "t c -> c", "sum"), state.tokens + tokens.shape[0])
+
+
+def _sum_finalize(state: SumState) -> SumState:
+    return state
+
+
+channel_square = Observer(_absmean_init, _square_update, _sum_merge, _sum_finalize)
+"""The sum of the squares of every input channel, ``total`` ``[c]``: the diagonal of :data:`gram`. And the tokens."""
+
+
 def _gram_init(c: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None) -> SumState:
     return SumState(torch.zeros(c, c, dtype=dtype, device=device), _no_tokens(device))
 
@@ -128,11 +141,7 @@ def _gram_update(state: SumState, x: Tensor) -> SumState:
     return SumState(total, state.tokens + tokens.shape[0])
 
 
-def _gram_finalize(state: SumState) -> SumState:
-    return state
-
-
-gram = Observer(_gram_init, _gram_update, _sum_merge, _gram_finalize)
+gram = Observer(_gram_init, _gram_update, _sum_merge, _sum_finalize)
 """The Gram matrix ``total = sum of x^T x`` ``[c, c]`` and the number of tokens.
 
 It gives the exact output error of any change ``delta`` ``[n, c]`` of the weight, by three steps:

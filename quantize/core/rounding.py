@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from quantize.core import linear, observers
-from quantize.core.scheme import Scheme
+from quantize.core.scheme import Scheme, Strategy
 
 
 def lost_power(inputs: Scheme, ranges: observers.Range, gram: observers.SumState, smoothing: Tensor | None) -> Tensor:
@@ -17,10 +19,11 @@ def lost_power(inputs: Scheme, ranges: observers.Range, gram: observers.SumState
     2. Static inputs have the step of the whole range. For a token's own step, the largest root mean square of a channel
        stands in for the longer tail of its range; without symmetry, the other is as much shorter as over all tokens.
 
-    ``ranges`` ``[c]`` and ``gram`` ``[c, c]`` are those of the inputs before they are divided by ``smoothing`` ``[c]``.
+    ``ranges`` ``[c]`` and ``gram`` are those of the inputs before they are divided by ``smoothing`` ``[c]``. The
+    diagonal of ``gram`` is read; its ``total`` may be that alone, ``[c]``.
     """
     divisor = torch.ones_like(ranges.low) if smoothing is None else smoothing
-    square = gram.total.diagonal() / gram.tokens.clamp(min=1) / divisor.square()
+    square = _diagonal(gram.total) / gram.tokens.clamp(min=1) / divisor.square()
     if inputs.strategy == "tensor":
         step = linear.static_params(ranges.low, ranges.high, inputs, smoothing=divisor).scale.amax()
     else:
@@ -30,6 +33,36 @@ def lost_power(inputs: Scheme, ranges: observers.Range, gram: observers.SumState
         both = tail * torch.where(longer > 0, (high - low) / longer, 1.0)
         step = tail / inputs.qmax if inputs.symmetric else both / (inputs.qmax - inputs.qmin)
     return torch.minimum(step.square() / 12, square) * gram.tokens
+
+
+def loss_notes(
+    inputs: Scheme | None,
+    weight: Tensor,
+    ranges: observers.Range,
+    gram: observers.SumState,
+    smoothing: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """How much rounding static inputs costs a layer, and would cost with a scale for each token, ``[]`` each.
+
+    Notes of a solution: ``static_loss`` and ``token_loss``, the parts of the outputs' power that :func:`lost_power` is
+    of, where the channels of the inputs are independent. None for inputs that are not static. ``weight`` is ``[n, c]``,
+    before smoothing; the rest as for :func:`lost_power`.
+    """
+    if inputs is None or inputs.strategy != "tensor":
+        return {}
+    columns = weight.square().sum(0)
+    power = (_diagonal(gram.total) * columns).sum()
+    columns = columns if smoothing is None else columns * smoothing.square()
+
+    def part(strategy: Strategy) -> Tensor:
+        lost = lost_power(replace(inputs, strategy=strategy), ranges, gram, smoothing)
+        return torch.where(power > 0, (lost * columns).sum() / power, 0.0)
+
+    return {"static_loss": part("tensor"), "token_loss": part("token")}
+
+
+def _diagonal(total: Tensor) -> Tensor:
+    return total if total.ndim == 1 else total.diagonal()
 
 
 def met(inputs: Scheme, statistic: Statistic, smoothing: Tensor | None = None) -> observers.PairedState:

@@ -156,8 +156,9 @@ def solve(
     scale = common_scale(spec, options, [wide], statistic) if smoothing is None else smoothing
     quantized, errors = rounded(wide, scale, sums.total, spec, options, rho)
     plain = affine.dequantize(affine.round_to_nearest(wide, spec.weight)) - wide
-    static = None
+    static, notes = None, dict[str, Tensor]()
     if spec.inputs is not None and spec.inputs.strategy == "tensor":
+        notes = rounding.loss_notes(spec.inputs, wide, statistic[2], sums, scale)
         static = linear.static_params(statistic[2].low, statistic[2].high, spec.inputs, smoothing=scale)
     return Solution(
         quantized,
@@ -166,5 +167,5 @@ def solve(
         static=static,
         error=errors[0],
         baseline_error=metrics.output_error(plain, sums.total),
-        notes={"dead_channels": (absmean == 0).sum()},
+        notes={"dead_channels": (absmean == 0).sum(), **notes},
     )

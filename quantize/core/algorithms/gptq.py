@@ -163,7 +163,7 @@ def solve_together(
     else:
         heights = [len(weight) for weight in weights]
         solutions = _solve(spec, options, torch.cat(list(weights)), met, prepared, smoothing, heights)
-    return [finished(solution) for solution in solutions]
+    return [finished(solution, weight) for solution, weight in zip(solutions, weights, strict=True)]
 
 
 def solve_stack(
@@ -179,15 +179,15 @@ def solve_stack(
     another order than by :func:`solve` differs by roundings.
     """
     met, finished = _met(spec, statistics, smoothing, stacked=True)
-    return finished(_solve(spec, options, weights, met, _prepare(options, met), smoothing)[0])
+    return finished(_solve(spec, options, weights, met, _prepare(options, met), smoothing)[0], weights)
 
 
 def _met(
     spec: LayerSpec, statistic: Statistic | InputStatistic, smoothing: Tensor | None, *, stacked: bool
-) -> tuple[Statistic, Callable[[Solution], Solution]]:
-    """The statistic of what a layer meets, and how to say in a solution what happens to the inputs."""
+) -> tuple[Statistic, Callable[[Solution, Tensor], Solution]]:
+    """The statistic of what a layer meets, and how to say in the solution of a weight what happens to the inputs."""
     if isinstance(statistic, observers.SumState | observers.PairedState):
-        return statistic, lambda solution: solution
+        return statistic, lambda solution, weight: solution
     assert spec.inputs is not None
     inputs, given = spec.inputs, () if smoothing is None else (smoothing,)
     static = None
@@ -197,8 +197,15 @@ def _met(
             return present(linear.static_params(low, high, inputs, smoothing=smoothing))
 
         static = QParams(*refine.each(params, stacked)(*statistic[0], *given))
-    met = refine.each(partial(rounding.met, inputs), stacked)(statistic, *given)
-    return met, partial(replace, inputs=inputs, smoothing=smoothing, static=static)
+
+    def finished(solution: Solution, weight: Tensor) -> Solution:
+        wide = weight.to(affine.working_dtype(weight))
+        notes = refine.each(partial(rounding.loss_notes, inputs), stacked)(
+            wide, statistic[0], single(statistic[1]), *given
+        )
+        return replace(solution, inputs=inputs, smoothing=smoothing, static=static, notes={**solution.notes, **notes})
+
+    return refine.each(partial(rounding.met, inputs), stacked)(statistic, *given), finished
 
 
 class _Prepared(NamedTuple):
@@ -210,18 +217,19 @@ class _Prepared(NamedTuple):
     notes: dict[str, Tensor]
 
 
-def _single(statistic: Statistic) -> observers.SumState:
+def single(statistic: Statistic) -> observers.SumState:
+    """The Gram matrix of the inputs that arrive."""
     return statistic.gram if isinstance(statistic, observers.PairedState) else statistic
 
 
 def _prepare(options: Options, statistic: Statistic) -> _Prepared:
-    single = _single(statistic)
-    gram, stacked = single.total, single.total.ndim == 3
+    sums = single(statistic)
+    gram, stacked = sums.total, sums.total.ndim == 3
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
     trusted = gram
     if options.shrink:
         trusted = refine.each(lambda s: shrinkage.shrink(s.total, shrinkage.intensity(s, options.shrink)), stacked)(
-            single
+            sums
         )
     order = torch.arange(gram.shape[-1], device=gram.device).expand(diagonal.shape)
     if options.act_order:
@@ -244,7 +252,7 @@ def _solve(
     heights: Sequence[int] | None = None,
 ) -> list[Solution]:
     """The solutions of a weight ``[n, c]`` that is put together of some with ``heights`` rows; or one, of a stack."""
-    stacked, gram = weight.ndim == 3, _single(statistic).total
+    stacked, gram = weight.ndim == 3, single(statistic).total
     wide = weight.to(affine.working_dtype(weight))
     wide = target = wide if smoothing is None else wide * smoothing[..., None, :]
     if isinstance(statistic, observers.PairedState):

@@ -7,7 +7,7 @@ from functools import partial
 
 from torch import Tensor
 
-from quantize.core import affine, linear, observers
+from quantize.core import affine, linear, observers, rounding
 from quantize.core.algorithms.base import Algorithm, BaseOptions, LayerSpec, Solution
 
 QUANTIZES_INPUTS = frozenset({False, True})
@@ -27,17 +27,19 @@ def algorithm(spec: LayerSpec, options: Options = Options()) -> Algorithm:
     >>> solve(torch.tensor([[0.7, -0.2]]), None).weight.codes.tolist()
     [[7, -2]]
     """
-    return Algorithm(observers.channel_range, partial(solve, spec), data_free=spec.inputs is None)
+    observer = observers.product(observers.channel_range, observers.channel_square)
+    return Algorithm(observer, partial(solve, spec), data_free=spec.inputs is None)
 
 
-def solve(spec: LayerSpec, weight: Tensor, inputs: observers.Range | None) -> Solution:
-    """Quantize ``weight`` ``[n, c]`` by its own ranges; ``inputs``: the ranges ``[c]`` of the input channels.
+def solve(spec: LayerSpec, weight: Tensor, inputs: tuple[observers.Range, observers.SumState] | None) -> Solution:
+    """Quantize ``weight`` ``[n, c]`` by its own ranges; ``inputs``: ranges and squares ``[c]`` of the input channels.
 
-    ``inputs`` is read with static inputs only.
+    ``inputs`` is read with static inputs only. Notes for those: :func:`~quantize.core.rounding.loss_notes`.
     """
-    static = None
+    static, notes = None, dict[str, Tensor]()
     if spec.inputs is not None and spec.inputs.strategy == "tensor":
         if inputs is None:
-            raise ValueError("inputs: None; accepted: the ranges of the input channels, with inputs of one scale")
-        static = linear.static_params(inputs.low, inputs.high, spec.inputs)
-    return Solution(affine.round_to_nearest(weight, spec.weight), spec.inputs, static=static)
+            raise ValueError("inputs: None; accepted: ranges and squares of the channels, with inputs of one scale")
+        static = linear.static_params(*inputs[0], spec.inputs)
+        notes = rounding.loss_notes(spec.inputs, weight.to(affine.working_dtype(weight)), *inputs)
+    return Solution(affine.round_to_nearest(weight, spec.weight), spec.inputs, static=static, notes=notes)

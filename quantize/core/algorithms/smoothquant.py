@@ -20,8 +20,9 @@ from quantize.core.algorithms.base import Algorithm, BaseOptions, LayerSpec, Sol
 
 QUANTIZES_INPUTS = frozenset({True})
 
-# The ranges of the channels; for a search over strengths and for gptq, also their Gram matrix or the paired one.
-Statistic = observers.Range | gptq.InputStatistic
+# The ranges of the channels and the sums of their squares; for a search over strengths and for gptq, the Gram matrix or
+# the paired one in place of the squares.
+Statistic = gptq.InputStatistic
 
 
 @dataclass(frozen=True)
@@ -40,19 +41,17 @@ class Options(BaseOptions):
 
 
 def algorithm(spec: LayerSpec, options: Options = Options()) -> Algorithm:
-    """SmoothQuant; remembers the ranges of the input channels, which give static inputs their scale as well.
+    """SmoothQuant; remembers ranges and squares of the input channels, which give static inputs their scale as well.
 
-    The search and gptq remember the Gram matrix, too.
+    The search and gptq remember the Gram matrix in place of the squares.
     """
     bound, scale = partial(solve, spec, options), partial(common_scale, spec, options)
     if options.rounding == "gptq":
         inner = gptq.algorithm(spec)
         stack = partial(solve_stack, spec, options)
         return Algorithm(inner.observer, bound, fewest=inner.fewest, paired=inner.paired, scale=scale, stack=stack)
-    observer = observers.channel_range
-    if options.grids_num:
-        observer = observers.product(observers.channel_range, observers.gram)
-    return Algorithm(observer, bound, scale=scale)
+    second = observers.gram if options.grids_num else observers.channel_square
+    return Algorithm(observers.product(observers.channel_range, second), bound, scale=scale)
 
 
 def smoothing_scale(input_amax: Tensor, weight_amax: Tensor, strength: float) -> Tensor:
@@ -123,35 +122,33 @@ def common_scale(
     Channels with the same number in ``tie`` ``[c]`` get one divisor, by the largest of their magnitudes.
     """
     wide = [weight.to(affine.working_dtype(weight)) for weight in weights]
-    inputs = _range(statistic)
+    inputs, gram = statistic
     if not options.grids_num:
         return smoothing_scale(*_maxima(wide, inputs, tie), options.smooth_strength)
-    assert not isinstance(statistic, observers.Range)
-    gram = statistic[1].gram if isinstance(statistic[1], observers.PairedState) else statistic[1]
-    return search_scale(spec, wide, inputs, gram, grids_num=options.grids_num, tie=tie)
+    return search_scale(spec, wide, inputs, gptq.single(gram), grids_num=options.grids_num, tie=tie)
 
 
 def solve(
     spec: LayerSpec, options: Options, weight: Tensor, statistic: Statistic, smoothing: Tensor | None = None
 ) -> Solution:
-    """Smooth and round ``weight`` ``[n, c]``; ``statistic``: the ranges ``[c]`` of the channels.
+    """Smooth and round ``weight`` ``[n, c]``; ``statistic``: the ranges ``[c]`` of the channels, and their squares.
 
-    For the search over strengths and for gptq, the ranges and the Gram matrix ``[c, c]``, or the paired one. Without
-    ``smoothing`` ``[c]`` the divisor is :func:`common_scale`. Notes: ``dead_channels``, input channels that were zero
-    in all of the tokens; and those of gptq.
+    For the search over strengths and for gptq, the Gram matrix ``[c, c]`` or the paired one takes the place of the
+    squares. Without ``smoothing`` ``[c]`` the divisor is :func:`common_scale`. Notes: ``dead_channels``, input channels
+    that were zero in all of the tokens; :func:`~quantize.core.rounding.loss_notes`; and those of gptq.
     """
     wide = weight.to(affine.working_dtype(weight))
     if smoothing is None:
         smoothing = common_scale(spec, options, [wide], statistic)
     if options.rounding == "gptq":
-        assert not isinstance(statistic, observers.Range)
         return gptq.solve(spec, gptq.Options(), wide, statistic, smoothing)
-    inputs, static = _range(statistic), None
+    inputs, static = statistic[0], None
     if spec.inputs is not None and spec.inputs.strategy == "tensor":
         static = linear.static_params(inputs.low, inputs.high, spec.inputs, smoothing=smoothing)
     dead = (inputs.low == 0) & (inputs.high == 0)
     quantized = affine.round_to_nearest(wide * smoothing, spec.weight)
-    return Solution(quantized, spec.inputs, smoothing, static, notes={"dead_channels": dead.sum()})
+    notes = rounding.loss_notes(spec.inputs, wide, inputs, gptq.single(statistic[1]), smoothing)
+    return Solution(quantized, spec.inputs, smoothing, static, notes={"dead_channels": dead.sum(), **notes})
 
 
 def solve_stack(spec: LayerSpec, options: Options, weights: Tensor, statistics: gptq.InputStatistic) -> Solution:
@@ -159,10 +156,6 @@ def solve_stack(spec: LayerSpec, options: Options, weights: Tensor, statistics: 
     wide = weights.to(affine.working_dtype(weights))
     smoothing = torch.func.vmap(lambda weight, its: common_scale(spec, options, [weight], its))(wide, statistics)
     return gptq.solve_stack(spec, gptq.Options(), wide, statistics, smoothing)
-
-
-def _range(statistic: Statistic) -> observers.Range:
-    return statistic if isinstance(statistic, observers.Range) else statistic[0]
 
 
 def _maxima(weights: Sequence[Tensor], inputs: observers.Range, tie: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -116,12 +116,31 @@ class Report:
         left, lines = share(sum(skipped.elements for skipped in self.skipped), self.elements), table(self.rows)
         for heading, entries in {
             "not as asked": self.remarks,
+            "static inputs that cost most; what to add to quant_cfg": _mends(self.rows),
             "why not a faster kernel": [f"{reason}: {', '.join(slower[reason])}" for reason in slower if reason],
             f"{left} stay in floating point": [f"{s.name or 'the model'}: {s.reason}" for s in self.skipped],
             "entries of skip_layers and quant_cfg that matched nothing": [*map(repr, self.unmatched)],
         }.items():
             lines += ["", f"{heading} ({len(entries)})", *(f"  {entry}" for entry in entries)] if entries else []
         return "\n".join(lines)
+
+
+# Below this part of the outputs' power, what static inputs cost is not worth a scale for each token.
+_COSTLY = 0.01
+
+
+def _mends(rows: Iterable[Row]) -> list[str]:
+    """The entries of ``quant_cfg`` that give tokens scales of their own where static inputs cost most; worst first."""
+    losses: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        static, token = row.notes.get("static_loss", 0.0), row.notes.get("token_loss", 0.0)
+        if static > max(_COSTLY, 4 * token):
+            losses.setdefault(row.name.rpartition(".")[2], []).append((static, token))
+    return [
+        f"'*{last}.inputs': {{'type': 'int8', 'symmetric': True, 'strategy': 'token'}}  "
+        f"# {len(found)} layers; the worst loses {max(found)[0]:.1%} of its outputs' power, then {max(found)[1]:.1%}"
+        for last, found in sorted(losses.items(), key=lambda item: -max(item[1])[0])
+    ]
 
 
 def table(rows: Iterable[Row]) -> list[str]:
