@@ -11,10 +11,12 @@ torch.int8
 
 from quantize import core, presets
 from quantize.shell.api import convert, finish, quantize, report
+from quantize.shell.budget import assign_formats
 from quantize.shell.config import QuantizeError, QuantizeWarning
 from quantize.shell.deploy.layer import QuantizedLinear
 from quantize.shell.disk.export import export
 from quantize.shell.disk.storage import load, load_calibration, save, save_calibration
 
-__all__ = ["QuantizeError", "QuantizeWarning", "QuantizedLinear", "convert", "core", "export", "finish", "load",
-           "load_calibration", "presets", "quantize", "report", "save", "save_calibration"]  # fmt: skip
+__all__ = ["QuantizeError", "QuantizeWarning", "QuantizedLinear", "assign_formats", "convert", "core", "export",
+           "finish", "load", "load_calibration", "presets", "quantize", "report", "save",
+           "save_calibration"]  # fmt: skip

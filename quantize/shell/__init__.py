@@ -10,6 +10,7 @@ Each line may import from those above it, and from no other::
     deploy/                        the layer on integer codes, its kernels, its state
     fold/                          scales that move from the inputs of layers into the modules that make them
     calibrate/                     the layer that observes, the session of a model, and solving
+    budget                         a format for every layer under a limit of bytes
     disk/                          all files that are written or read
     api                            the public calls
     cli/                           python -m quantize

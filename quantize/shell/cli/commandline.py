@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from quantize.shell import api
+from quantize.shell.budget import assign_formats
 from quantize.shell.calibrate.layer import CalibrationLinear
 from quantize.shell.cli.subjects import Language, Subject, subject_in
 from quantize.shell.config import QuantizeError, QuantizeWarning, parse, refusal
@@ -80,6 +81,8 @@ def _parser() -> argparse.ArgumentParser:
          "model, else a sentence encoder")  # fmt: skip
     what("--config", type=Path, metavar="FILE.json", help="the config of the README as JSON, where a list or a string "
          "stands for a set (default: minmax, int8 channel weights, int8 token inputs, 4 batches)")  # fmt: skip
+    what("--budget", type=float, metavar="SHARE", help="choose the format of every layer so that the weights fit into "
+         "this share of their bytes with the smallest errors; replaces quant_cfg")  # fmt: skip
     calibration = parser.add_argument_group("calibration").add_argument
     calibration("--text", type=Path, metavar="FILE", help="UTF-8 text; a language model needs one, unless nothing is "
                 "calibrated or measured, and takes lines from the first on, joined into rows; for an encoder every "
@@ -111,7 +114,7 @@ def _integer(least: int) -> Callable[[str], int]:
 def _run(given: argparse.Namespace) -> None:
     # All that can be refused at once is refused here, before a model is read or hours are spent.
     config = CONFIG if given.config is None else _read("--config", given.config, json.loads, "a JSON file")
-    data_free = parse(config).data_free
+    data_free = parse(config).data_free and given.budget is None
     if given.plot is not None:
         picture.check(given.plot)
     if given.out is not None:
@@ -132,6 +135,15 @@ def _run(given: argparse.Namespace) -> None:
         subject.tokenizer.save_pretrained(given.out)
 
     text = [line.strip() for line in lines if line.strip()]
+    if given.budget is not None:
+        rows, _ = subject.split(text, config.get("batch_num", 1), given.batch_size, evaluate=evaluate)
+        chosen = assign_formats(
+            subject.model,
+            lambda _: [subject(each) for each in rows],
+            given.budget,
+            skip_layers=config.get("skip_layers"),
+        )
+        config = {**config, "quant_cfg": chosen}
     outcome = demonstrate(subject, config, text, batch=given.batch_size, evaluate=evaluate, write=given.out and write)
     print(f"model: {subject.directory.resolve()}\nconfig: {config}\n{outcome}", flush=True)
     if given.plot is not None:

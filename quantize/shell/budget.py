@@ -1,0 +1,116 @@
+"""A format for every layer, chosen by what each format costs in bytes and in error, under a limit of bytes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from quantize.core import LayerSpec, QTensor, affine, budget, metrics
+from quantize.shell.calibrate import hooks
+from quantize.shell.calibrate.layer import CalibrationLinear
+from quantize.shell.calibrate.session import KEY, Session
+from quantize.shell.calibrate.units import siblings
+from quantize.shell.config import MAX_BATCHES, parse, refusal, shown
+from quantize.shell.modes import untracked
+from quantize.shell.plan import plan, swap
+from quantize.shell.progress import progress
+
+_INT4 = {"type": "int4", "symmetric": True}
+FORMATS: tuple[dict[str, Any], ...] = (
+    {**_INT4, "strategy": "channel"},
+    *({**_INT4, "strategy": "group", "group_size": size} for size in (128, 64, 32)),
+    {**_INT4, "type": "int8", "strategy": "channel"},
+)
+
+
+def assign_formats(
+    model: nn.Module,
+    calibrate: Callable[[nn.Module], Any],
+    limit: float,
+    *,
+    formats: Sequence[Mapping[str, Any]] = FORMATS,
+    skip_layers: Any = None,
+) -> dict[str, Any]:
+    """The ``quant_cfg`` whose weights fit into ``limit`` with the smallest errors: a format for every layer.
+
+    One calibration tells the error that GPTQ makes in every layer with every format, relative to the power of the
+    layer's outputs; :func:`quantize.core.budget.assign` chooses. Layers that read the same tensor (q, k, v; gate, up)
+    get one format, as servers want it. The model is left as it was.
+
+    Args:
+        model: a float model.
+        calibrate: called with the model; runs its forward passes, in any number.
+        limit: bytes of codes, scales and zero points, over the bytes that the same weights take in floating point.
+            Scales count in the dtype of the weight, as checkpoints hold them.
+        formats: the ``weights`` entries of ``quant_cfg`` to choose from.
+        skip_layers: as in the config.
+
+    Raises:
+        QuantizeError: formats or a model that ``quantize`` would refuse, no forward pass, or a limit that the smallest
+            formats exceed; it says which limit they need.
+    """
+    config = {"batch_num": MAX_BATCHES, "algorithm": {"gptq": {"sequential": False}}, "skip_layers": skip_layers}
+    parsed = [parse({**config, "quant_cfg": {"weights": weights}}) for weights in formats]
+    specs = [spec for spec in (each.spec(("",)) for each in parsed) if spec is not None]
+    if not specs:
+        raise refusal("formats", shown(formats), "at least one weights entry of quant_cfg")
+    # By the format with the smallest groups: what it cannot hold, no other can.
+    smallest = min(range(len(specs)), key=lambda place: specs[place].weight.group_size or 0)
+    planned = plan(model, parsed[smallest])
+    session = Session(parsed[smallest], planned)
+    layers = {layer: CalibrationLinear(layer, names, session) for layer, names in planned.layers.items()}
+    try:
+        swap(model, planned.views)
+        swap(model, layers)
+        hooks.attach(model, session)
+        calibrate(model)
+        units = siblings([layer for layer in layers.values() if layer.tokens])
+        if not units:
+            raise refusal("calibrate", "no forward pass reached a layer", "a function that runs the model")
+        with untracked(next(model.parameters()).device):
+            table = [_costs(unit, specs) for unit in progress(units, "formats", unit="group of layers")]
+    finally:
+        hooks.detach(model)
+        model.__dict__.pop(KEY, None)
+        swap(model, {new: old for old, new in layers.items()})
+        swap(model, {new: old for old, new in planned.views.items()})
+    errors, sizes = (torch.tensor([[cell[i] for cell in row] for row in table]) for i in (0, 1))
+    whole = sum(8 * layer.weight.numel() * layer.weight.element_size() for unit in units for layer in unit)
+    try:
+        chosen = budget.assign(errors, sizes, int(limit * whole)).choice.tolist()
+    except ValueError:
+        least = sizes.amin(1).sum().item() / whole
+        raise refusal("limit", shown(limit), f"at least {least:.4f}, which the smallest formats take") from None
+    usual = Counter(chosen).most_common(1)[0][0]
+    found = {f"*{layer.names[0]}.weights": dict(formats[place])
+             for unit, place in zip(units, chosen, strict=True) if place != usual for layer in unit}  # fmt: skip
+    # Of two names, of which one ends in the other, the longer one has to come later to win.
+    return {"weights": dict(formats[usual]), **{key: found[key] for key in sorted(found, key=len)}}
+
+
+def _costs(unit: list[CalibrationLinear], specs: list[LayerSpec]) -> list[tuple[float, int]]:
+    """The error and the bits of each format, for layers that share their statistics."""
+    statistic, weights = unit[0].statistic(), [layer.float_weight() for layer in unit]
+    powers = [metrics.output_error(weight.to(affine.working_dtype(weight)), statistic.total) for weight in weights]
+    found = []
+    for spec in specs:
+        if (spec.weight.group_size or 0) >= unit[0].in_features:
+            found.append((float("inf"), 2**62))
+            continue
+        together = unit[0].session.config.algorithm(spec).together
+        assert together is not None
+        solved = together(weights, statistic)
+        # A layer without power has no error either.
+        parts = [cast("Tensor", s.error) / torch.where(p > 0, p, 1.0) for s, p in zip(solved, powers, strict=True)]
+        sizes = [_bits(s.weight, weight) for s, weight in zip(solved, weights, strict=True)]
+        found.append((torch.stack(parts).sum().item(), sum(sizes)))
+    return found
+
+
+def _bits(q: QTensor, weight: Tensor) -> int:
+    zero_points = 0 if q.zero_point is None else q.zero_point.numel() * q.scheme.bits
+    return q.codes.numel() * q.scheme.bits + q.scale.numel() * 8 * weight.element_size() + zero_points
