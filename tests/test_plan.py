@@ -168,7 +168,7 @@ def test_an_entry_that_matches_nothing_is_reported_and_warned_of():
     # A norm has no weight matrix: to skip it is to skip nothing.
     for entry in ("lm_haed", "norm"):
         fresh = copy.deepcopy(model)
-        with pytest.warns(qz.QuantizeWarning, match=f"skip_layers entry '{entry}' matched nothing"):
+        with pytest.warns(qz.QuantizeWarning, match=f"'{entry}' of skip_layers or quant_cfg matched nothing"):
             qz.quantize(fresh, config(skip_layers=entry))
         assert qz.report(fresh).unmatched == (entry,)
         assert f"'{entry}'" in str(qz.report(fresh))
