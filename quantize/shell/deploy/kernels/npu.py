@@ -47,7 +47,7 @@ def _values(solved: Solution, bias: Tensor | None, dtype: torch.dtype) -> str | 
         factors = None if solved.smoothing is None else 1 / solved.smoothing
         scale = weight.scale if solved.inputs is None else factors
         # Below the normal range of a dtype, rounding to it loses more than this.
-        if scale is None or ((scale.to(dtype).to(scale.dtype) - scale).abs() <= 2.0**-8 * scale).all():
+        if scale is None or ((scale.to(dtype).to(scale.dtype) - scale).abs() <= 2.0**-8 * scale.abs()).all():
             return None
         return f"scales from {scale.min().item():.3g} to {scale.max().item():.3g} do not fit {dtype}"
     held, folded = prepare(solved, dtype), linear.integer_bias(weight, solved.static).cpu().double()
