@@ -1,5 +1,6 @@
 """Every combination of weights, inputs and algorithm: served from config to file and back, or refused in one sentence."""
 
+import copy
 import itertools
 from dataclasses import replace
 
@@ -87,9 +88,8 @@ def npu_obstacle(weights, inputs):
 @cells([cell for cell in TABLE if not refused(*cell)])
 def test_what_is_accepted_is_served(weights, inputs, algorithm, tmp_path):
     dtype = torch.float32 if inputs else torch.bfloat16
-    given, x = config(algorithm, weights=weights, inputs=inputs), randn(40, C, seed=7).to(dtype)
-    model = made().to(dtype)
-    qz.quantize(model, given)
+    model, x = made().to(dtype), randn(40, C, seed=7).to(dtype)
+    qz.quantize(model, config(algorithm, weights=weights, inputs=inputs))
     model(x)
     found = solutions(model)
     for each in found.values():
@@ -98,24 +98,19 @@ def test_what_is_accepted_is_served(weights, inputs, algorithm, tmp_path):
         assert (each.static is not None) == (inputs is not None and inputs["strategy"] == "tensor")
         assert KERNELS["npu"].obstacle(each, None, torch.bfloat16) == npu_obstacle(weights, inputs)
     fake = {name: model.get_submodule(name)(x) for name in found}
-    state = model.state_dict()
-    for wanted in ("reference", None):
-        converted = made().to(dtype)
-        qz.quantize(converted, given)
-        converted.load_state_dict(state)
+    for wanted, converted in (("reference", copy.deepcopy(model)), (None, model)):
         qz.convert(converted, kernel=wanted)
         for name in found:
             layer = converted.get_submodule(name)
-            expected = wanted or kernel(weights, inputs)
-            assert layer.kernel == expected or "processor" in layer.reason
+            assert layer.kernel == (wanted or kernel(weights, inputs)) or "processor" in layer.reason
             with torch.no_grad():
                 assert ((layer(x) - fake[name]).double().abs() <= rounding_bound(layer, x)).all()
     with torch.no_grad():
-        expected = converted(x)
-    qz.save(converted, tmp_path / "model")
+        expected = model(x)
+    qz.save(model, tmp_path / "model")
     loaded, again = made().to(dtype), made().to(dtype)
     qz.load(loaded, tmp_path / "model")
-    qz.convert(again, from_state=converted.state_dict())
+    qz.convert(again, from_state=model.state_dict())
     for other in (loaded, again):
         for name, solution in solutions(other).items():
             leaves, solved = (pytree.tree_leaves(replace(s, error=None, baseline_error=None, notes={}))
