@@ -1,4 +1,4 @@
-"""Models whose layers have several formats: from calibration to files, each layer as it would be in its format alone."""
+"""Models whose layers have several formats, from calibration to files: each layer is as its format alone makes it."""
 
 import copy
 import io

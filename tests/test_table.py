@@ -1,4 +1,4 @@
-"""Every combination of weights, inputs and algorithm: served from config to file and back, or refused in one sentence."""
+"""Every combination of weights, inputs and algorithm: served from config to file and back, or refused by a sentence."""
 
 import copy
 import itertools
