@@ -14,13 +14,13 @@ V = unit(torch.float32)
 
 
 def reach(weight):
-    """``(|code| + |zero_point|) * scale`` ``[n, c]``, float64: no less than ``|W|``.
+    """``(|code| + |zero_point|) * |scale|`` ``[n, c]``, float64: no less than ``|W|``.
 
     Scale and zero point may be rounded apart, so that nothing of one can be set off against the other.
     """
     zero = torch.zeros_like(weight.scale) if weight.zero_point is None else weight.zero_point
     codes = affine.to_groups(weight.codes.double().abs(), weight.scheme)
-    found = (codes + zero.double().abs()[..., None]) * weight.scale.double()[..., None]
+    found = (codes + zero.double().abs()[..., None]) * weight.scale.double().abs()[..., None]
     return affine.from_groups(found, weight.scheme, weight.codes.shape)
 
 

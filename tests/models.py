@@ -101,7 +101,7 @@ def rounding_bound(layer, x):
         # Scale and zero point may be rounded apart: nothing of one can be set off against the other.
         zero = torch.zeros_like(s.weight.scale) if s.weight.zero_point is None else s.weight.zero_point
         codes = affine.to_groups(s.weight.codes.double().abs(), s.weight.scheme)
-        reach = (codes + zero.double().abs()[..., None]) * s.weight.scale.double()[..., None]
+        reach = (codes + zero.double().abs()[..., None]) * s.weight.scale.double().abs()[..., None]
         reach = affine.from_groups(reach, s.weight.scheme, s.weight.codes.shape)
         m = tokens.abs() @ reach.T + (0 if layer.bias is None else layer.bias.double().abs())
         # The float form: weights (u), c products and the sum (v), product and sum with the bias (2 u). A packed

@@ -22,6 +22,14 @@ CONFIGS = {
     "stages": config("gptq", weights=INT4),
     "awq": config("awq", weights=INT4),
     "static": config("smoothquant", inputs={"type": "int8", "symmetric": False, "strategy": "tensor"}),
+    "mixed": {
+        "quant_cfg": {
+            "weights": INT4,
+            "*gate.weights": {**INT4, "type": "int8"},
+            "*down.inputs": {"type": "int8", "symmetric": True, "strategy": "token"},
+        },
+        "algorithm": "gptq",
+    },
     "minmax": config(inputs={"type": "int8", "symmetric": True, "strategy": "tensor"}),
 }
 # Multiples of 1/8: sums of their products are exact in float32, in any order.

@@ -8,13 +8,11 @@ from torch import nn
 import quantize as qz
 from quantize import core
 from quantize.core import ALGORITHMS, LayerSpec, Scheme
-from quantize.shell.calibrate.session import Session
+from quantize.shell.calibrate.layer import calibrated
 from quantize.shell.config import Schedule, parse
-from quantize.shell.plan import Plan
 from tests.models import TENSOR, TOKEN, WEIGHTS, assert_same_snapshot, config, mlp, snapshot
 
 GROUP = {**WEIGHTS, "strategy": "group", "group_size": 32}
-ASYMMETRIC = {**WEIGHTS, "symmetric": False}
 INT4 = {**WEIGHTS, "type": "int4"}
 
 
@@ -26,11 +24,12 @@ def test_a_name_alone_means_the_defaults(algorithm):
 def test_what_a_config_becomes():
     parsed = parse(config(weights=GROUP, batch_num=7, skip_layers=["head", "embed", "head"]))
     assert parsed.batch_num == 7
-    assert parsed.spec == LayerSpec(Scheme(8, True, "group", 32))
+    assert parsed.spec(["any"]) == LayerSpec(Scheme(8, True, "group", 32))
     assert parsed.options == ALGORITHMS["minmax"].Options()
     assert parsed.skip_layers == ("embed", "head")
     assert parse(config()).batch_num == 1
-    assert parse(config(inputs=TOKEN)).spec.inputs == Scheme(8, True, "token")
+    assert parse(config(inputs=TOKEN)).spec(["any"]).inputs == Scheme(8, True, "token")
+    assert parse(config(inputs={"enable_quant": False})).spec(["any"]) == parse(config()).spec(["any"])
 
 
 @pytest.mark.parametrize("skip", [None, (), [], set()])
@@ -56,7 +55,9 @@ def test_a_schedule_is_given_with_the_options():
     ({"asymmetric": 0.0, "sequential": True}, core.gram),
 ])  # fmt: skip
 def test_the_schedule_decides_what_is_observed(given, observer):
-    assert Session(parse(config({"gptq": given})), Plan({}, {}, {}, (), (), 0)).observer is observer
+    model = mlp()
+    qz.quantize(model, config({"gptq": given}))
+    assert [layer.observer for layer in calibrated(model)] == [observer] * 2
 
 
 def test_a_bare_string_is_one_pattern():
@@ -70,9 +71,16 @@ def test_the_config_is_only_read():
     assert given == kept
 
 
+def by_pattern(algorithm="minmax", **entries):
+    """A config whose ``quant_cfg`` has just these entries, in this order."""
+    return {"quant_cfg": entries, "algorithm": algorithm}
+
+
 BATCHES = "accepted: an int from 1 to 4294967295"
 GROUP_SIZE = "accepted: an int, a multiple of 32, at least 32 and below the layer's in_features, with strategy 'group'"
 SKIP = "accepted: None, a non-empty string, or a collection of non-empty strings"
+KEYS = "accepted: 'weights', 'inputs'"
+OFF = "accepted: {'enable_quant': False} or a dict with 'type', 'symmetric', 'strategy'"
 ALGORITHM = "as a name, a collection of one name, or a dict of one name to options"
 REFUSED = [
     (3, "config: 3; accepted: a dict with 'quant_cfg', 'algorithm', 'batch_num', 'skip_layers'"),
@@ -119,14 +127,52 @@ REFUSED = [
     ),
     (config(inputs={**TOKEN, "group_size": 32}), "quant_cfg.inputs: unknown key 'group_size'; accepted: 'type'"),
     (config(inputs={"type": "int8", "symmetric": True}), "quant_cfg.inputs.strategy: missing"),
-    (config(weights=INT4, inputs=TOKEN), "quant_cfg.weights.type: 'int4'; accepted: 'int8' with quant_cfg.inputs"),
     (
         config(weights=GROUP, inputs=TOKEN),
         "quant_cfg.weights.strategy: 'group'; accepted: 'tensor', 'channel' with quant_cfg.inputs",
     ),
+    (by_pattern(weights=WEIGHTS, **{"down.weights": WEIGHTS}), f"quant_cfg: unknown key 'down.weights'; {KEYS}"),
+    (by_pattern(weights=WEIGHTS, **{"*down": WEIGHTS}), f"quant_cfg: unknown key '*down'; {KEYS}"),
+    (by_pattern(weights=WEIGHTS, **{"*down.bias": WEIGHTS}), f"quant_cfg: unknown key '*down.bias'; {KEYS}"),
+    (by_pattern(**{"*down.weights.": WEIGHTS}), "quant_cfg: unknown key '*down.weights.'; accepted: "),
+    (by_pattern(**{"*down.inputs": TOKEN}), "quant_cfg.weights: missing; accepted: a dict with 'weights', 'inputs', "),
+    (by_pattern(**{"*down.inputs": TOKEN}), "and keys with a '*' that end in '.weights' or '.inputs'"),
+    (by_pattern(weights=None, **{"*down.inputs": TOKEN}), "quant_cfg.weights: None; accepted: a dict with 'type', "),
     (
-        config(weights=ASYMMETRIC, inputs=TENSOR),
-        "quant_cfg.weights.symmetric: False; accepted: True with quant_cfg.inputs",
+        by_pattern(weights=WEIGHTS, **{"*x.weights": {**WEIGHTS, "type": "int2"}}),
+        "quant_cfg.'*x.weights'.type: 'int2'; accepted: 'int8', 'int4'",
+    ),
+    (
+        by_pattern(weights=WEIGHTS, **{"*x.weights": {**GROUP, "group_size": 33}}),
+        f"quant_cfg.'*x.weights'.group_size: 33; {GROUP_SIZE}",
+    ),
+    (by_pattern(weights=WEIGHTS, **{"*x.weights": None}), "quant_cfg.'*x.weights': None; accepted: a dict with 'type'"),
+    (by_pattern(weights=WEIGHTS, **{"*x.inputs": None}), "quant_cfg.'*x.inputs': None; accepted: a dict with 'type'"),
+    (
+        by_pattern(weights=WEIGHTS, **{"*x.weights": {"enable_quant": False}}),
+        "quant_cfg.'*x.weights': unknown key 'enable_quant'; accepted: 'type', ",
+    ),
+    (
+        by_pattern(weights=WEIGHTS, **{"*x.inputs": {"enable_quant": True}}),
+        f"quant_cfg.'*x.inputs': {{'enable_quant': True}}; {OFF}",
+    ),
+    (
+        by_pattern(weights=WEIGHTS, **{"*x.inputs": {"enable_quant": 0}}),
+        f"quant_cfg.'*x.inputs': {{'enable_quant': 0}}; {OFF}",
+    ),
+    (config(inputs={**TOKEN, "enable_quant": False}), OFF),
+    (
+        by_pattern(weights=WEIGHTS, **{"*x.inputs": {**TOKEN, "strategy": "channel"}}),
+        "quant_cfg.'*x.inputs'.strategy: 'channel'; accepted: 'tensor', 'token'",
+    ),
+    # Layers of the model, by their names, where entries for others meet.
+    (
+        by_pattern(weights=WEIGHTS, inputs=TOKEN, **{"*2.weights": GROUP}),
+        "layer '2', quant_cfg.weights.strategy: 'group'; accepted: 'tensor', 'channel' with quant_cfg.inputs",
+    ),
+    (
+        by_pattern("smoothquant", weights=WEIGHTS, inputs=TOKEN, **{"*2.inputs": {"enable_quant": False}}),
+        "layer '2', algorithm: 'smoothquant'; accepted: 'minmax', 'gptq', 'awq' without quant_cfg.inputs",
     ),
     (config("rtn"), "algorithm: unknown name 'rtn'; accepted: 'minmax'"),
     (config("min_max"), "did you mean 'minmax'?"),
@@ -164,14 +210,78 @@ def test_what_the_rules_refuse(given, text):
     assert_same_snapshot(before, snapshot(model))
 
 
+def formats(given, *names):
+    """The formats of a layer with these names, as text."""
+    spec = parse(given).spec(names)
+    return None if spec is None else (str(spec.weight), str(spec.inputs or "float"))
+
+
+def test_a_later_key_wins_and_the_global_ones_come_first():
+    usual, other = "int8 channel symmetric", "int4 channel symmetric"
+    entries = {"*down.weights": INT4, "weights": WEIGHTS, "*.7.*.weights": WEIGHTS, "*.inputs": TOKEN,
+               "inputs": TENSOR, "*.7.down.inputs": {"enable_quant": False}}  # fmt: skip
+    given = by_pattern(**entries)
+    token, tensor = "int8 token symmetric", "int8 tensor symmetric"
+    # Wherever the global entries stand, the patterns are above them.
+    assert formats(given, "down") == (other, token)
+    assert formats(given, "blocks.3.down") == (other, token)
+    assert formats(given, "blocks.7.down") == (usual, "float")
+    assert formats(given, "blocks.7.up") == (usual, token)
+    last = entries.pop("*down.weights")
+    assert formats(by_pattern(**entries, **{"*down.weights": last}), "blocks.7.down") == (other, "float")
+    del entries["*.inputs"], entries["*.7.down.inputs"]
+    assert formats(by_pattern(**entries), "blocks.7.down") == (usual, tensor)
+
+
+def test_any_of_the_names_of_a_layer_may_match():
+    given = by_pattern(weights=WEIGHTS, **{"tied*.weights": INT4})
+    assert formats(given, "head", "tied_head") == ("int4 channel symmetric", "float")
+    assert formats(given, "head", "Tied_head") == ("int8 channel symmetric", "float")
+    # The whole of a name.
+    assert formats(given, "a.tied_head") == ("int8 channel symmetric", "float")
+
+
+def test_without_global_weights_only_what_matches_has_a_format():
+    for entries in ({}, {"weights": None}, {"inputs": None}):
+        given = by_pattern(**entries, **{"*down.weights": WEIGHTS, "*.inputs": TOKEN})
+        assert formats(given, "a.down") == ("int8 channel symmetric", "int8 token symmetric")
+        assert formats(given, "a.up") is None
+
+
+def test_each_layer_has_the_algorithm_for_its_format():
+    parsed = parse(by_pattern("awq", weights=WEIGHTS, **{"*down.weights": INT4, "*down.inputs": TENSOR}))
+    weight = mlp()[0].weight.detach()
+    for name, statistics in (("up", 2), ("down", 3)):
+        spec = parsed.spec([name])
+        algorithm = parsed.algorithm(spec)
+        # AWQ asks for the ranges of the inputs where they are quantized.
+        assert len(algorithm.observer.init(64)) == statistics
+        observed = algorithm.observer.update(algorithm.observer.init(64), weight)
+        solved = algorithm.solve(weight, algorithm.observer.finalize(observed))
+        assert (solved.weight.scheme, solved.inputs) == (spec.weight, spec.inputs)
+
+
+@pytest.mark.parametrize(("entries", "needs_no_batch"), [
+    ({"weights": WEIGHTS}, True),
+    ({"weights": WEIGHTS, "*x.weights": INT4}, True),
+    ({"weights": WEIGHTS, "*x.inputs": TOKEN}, False),
+    ({"weights": WEIGHTS, "*x.inputs": {"enable_quant": False}}, True),
+    ({"weights": WEIGHTS, "inputs": TOKEN, "*x.inputs": {"enable_quant": False}}, False),
+])  # fmt: skip
+def test_whether_batches_are_needed_at_all(entries, needs_no_batch):
+    assert parse(by_pattern(**entries)).data_free is needs_no_batch
+    assert not parse(by_pattern("gptq", **entries)).data_free
+
+
 @pytest.mark.parametrize("preset", [name for name in dir(qz.presets) if name.endswith("_CFG")])
 def test_presets_are_accepted(preset):
     given = getattr(qz.presets, preset)
     parsed = parse(given)
     assert parsed.batch_num == 1
     assert parsed.skip_layers == ("lm_head",)
-    assert parsed.spec.weight == Scheme(4 if "INT4" in preset else 8, True, "channel")
-    assert parsed.spec.inputs == (Scheme(8, True, "tensor") if "SMOOTH" in preset else None)
+    spec = parsed.spec(["any"])
+    assert spec.weight == Scheme(4 if "INT4" in preset else 8, True, "channel")
+    assert spec.inputs == (Scheme(8, True, "tensor") if "SMOOTH" in preset else None)
     assert parsed.name in preset.lower()
 
 

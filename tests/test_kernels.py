@@ -41,7 +41,7 @@ def solved(scheme, inputs=None, *, n=1024, c=256, smoothed=False, seed=0):
 def layer(solution, dtype, *, kernel=None, bias=True):
     n, c = solution.weight.codes.shape
     held = nn.Parameter(randn(n, seed=9).to(dtype)) if bias else None
-    row = Row(("layer",), (n, c), solution.weight.scheme, None, "minmax", "converted", 0)
+    row = Row(("layer",), (n, c), solution.weight.scheme, solution.inputs, "minmax", "converted", 0)
     return qz.QuantizedLinear(solution, held, row, dtype, kernel)
 
 
@@ -67,6 +67,10 @@ CASES = [
     (Scheme(), Scheme(8, False, "token"), FLOATS),
     (Scheme(), STATIC[True], FLOATS),
     (Scheme(strategy="tensor"), STATIC[False], FLOATS),
+    (Scheme(4), TOKENWISE, FLOATS),
+    (Scheme(4, False), STATIC[False], FLOATS),
+    (Scheme(8, False), TOKENWISE, FLOATS),
+    (Scheme(8, False, "tensor"), Scheme(8, False, "token"), FLOATS),
 ]
 
 
@@ -291,6 +295,26 @@ def test_a_converted_layer_is_small_and_the_float_weight_gone(weights, dtype):
     assert weight() is None
     # The solution held a byte for each code of int4.
     assert bits == 8 or codes() is None
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_int4_beside_quantized_inputs_is_a_byte_in_memory_and_half_of_one_in_a_state(symmetric, dtype):
+    n, c = 64, 256
+    scheme = Scheme(4, symmetric)
+    served = layer(solved(scheme, TOKENWISE, n=n, c=c), dtype, bias=False)
+    assert served.kernel == "cpu" or "processor" in served.reason
+    state = served.state_dict()
+    # A zero point has a byte of its own: two in a byte are two of one row.
+    rest = n * 4 + (0 if symmetric else n)
+    assert bytes_of(served) == n * c // (1 if served.kernel == "cpu" else 2) + rest
+    assert (state["codes"].dtype, state["codes"].shape) == (torch.uint8, (n, c // 2))
+    plain = layer(solved(scheme, TOKENWISE, n=n, c=c), dtype, kernel="reference", bias=False)
+    assert bytes_of(plain) == n * c // 2 + rest
+    assert all(torch.equal(value, state[key]) for key, value in plain.state_dict().items())
+    again = layer(solved(scheme, TOKENWISE, n=n, c=c, seed=1), dtype, bias=False)
+    again.load_state_dict(state)
+    assert same(again.solution, served.solution)
 
 
 class Steps(nn.Module):

@@ -8,6 +8,7 @@ from torch import nn
 
 import quantize as qz
 from quantize.core import Scheme, dequantize, linear, minmax, round_to_nearest
+from quantize.shell.config import _algorithm
 from tests.models import TENSOR, TOKEN, assert_same_snapshot, config, filled, mlp, randn, snapshot
 
 
@@ -51,7 +52,7 @@ def rounded_by_hand(model, x):
 
 def test_none_means_the_weight_only_preset():
     model = mlp()
-    with pytest.warns(qz.QuantizeWarning, match="skip_layers entry 'lm_head' matched nothing"):
+    with pytest.warns(qz.QuantizeWarning, match="'lm_head' of skip_layers or quant_cfg matched nothing"):
         qz.quantize(model)
     (row, _) = qz.report(model).rows
     assert (row.weights, row.inputs, row.algorithm) == (qz.core.Scheme(8, True, "channel"), None, "minmax")
@@ -230,6 +231,7 @@ def test_an_interrupted_solve_can_be_finished(monkeypatch):
         return solve(*arguments)
 
     monkeypatch.setattr(minmax, "solve", interrupted)
+    _algorithm.cache_clear()
     x = randn(3, 64)
     with pytest.raises(KeyboardInterrupt):
         model(x)

@@ -29,7 +29,10 @@ WEIGHT_ONLY = [
     for strategy in ("tensor", "channel", "group")
 ]
 MATRIX = [(scheme, None) for scheme in WEIGHT_ONLY] + [
-    (Scheme(strategy=strategy), inputs) for strategy in ("tensor", "channel") for inputs in (*STATIC, TOKENWISE)
+    (Scheme(bits, symmetric, strategy), inputs)
+    for bits, symmetric in ((8, True), (4, True), (4, False))
+    for strategy in ("tensor", "channel")
+    for inputs in (*STATIC, TOKENWISE)
 ]
 every_cell = pytest.mark.parametrize(("scheme", "inputs"), MATRIX, ids=lambda s: str(s or "float"))
 every_dtype = pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -133,7 +136,9 @@ def test_a_token_with_one_channel_reads_the_weight_to_the_last_bit(scheme, input
     if inputs is None:
         weight = dequantize(replace(s.weight, scale=scale.to(dtype).float()))
         assert torch.equal(y, weight.T.to(dtype))
-    elif s.static is None:
+        return
+    codes = codes if s.weight.zero_point is None else codes - s.weight.zero_point
+    if s.static is None:
         assert torch.equal(y, (codes * 127 * scale).T.mul(torch.ones(()) / 127).to(dtype))
     else:
         # What a unit of the sum is worth in 10 bits: see the test of the scales.
@@ -216,8 +221,19 @@ def test_a_float16_scale_loses_nothing_to_the_truncation():
             None,
             "group_size 96 is no multiple of 32 below 96",
         ),
-        (solved(Scheme(4), TOKENWISE), torch.float16, None, "no operator takes int4 weights and int8 token symmetric"),
-        (solved(Scheme(6), None), torch.float16, None, "no operator takes int6 weights and float inputs"),
+        (solved(Scheme(6), None), torch.float16, None, "no operator takes int6 weights"),
+        (
+            solved(Scheme(8, False), TOKENWISE),
+            torch.float16,
+            None,
+            "codes of the weight minus their zero point do not fit the int8 of npu_quant_matmul",
+        ),
+        (
+            solved(Scheme(8, False, "tensor"), STATIC[1]),
+            torch.bfloat16,
+            None,
+            "codes of the weight minus their zero point do not fit the int8 of npu_quant_matmul",
+        ),
         (solved(Scheme(), Scheme(8, False, "token")), torch.float16, None, "npu_dynamic_quant is symmetric"),
         (solved(Scheme(), None, n=2, c=65536), torch.float16, None, "at most 65535 of each"),
         (solved(Scheme(), STATIC[0]), torch.bfloat16, torch.full((N,), 1e9), "do not fit the int32 bias"),
@@ -238,6 +254,25 @@ def test_the_int32_bias_fits_to_the_last_unit():
     # The next numbers of float32.
     assert npu.obstacle(s, torch.tensor([reach - 2.0**-5]), torch.bfloat16) is None
     assert "do not fit" in npu.obstacle(s, torch.tensor([-reach - 2.0**-5]), torch.bfloat16)
+
+
+@every_dtype
+@pytest.mark.parametrize("inputs", [*STATIC, TOKENWISE], ids=str)
+def test_int8_weights_whose_zero_point_leaves_them_room_are_served(inputs, dtype):
+    codes = torch.randint(-128, 125, (N, C), generator=torch.Generator().manual_seed(0), dtype=torch.int8)
+    zero_point = torch.full((N, 1), -3, dtype=torch.int8)
+    codes[:, 0] = torch.where(torch.arange(N) % 2 == 0, 124, -128)
+    weight = qz.core.QTensor(codes, torch.full((N, 1), 2.0**-6), zero_point, Scheme(8, False))
+    s = replace(solved(Scheme(), inputs), weight=weight)
+    assert npu.obstacle(s, None, dtype) is None
+    held, layout = npu.prepare(on_device(s), dtype), Layout(LayerSpec(weight.scheme, inputs), N, C, dtype)
+    same(on_cpu(reference.restore(held, layout, npu.unpack)), s)
+    x = randn(5, C).to(dtype)
+    y = npu.forward(x.to(ascend.DEVICE), held, layout, None).cpu().double()
+    assert ((y - reference.compute(x, s, None).double()).abs() <= bound(x, s, None, dtype)).all()
+    # One more, and the largest code leaves int8.
+    over = replace(s, weight=replace(weight, zero_point=zero_point - 1))
+    assert "do not fit the int8" in npu.obstacle(over, None, dtype)
 
 
 def test_scales_that_the_dtype_would_lose_are_told():
@@ -312,8 +347,10 @@ def test_an_input_scale_without_reciprocal_is_told():
         config("awq", weights={**WEIGHTS, "symmetric": False}),
         config("smoothquant", inputs={**TENSOR, "symmetric": False}),
         config("smoothquant", inputs=TOKEN),
+        config("gptq", weights={**WEIGHTS, "type": "int4", "symmetric": False}, inputs={**TENSOR, "symmetric": False}),
+        config("awq", weights={**WEIGHTS, "type": "int4"}, inputs=TOKEN),
     ],
-    ids=["minmax", "gptq", "awq", "static", "token"],
+    ids=["minmax", "gptq", "awq", "static", "token", "int4 static", "int4 token"],
 )
 @every_dtype
 def test_a_model_is_calibrated_converted_and_saved(given, dtype, monkeypatch):

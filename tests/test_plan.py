@@ -168,10 +168,55 @@ def test_an_entry_that_matches_nothing_is_reported_and_warned_of():
     # A norm has no weight matrix: to skip it is to skip nothing.
     for entry in ("lm_haed", "norm"):
         fresh = copy.deepcopy(model)
-        with pytest.warns(qz.QuantizeWarning, match=f"skip_layers entry '{entry}' matched nothing"):
+        with pytest.warns(qz.QuantizeWarning, match=f"'{entry}' of skip_layers or quant_cfg matched nothing"):
             qz.quantize(fresh, config(skip_layers=entry))
         assert qz.report(fresh).unmatched == (entry,)
         assert f"'{entry}'" in str(qz.report(fresh))
+
+
+def test_without_weights_for_all_only_what_a_pattern_matches_is_quantized():
+    model = nn.ModuleDict({"up": nn.Linear(4, 4), "down": nn.Linear(4, 4)})
+    with warnings.catch_warnings():
+        # The rest was not asked for.
+        warnings.simplefilter("error")
+        qz.quantize(model, {"quant_cfg": {"*down.weights": WEIGHTS}, "algorithm": "minmax"})
+    report = qz.report(model)
+    assert [row.name for row in report.rows] == ["down"]
+    assert [(s.name, s.reason, s.asked) for s in report.skipped] == [
+        ("up", "no weights entry of quant_cfg matches it", True)
+    ]
+    assert type(model["up"]) is nn.Linear
+
+
+def test_a_pattern_that_matches_no_quantized_layer_is_reported_and_warned_of():
+    model = nn.ModuleDict({"body": nn.Linear(4, 4), "head": nn.Linear(4, 4), "norm": nn.LayerNorm(4)})
+    entries = {"*bdoy.weights": WEIGHTS, "*norm.inputs": TENSOR, "*head.weights": WEIGHTS, "*body.weights": WEIGHTS}
+    given = {"quant_cfg": {"weights": WEIGHTS, **entries}, "algorithm": "minmax", "skip_layers": "head"}
+    with pytest.warns(qz.QuantizeWarning) as warned:
+        qz.quantize(model, given)
+    unmatched = ("*bdoy.weights", "*norm.inputs", "*head.weights")
+    assert qz.report(model).unmatched == unmatched
+    for pattern in unmatched:
+        assert f"'{pattern}' of skip_layers or quant_cfg matched nothing" in str(warned[0].message)
+        assert f"'{pattern}'" in str(qz.report(model))
+    assert "*body.weights" not in str(warned[0].message)
+
+
+def test_patterns_that_match_nothing_at_all_are_an_error():
+    model = nn.ModuleDict({"body": nn.Linear(4, 4)})
+    before = snapshot(model)
+    with pytest.raises(qz.QuantizeError) as error:
+        qz.quantize(model, {"quant_cfg": {"*bdoy.weights": WEIGHTS}, "algorithm": "minmax"})
+    assert "nothing to quantize ('body': no weights entry of quant_cfg matches it)" in str(error.value)
+    assert_same_snapshot(before, snapshot(model))
+
+
+def test_a_group_size_of_a_pattern_is_a_rule_of_its_layers():
+    model = mlp(c=64, hidden=96)
+    group = {**WEIGHTS, "strategy": "group", "group_size": 64}
+    given = {"quant_cfg": {"weights": WEIGHTS, "0*.weights": group}, "algorithm": "minmax"}
+    assert reasons(model, given) == {"0": "group_size 64 is not below in_features 64"}
+    assert [str(row.weights) for row in qz.report(model).rows] == ["int8 channel symmetric"]
 
 
 @pytest.mark.parametrize(

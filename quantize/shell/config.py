@@ -161,10 +161,12 @@ def _formats(value: Any) -> tuple[Format, ...]:
     for key in ("weights", "inputs", *patterns):
         pattern, _, part = key.rpartition(".")
         entry = value.get(key)
-        if entry is None and not pattern:
+        if entry is None and not pattern and key not in needed:
             continue
-        off = part == "inputs" and isinstance(entry, Mapping) and dict(entry) == {"enable_quant": False}
         where = f"quant_cfg.{key!r}" if pattern else f"quant_cfg.{key}"
+        off = part == "inputs" and isinstance(entry, Mapping) and "enable_quant" in entry
+        if off and (len(entry) > 1 or entry["enable_quant"] is not False):
+            raise refusal(where, shown(entry), f"{{'enable_quant': False}} or a dict with {_listed(_INPUTS)}")
         scheme = None if off else _scheme(where, entry, _INPUTS if part == "inputs" else _WEIGHTS)
         found.append(Format(part, pattern or None, scheme))
     return tuple(found)

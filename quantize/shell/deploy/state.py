@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -123,7 +124,8 @@ def text(layout: Layout) -> str:
     return f"{layout.n}x{layout.c}, weights {spec.weight}, inputs {spec.inputs or 'float'}, {layout.dtype}"
 
 
-def _example(layout: Layout, *, smoothed: bool) -> dict[str, Tensor]:
+@functools.cache
+def _example(layout: Layout, *, smoothed: bool) -> Mapping[str, Tensor]:
     """What :func:`reference.prepare` keeps of such a layer, without data."""
     weights, inputs = layout.spec.weight, layout.spec.inputs
     with torch.device("meta"):

@@ -4,7 +4,7 @@ Chosen by measurement on x86 with AVX-512 and VNNI. ``_int_mm`` is exact and sev
 of the same shape. The packed matmuls are fast in bfloat16 and for few tokens; in other dtypes they are scalar code,
 slower than dequantizing.
 
-- int8 inputs: ``_int_mm``; the very bits of ``reference``.
+- int8 inputs: ``_int_mm``, with codes of any width in int8; the very bits of ``reference``.
 - int8 weights alone, one scale a tensor or a channel: in bfloat16 ``_weight_int8pack_mm`` for a few tokens, and for
   more the weight dequantized in bfloat16; in float32 and float16 :func:`fixed_point_linear`.
 - int4 weights alone, in bfloat16: ``_weight_int4pack_mm_for_cpu``, and for many tokens the weight dequantized. The
@@ -34,17 +34,17 @@ _OUTPUTS = 1024
 def obstacle(solved: Solution, _bias: Tensor | None, dtype: torch.dtype) -> str | None:
     """See :class:`.Kernel`."""
     scheme, inputs, (n, c) = solved.weight.scheme, solved.inputs, solved.weight.codes.shape
-    alone, half, packed = inputs is None, dtype == torch.bfloat16, reference.narrow(scheme)
+    alone, half = inputs is None, dtype == torch.bfloat16
+    packed = alone and reference.narrow(scheme)
     integers, block = not (alone and half), block_rows() if packed else 0
     reasons = {
         f"{dtype} is none of float32, float16, bfloat16": dtype not in (torch.float32, torch.float16, torch.bfloat16),
-        f"no matmul takes int{scheme.bits} weights and {inputs or 'float'} inputs": packed
-        and (not alone or scheme.bits != 4),
+        f"no matmul takes int{scheme.bits} weights and float inputs": packed and scheme.bits != 4,
         f"the matmul of packed int4 is fast in bfloat16 only, not in {dtype}": packed and not half,
         f"{scheme} of {c} inputs is not in whole groups of 32, 64, 128 or 256": packed and not _group_size(scheme, c),
         "torch packs int4 for this processor in an order that is unknown here": packed and not block,
         f"{n} outputs are no multiple of {block}": block and n % block,
-        "no matmul takes int8 groups": scheme.strategy == "group" and not packed,
+        f"no matmul takes int{scheme.bits} groups": scheme.strategy == "group" and not packed,
         f"with fewer than {_OUTPUTS} outputs in {dtype} it is no faster": alone and integers and n < _OUTPUTS,
         "a single input: torch._int_mm misreads a column": integers and c == 1,
         f"{c} inputs: sums may not fit int32": integers and c >= 1 << 17,
@@ -57,7 +57,7 @@ def prepare(solved: Solution, dtype: torch.dtype) -> dict[str, Tensor]:
     """See :class:`.Kernel`; the exact scales stay beside those of the operators."""
     weight, held = solved.weight, reference.parameters(solved)
     (n, c), scale = weight.codes.shape, weight.scale.to(torch.bfloat16)
-    if reference.narrow(weight.scheme):
+    if solved.inputs is None and reference.narrow(weight.scheme):
         # The zero of the rounded scale: with that of the exact one, the errors of both would meet every input.
         wide = scale.to(weight.scale.dtype)
         zero = torch.zeros_like(wide) if weight.zero_point is None else -weight.zero_point * wide

@@ -5,6 +5,8 @@
   zero point of the inputs in the int32 bias of the second;
 - int8 inputs with a scale for each token: ``npu_dynamic_quant`` and ``npu_quant_matmul``.
 
+With quantized inputs the operators know no zero point of weights: the codes are kept without it, in int8.
+
 The operators are looked up when they are called: whoever moves a model to such a device has imported torch_npu.
 """
 
@@ -28,9 +30,8 @@ def obstacle(solved: Solution, bias: Tensor | None, dtype: torch.dtype) -> str |
     reasons = {
         f"{dtype} is neither float16 nor bfloat16": dtype not in (torch.float16, torch.bfloat16),
         f"{n} outputs and {c} inputs: at most 65535 of each are taken": max(n, c) > 65535,
-        f"no operator takes int{scheme.bits} weights and {inputs or 'float'} inputs": scheme.bits != 8
-        and not (alone and scheme.bits == 4),
-        f"{n} outputs are no multiple of 8": scheme.bits == 4 and n % 8,
+        f"no operator takes int{scheme.bits} weights": scheme.bits not in (4, 8),
+        f"{n} outputs are no multiple of 8": alone and scheme.bits == 4 and n % 8,
         f"group_size {size} is no multiple of 32 below {c}": size is not None and (size % 32 or size >= c),
         "npu_dynamic_quant is symmetric": dynamic and inputs is not None and not inputs.symmetric,
     }
@@ -39,19 +40,22 @@ def obstacle(solved: Solution, bias: Tensor | None, dtype: torch.dtype) -> str |
 
 def _values(solved: Solution, bias: Tensor | None, dtype: torch.dtype) -> str | None:
     """Which numbers the operators cannot hold, of a layer in a format that they take."""
+    weight = solved.weight if solved.inputs is None else linear.centered(solved.weight)
+    if weight is None:
+        return "codes of the weight minus their zero point do not fit the int8 of npu_quant_matmul"
     if solved.static is None:
         factors = None if solved.smoothing is None else 1 / solved.smoothing
-        scale = solved.weight.scale if solved.inputs is None else factors
+        scale = weight.scale if solved.inputs is None else factors
         # Below the normal range of a dtype, rounding to it loses more than this.
-        if scale is None or ((scale.to(dtype).to(scale.dtype) - scale).abs() <= 2.0**-8 * scale).all():
+        if scale is None or ((scale.to(dtype).to(scale.dtype) - scale).abs() <= 2.0**-8 * scale.abs()).all():
             return None
         return f"scales from {scale.min().item():.3g} to {scale.max().item():.3g} do not fit {dtype}"
-    held, folded = prepare(solved, dtype), linear.integer_bias(solved.weight, solved.static).cpu().double()
+    held, folded = prepare(solved, dtype), linear.integer_bias(weight, solved.static).cpu().double()
     if bias is not None:
         # In float64: there an overflow shows.
         folded = folded + torch.round(bias.detach().cpu().double() / held["output_scale"].cpu().double())
     # The sum of the products may come on top.
-    reach = 2**31 - solved.weight.codes.shape[1] * 2**14
+    reach = 2**31 - weight.codes.shape[1] * 2**14
     if not bool(((folded >= -reach) & (folded < reach)).all()):
         return "bias and zero point of the inputs do not fit the int32 bias of npu_quant_matmul"
     finite = bool(held["input_multiplier"].isfinite().all())
@@ -60,7 +64,9 @@ def _values(solved: Solution, bias: Tensor | None, dtype: torch.dtype) -> str | 
 
 def prepare(solved: Solution, dtype: torch.dtype) -> dict[str, Tensor]:
     """See :class:`.Kernel`; the exact parameters stay beside the operators' own."""
-    weight, static, held = solved.weight, solved.static, reference.parameters(solved)
+    static, held = solved.static, reference.parameters(solved)
+    weight = solved.weight if solved.inputs is None else linear.centered(solved.weight)
+    assert weight is not None
     words = weight.scheme.bits == 4 and solved.inputs is None
     held["codes"] = (packing.pack_int4(weight.codes.T, torch.int32) if words else weight.codes).contiguous()
     if solved.inputs is None:
@@ -90,7 +96,10 @@ def prepare(solved: Solution, dtype: torch.dtype) -> dict[str, Tensor]:
 def unpack(held: Mapping[str, Tensor], layout: Layout) -> Tensor:
     """See :class:`.Kernel`."""
     codes = held["codes"]
-    return packing.unpack_int4(codes, layout.n).T.contiguous() if codes.dtype == torch.int32 else codes
+    if layout.spec.inputs is None:
+        return packing.unpack_int4(codes, layout.n).T.contiguous() if codes.dtype == torch.int32 else codes
+    zero_point = reference.zero_point(held)
+    return codes if zero_point is None else codes + zero_point
 
 
 def forward(x: Tensor, held: Mapping[str, Tensor], layout: Layout, bias: Tensor | None) -> Tensor:
