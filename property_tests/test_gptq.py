@@ -176,7 +176,7 @@ def test_the_error_is_a_sum_over_pivots(data, scheme, damp):
     weight = data.draw(normal_matrices(st.integers(1, 4), sizes, F64))
     x = data.draw(correlated_tokens(st.integers(1, 20), st.just(weight.shape[1])))
     gram = x.T @ x
-    upper, pivots, used = assert_pure(gptq.factor, gram, damp)
+    upper, pivots, used = assert_pure(refine.factor, gram, damp)
     assert used == damp
     # A dead channel gets a pivot of 1 above the damping.
     h = numpy64(gram)
@@ -205,7 +205,7 @@ def test_the_options_are_steps_before_and_after_the_pass(weight, data, scheme, a
     # Errors of the ranges cost what the pivots say, in the order of the columns.
     diagonal = numpy64(gram.diagonal())
     order = np.argsort(-diagonal, kind="stable") if act_order else np.arange(len(diagonal))
-    _, pivots, _ = gptq.factor(gram[order][:, order].T.contiguous().mT, plain.damp)
+    _, pivots, _ = refine.factor(gram[order][:, order].T.contiguous().mT, plain.damp)
     importance = torch.from_numpy(np.where(diagonal == 0, 0.0, numpy64(pivots)[np.argsort(order)]))
     for signed in (False, True):
         searched = solved(state(x), search_range=True, signed_scale=signed)
@@ -254,7 +254,7 @@ def test_feedback_alone_can_lose_to_rounding():
     weight = torch.tensor([[0.375, -1.25, 0.0]], dtype=F64)
     scheme = Scheme(4)
     unit = QParams(torch.ones(1, 1, dtype=F64))
-    upper, _, _ = gptq.factor(gram, 0.0)
+    upper, _, _ = refine.factor(gram, 0.0)
     passed = refine.sweep(weight, weight, upper, unit, scheme, torch.arange(3))
     rounded = QTensor(torch.tensor([[0, -1, 0]], dtype=torch.int8), unit.scale, None, scheme)
     found = [row_losses(values64(q) - numpy64(weight), numpy64(gram)).item() for q in (rounded, passed)]
@@ -317,7 +317,7 @@ def test_a_factorization_that_fails_raises_the_damping_and_says_so(damp):
     else:
         assert solution.notes["damp"] > 0
     indefinite = torch.tensor([[1.0, 3.0], [3.0, 1.0]])
-    upper, pivots, grown = gptq.factor(indefinite, damp)
+    upper, pivots, grown = refine.factor(indefinite, damp)
     # The lowest eigenvalue is -2, and damping grows tenfold from 0.01 or 1e-6: 1 is too little, 10 is enough. Seven
     # products are rounded at most.
     assert abs(grown - 10) <= 7 * U64 * 10
@@ -327,7 +327,7 @@ def test_a_factorization_that_fails_raises_the_damping_and_says_so(damp):
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_a_gram_matrix_that_is_not_finite_is_refused(bad):
     with pytest.raises(ValueError, match="gram: NaN or inf"):
-        gptq.factor(torch.tensor([[1.0, bad], [bad, 1.0]]), 0.01)
+        refine.factor(torch.tensor([[1.0, bad], [bad, 1.0]]), 0.01)
 
 
 def test_a_huge_gram_matrix_is_solved():
@@ -345,7 +345,7 @@ def test_ranges_are_searched_by_the_pivots_and_not_by_the_diagonal():
     # first counts next to nothing. Its outlier is clipped, though the diagonals are the same.
     x = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 1.0], [2.0**-10, 0.0, 0.0]], dtype=F64)
     weight, options = torch.tensor([[3.0, 0.3, 0.2]], dtype=F64), gptq.Options(act_order=False, shrink=0.0, damp=0.0)
-    _, pivots, _ = gptq.factor(x.T @ x, 0.0)
+    _, pivots, _ = refine.factor(x.T @ x, 0.0)
     # Exact but for rounding: the first channel given the second, 2 + 2^-20 - 2.
     assert pivots[0].item() == pytest.approx(2.0**-20, rel=1e-6, abs=0)
     found = gptq.solve(LayerSpec(Scheme(4)), options, weight, state(x)).weight

@@ -9,7 +9,6 @@ from tests.shared import modes, random_states, unchanged
 # isort: split
 # After the settings that the module above makes for torch.
 import quantize as qz
-from quantize.shell import config
 
 CALLS = [name for name in qz.__all__ if callable(getattr(qz, name)) and not isinstance(getattr(qz, name), type)]
 
@@ -25,8 +24,6 @@ def watched(call):
 
 @pytest.fixture(autouse=True)
 def unchanged_global_state(monkeypatch):
-    # Tests replace functions that a cached algorithm would still call.
-    config._algorithm.cache_clear()
     # Tests may draw numbers of their own, as the constructors of torch do: the library may not.
     for name in CALLS:
         monkeypatch.setattr(qz, name, watched(getattr(qz, name)))

@@ -16,7 +16,7 @@ from quantize.core.algorithms.base import BaseOptions, option
 from quantize.shell.report import rows
 from tests.models import TENSOR, config, mlp, randn
 
-KNOWN = {"torch", "einops", "quantize", "dataclasses", "collections", "typing", "functools", "__future__"}
+KNOWN = {"torch", "einops", "quantize", "dataclasses", "collections", "typing", "functools", "itertools", "__future__"}
 PACKAGE = pathlib.Path(qz.__file__).parent
 
 
@@ -70,6 +70,7 @@ ROOMS = [
     "deploy",
     "fold",
     "calibrate",
+    "budget",
     "disk",
     "api",
     "cli",

@@ -8,7 +8,6 @@ import torch
 
 import quantize as qz
 from quantize.core import awq, smoothquant
-from quantize.shell.config import _algorithm
 from tests.folds import ALL, AWQ, INT4, SMOOTHQUANT, folded, run
 from tests.models import config, hooks
 from tests.zoo.folding import TOKENS, Decoder, decoder
@@ -25,7 +24,6 @@ def failing(monkeypatch, module, name, error, place):
         return function(*arguments)
 
     monkeypatch.setattr(module, name, call_or_fail)
-    _algorithm.cache_clear()
 
 
 def calibrate(model, given):

@@ -8,7 +8,6 @@ from torch import nn
 
 import quantize as qz
 from quantize.core import Scheme, dequantize, linear, minmax, round_to_nearest
-from quantize.shell.config import _algorithm
 from tests.models import TENSOR, TOKEN, assert_same_snapshot, config, filled, mlp, randn, snapshot
 
 
@@ -231,7 +230,6 @@ def test_an_interrupted_solve_can_be_finished(monkeypatch):
         return solve(*arguments)
 
     monkeypatch.setattr(minmax, "solve", interrupted)
-    _algorithm.cache_clear()
     x = randn(3, 64)
     with pytest.raises(KeyboardInterrupt):
         model(x)

@@ -161,6 +161,11 @@ class PairedState(NamedTuple):
     cross: Tensor
 
 
+def single(statistic: SumState | PairedState) -> SumState:
+    """The Gram matrix of the inputs that arrive."""
+    return statistic.gram if isinstance(statistic, PairedState) else statistic
+
+
 def _paired_init(c: int, **kwargs: Any) -> PairedState:
     return PairedState(_gram_init(c, **kwargs), _gram_init(c, **kwargs).total)
 

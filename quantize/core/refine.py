@@ -1,4 +1,4 @@
-"""Lower the output error ``tr((W - Q) H (W - Q)^T)`` of a quantized weight: sweeps, scales, rows, candidates."""
+"""Lower the output error ``tr((W - Q) H (W - Q)^T)`` of a quantized weight: factors, sweeps, scales, rows."""
 
 from __future__ import annotations
 
@@ -79,6 +79,46 @@ def sweep(
             codes[..., start:stop, :] += zero
     back = torch.argsort(order)
     return QTensor(transposed(picked(codes.to(torch.int8), back)), params.scale, params.zero_point, scheme)
+
+
+def factor(gram: Tensor, damp: float) -> tuple[Tensor, Tensor, Tensor]:
+    """``H + damp * mean(diag H) * I = U diag(d) U^T``: ``U`` ``[c, c]`` unit upper triangular, ``d`` ``[c]``, ``damp``.
+
+    ``H`` is ``gram`` ``[c, c]``. Where the factorization fails, ``damp`` ``[]`` grows to ten times itself, from at
+    least 1e-6, until it succeeds: at the latest when the diagonal dominates. The one that did is returned. Zero
+    channels have no coupling, and a pivot of 1 above the damping. A stack ``[e, c, c]`` has one damping for each.
+
+    Raises:
+        ValueError: ``gram`` is not finite.
+
+    1. With ``J`` the reversal of order, ``J (H + ...) J = L L^T`` by Cholesky.
+    2. ``J L J`` is upper triangular; its diagonal taken out of the columns leaves ``U``, its square is ``d``.
+
+    >>> upper, pivots, _ = factor(torch.tensor([[5., 2.], [2., 1.]]), 0.0)
+    >>> upper, pivots
+    (tensor([[1., 2.],
+            [0., 1.]]), tensor([1., 1.]))
+    """
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    # Divided first: the sum of large diagonals would overflow.
+    mean = (diagonal / diagonal.shape[-1]).sum(-1)
+    dead = (diagonal == 0).to(gram.dtype)
+    used = torch.full_like(mean, damp)
+    while True:
+        damped = gram.flip(-2, -1)
+        damped.diagonal(dim1=-2, dim2=-1).add_(((used * mean)[..., None] + dead).flip(-1))
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        # A pivot is made of all numbers in its row.
+        failed = (failed != 0) | ~torch.isfinite(lower.diagonal(dim1=-2, dim2=-1)).all(-1)
+        if not failed.any():
+            break
+        if damp > 1e30:
+            raise ValueError("gram: NaN or inf; accepted: a finite symmetric matrix")
+        damp = max(10 * damp, 1e-6)
+        used = torch.where(failed, damp, used)
+    upper = lower.flip(-2, -1)
+    root = upper.diagonal(dim1=-2, dim2=-1)
+    return upper / root[..., None, :], root.square(), used
 
 
 def each(function: Callable[..., Any], stacked: bool) -> Callable[..., Any]:

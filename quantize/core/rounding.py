@@ -77,7 +77,7 @@ def met(inputs: Scheme, statistic: Statistic, smoothing: Tensor | None = None) -
     2. the original input lacks ``e``, so the cross statistic changes by ``-sum e (x / s + e)^T = -P``.
     """
     ranges, gram = statistic
-    single = gram.gram if isinstance(gram, observers.PairedState) else gram
+    single = observers.single(gram)
     cross = gram.cross if isinstance(gram, observers.PairedState) else torch.zeros_like(single.total)
     lost = torch.diag(lost_power(inputs, ranges, single, smoothing))
     if smoothing is not None:

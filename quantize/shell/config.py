@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-import functools
 import re
 import reprlib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
@@ -93,13 +92,12 @@ class Config:
     schedule: Schedule
     skip_layers: tuple[str, ...]
 
-    def spec(self, names: Iterable[str]) -> LayerSpec | None:
+    def spec(self, names: Sequence[str]) -> LayerSpec | None:
         """The format of a layer with these ``names``; None where no entry gives its weights one.
 
         Raises:
             QuantizeError: a combination that no layer can have; it names the layer.
         """
-        names = tuple(names)
         spec = _spec(each for each in self.formats if each.matches(names))
         if spec is not None:
             _check(f"layer {names[0]!r}, ", self.name, spec)
@@ -107,7 +105,7 @@ class Config:
 
     def algorithm(self, spec: LayerSpec) -> Algorithm:
         """The algorithm called ``name``, closed over a format and the options."""
-        return _algorithm(self.name, spec, self.options)
+        return ALGORITHMS[self.name].algorithm(spec, self.options)
 
     @property
     def data_free(self) -> bool:
@@ -121,11 +119,6 @@ def _spec(formats: Iterable[Format]) -> LayerSpec | None:
     chosen = {each.part: each.scheme for each in formats}
     weight = chosen.get("weights")
     return None if weight is None else LayerSpec(weight, chosen.get("inputs"))
-
-
-@functools.cache
-def _algorithm(name: str, spec: LayerSpec, options: Any) -> Algorithm:
-    return ALGORITHMS[name].algorithm(spec, options)
 
 
 def parse(config: object) -> Config:
@@ -143,7 +136,8 @@ def parse(config: object) -> Config:
         raise refusal("skip_layers", shown(words), "None, a non-empty string, or a collection of non-empty strings")
     formats = _formats(top["quant_cfg"])
     name, given = _named(top["algorithm"])
-    usual = _spec(each for each in formats if each.pattern is None)
+    # Where there are patterns, every layer tells what it has.
+    usual = None if any(each.pattern for each in formats) else _spec(formats)
     if usual is not None:
         _check("", name, usual)
     skip_layers = (words,) if isinstance(words, str) else tuple(sorted(set(words or ())))

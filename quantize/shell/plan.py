@@ -67,18 +67,15 @@ def plan(model: nn.Module, config: Config) -> Plan:
         matched.update(asked)
         reason = f"skip_layers: {asked[0]!r}" if asked else _reason(module, all_names, owners.get(module), total)
         spec = config.spec(all_names) if reason is None else None
+        matched.update(str(each) for each in config.formats if spec is not None and each.matches(all_names))
         reason = reason or _unfit(cast("nn.Linear", module), spec)
         if reason is not None:
             for name in all_names:
-                skipped.append(
-                    Skipped(
-                        name, reason, bool(asked) or reason == _NO_FORMAT, sum(p.numel() for p in matrices - counted)
-                    )
-                )
+                elements = sum(p.numel() for p in matrices - counted)
+                skipped.append(Skipped(name, reason, bool(asked) or reason == _NO_FORMAT, elements))
                 counted |= matrices
         elif isinstance(module, nn.Linear) and spec is not None:
             layers[module], specs[all_names[0]] = tuple(all_names), spec
-            matched.update(str(each) for each in config.formats if each.matches(all_names))
             check_parameters(all_names[0], module)
     if not layers:
         found = "; ".join(f"{s.name or type(model).__name__!r}: {s.reason}" for s in skipped) or "no weight matrix"

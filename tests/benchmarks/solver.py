@@ -56,7 +56,7 @@ def paper(weight, h, scale, block_size=128):
 def ours(weight, h, scale):
     """One factorization, and a sweep that reads what is decided."""
     order = torch.argsort(h.diagonal(), descending=True)
-    upper, _, _ = gptq.factor(h[order][:, order], DAMP)
+    upper, _, _ = refine.factor(h[order][:, order], DAMP)
     return dequantize(refine.sweep(weight, weight, upper, QParams(scale), SCHEME, order))
 
 

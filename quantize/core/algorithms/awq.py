@@ -48,14 +48,18 @@ class Options(BaseOptions):
 _STEPS = 8
 
 
+# One object each for all layers, so that those which read one tensor share what is learned of it.
+_OBSERVED = observers.product(observers.channel_absmean, observers.gram)
+_WITH_RANGES = observers.product(observers.channel_absmean, observers.gram, observers.channel_range)
+
+
 def algorithm(spec: LayerSpec, options: Options = Options()) -> Algorithm:
     """AWQ; remembers the mean magnitude of the input channels and their Gram matrix.
 
     With quantized inputs it remembers their ranges, too.
     """
-    observed = [observers.channel_absmean, observers.gram, *[observers.channel_range] * (spec.inputs is not None)]
     return Algorithm(
-        observers.product(*observed),
+        _OBSERVED if spec.inputs is None else _WITH_RANGES,
         partial(solve, spec, options),
         fewest=FEWEST_FOR_GRAM,
         scale=partial(common_scale, spec, options),

@@ -60,76 +60,42 @@ tokens cannot tell apart.
 """
 
 
+# One object for all layers, so that those which read one tensor share what is learned of it.
+_WITH_RANGES = observers.product(observers.channel_range, observers.gram)
+_PAIRED_WITH_RANGES = observers.product(observers.channel_range, observers.paired_gram)
+
+
 def algorithm(spec: LayerSpec, options: Options = Options()) -> Algorithm:
     """GPTQ; remembers the Gram matrix of the inputs, and to correct, what they lack of the float model's.
 
     With quantized inputs it remembers their ranges, too.
     """
-    observer = observers.gram
-    paired = observers.paired_gram if options.asymmetric > 0 else None
+    observer, paired = observers.gram, observers.paired_gram
     if spec.inputs is not None:
-        observer = observers.product(observers.channel_range, observer)
-        paired = paired and observers.product(observers.channel_range, paired)
-    bound, together = partial(solve, spec, options), partial(solve_together, spec, options)
-    stack = partial(solve_stack, spec, options)
-    return Algorithm(observer, bound, fewest=FEWEST_FOR_GRAM, paired=paired, together=together, stack=stack)
+        observer, paired = _WITH_RANGES, _PAIRED_WITH_RANGES
+    return Algorithm(
+        observer,
+        partial(solve, spec, options),
+        fewest=FEWEST_FOR_GRAM,
+        paired=paired if options.asymmetric > 0 else None,
+        together=partial(solve_together, spec, options),
+        stack=partial(solve_stack, spec, options),
+    )
 
 
-def factor(gram: Tensor, damp: float) -> tuple[Tensor, Tensor, Tensor]:
-    """``H + damp * mean(diag H) * I = U diag(d) U^T``: ``U`` ``[c, c]`` unit upper triangular, ``d`` ``[c]``, ``damp``.
-
-    ``H`` is ``gram`` ``[c, c]``. Where the factorization fails, ``damp`` ``[]`` grows to ten times itself, from at
-    least 1e-6, until it succeeds: at the latest when the diagonal dominates. The one that did is returned. Zero
-    channels have no coupling, and a pivot of 1 above the damping. A stack ``[e, c, c]`` has one damping for each.
-
-    Raises:
-        ValueError: ``gram`` is not finite.
-
-    1. With ``J`` the reversal of order, ``J (H + ...) J = L L^T`` by Cholesky.
-    2. ``J L J`` is upper triangular; its diagonal taken out of the columns leaves ``U``, its square is ``d``.
-
-    >>> upper, pivots, _ = factor(torch.tensor([[5., 2.], [2., 1.]]), 0.0)
-    >>> upper, pivots
-    (tensor([[1., 2.],
-            [0., 1.]]), tensor([1., 1.]))
-    """
-    diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    # Divided first: the sum of large diagonals would overflow.
-    mean = (diagonal / diagonal.shape[-1]).sum(-1)
-    dead = (diagonal == 0).to(gram.dtype)
-    used = torch.full_like(mean, damp)
-    while True:
-        damped = gram.flip(-2, -1)
-        damped.diagonal(dim1=-2, dim2=-1).add_(((used * mean)[..., None] + dead).flip(-1))
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        # A pivot is made of all numbers in its row.
-        failed = (failed != 0) | ~torch.isfinite(lower.diagonal(dim1=-2, dim2=-1)).all(-1)
-        if not failed.any():
-            break
-        if damp > 1e30:
-            raise ValueError("gram: NaN or inf; accepted: a finite symmetric matrix")
-        damp = max(10 * damp, 1e-6)
-        used = torch.where(failed, damp, used)
-    upper = lower.flip(-2, -1)
-    root = upper.diagonal(dim1=-2, dim2=-1)
-    return upper / root[..., None, :], root.square(), used
-
-
-# Of inputs that stay in floating point; of inputs that are quantized, behind the ranges of their channels.
 Statistic = observers.SumState | observers.PairedState
-InputStatistic = tuple[observers.Range, Statistic]
 
 
 def solve(
     spec: LayerSpec,
     options: Options,
     weight: Tensor,
-    statistic: Statistic | InputStatistic,
+    statistic: Statistic | rounding.Statistic,
     smoothing: Tensor | None = None,
 ) -> Solution:
     """Quantize ``weight`` ``[n, c]`` for inputs with the Gram matrix ``total`` ``[c, c]``.
 
-    With ``U`` and ``d`` of :func:`factor`, in the order of processing, column ``j`` becomes
+    With ``U`` and ``d`` of :func:`~quantize.core.refine.factor`, in the order of processing, column ``j`` becomes
     ``q_j = Q(w_j + sum over i < j of (w_i - q_i) U_ij)``. Then ``(w - q) H (w - q)^T = sum of d_j r_j^2``, with ``r``
     the rounding errors: each is as small as it can be when its column is reached. So the pivots ``d`` are also what
     the search of the ranges weighs errors with.
@@ -149,7 +115,7 @@ def solve_together(
     spec: LayerSpec,
     options: Options,
     weights: Sequence[Tensor],
-    statistic: Statistic | InputStatistic,
+    statistic: Statistic | rounding.Statistic,
     smoothing: Tensor | None = None,
 ) -> list[Solution]:
     """:func:`solve` for several weights ``[n_i, c]`` of one dtype that read the same inputs: one factorization.
@@ -170,7 +136,7 @@ def solve_stack(
     spec: LayerSpec,
     options: Options,
     weights: Tensor,
-    statistics: Statistic | InputStatistic,
+    statistics: Statistic | rounding.Statistic,
     smoothing: Tensor | None = None,
 ) -> Solution:
     """:func:`solve` for every weight of a stack ``[e, n, c]`` at once, as the experts of a mixture are.
@@ -183,7 +149,7 @@ def solve_stack(
 
 
 def _met(
-    spec: LayerSpec, statistic: Statistic | InputStatistic, smoothing: Tensor | None, *, stacked: bool
+    spec: LayerSpec, statistic: Statistic | rounding.Statistic, smoothing: Tensor | None, *, stacked: bool
 ) -> tuple[Statistic, Callable[[Solution, Tensor], Solution]]:
     """The statistic of what a layer meets, and how to say in the solution of a weight what happens to the inputs."""
     if isinstance(statistic, observers.SumState | observers.PairedState):
@@ -201,7 +167,7 @@ def _met(
     def finished(solution: Solution, weight: Tensor) -> Solution:
         wide = weight.to(affine.working_dtype(weight))
         notes = refine.each(partial(rounding.loss_notes, inputs), stacked)(
-            wide, statistic[0], single(statistic[1]), *given
+            wide, statistic[0], observers.single(statistic[1]), *given
         )
         return replace(solution, inputs=inputs, smoothing=smoothing, static=static, notes={**solution.notes, **notes})
 
@@ -217,13 +183,8 @@ class _Prepared(NamedTuple):
     notes: dict[str, Tensor]
 
 
-def single(statistic: Statistic) -> observers.SumState:
-    """The Gram matrix of the inputs that arrive."""
-    return statistic.gram if isinstance(statistic, observers.PairedState) else statistic
-
-
 def _prepare(options: Options, statistic: Statistic) -> _Prepared:
-    sums = single(statistic)
+    sums = observers.single(statistic)
     gram, stacked = sums.total, sums.total.ndim == 3
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
     trusted = gram
@@ -235,7 +196,7 @@ def _prepare(options: Options, statistic: Statistic) -> _Prepared:
     if options.act_order:
         order = torch.argsort(diagonal, dim=-1, descending=True, stable=True)
     # Rows, and then columns as the rows of the transposed matrix.
-    upper, pivots, damp = factor(
+    upper, pivots, damp = refine.factor(
         refine.picked(refine.transposed(refine.picked(trusted, order)), order).mT, options.damp
     )
     pivots = pivots.gather(-1, torch.argsort(order, dim=-1)).masked_fill(diagonal == 0, 0.0)
@@ -252,7 +213,7 @@ def _solve(
     heights: Sequence[int] | None = None,
 ) -> list[Solution]:
     """The solutions of a weight ``[n, c]`` that is put together of some with ``heights`` rows; or one, of a stack."""
-    stacked, gram = weight.ndim == 3, single(statistic).total
+    stacked, gram = weight.ndim == 3, observers.single(statistic).total
     wide = weight.to(affine.working_dtype(weight))
     wide = target = wide if smoothing is None else wide * smoothing[..., None, :]
     if isinstance(statistic, observers.PairedState):

@@ -22,7 +22,7 @@ QUANTIZES_INPUTS = frozenset({True})
 
 # The ranges of the channels and the sums of their squares; for a search over strengths and for gptq, the Gram matrix or
 # the paired one in place of the squares.
-Statistic = gptq.InputStatistic
+Statistic = rounding.Statistic
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,11 @@ class Options(BaseOptions):
     rounding: str = option("nearest", "'nearest' or 'gptq'", lambda value: value in ("nearest", "gptq"))
 
 
+# One object each for all layers, so that those which read one tensor share what is learned of it.
+_OBSERVED = observers.product(observers.channel_range, observers.channel_square)
+_WITH_GRAM = observers.product(observers.channel_range, observers.gram)
+
+
 def algorithm(spec: LayerSpec, options: Options = Options()) -> Algorithm:
     """SmoothQuant; remembers ranges and squares of the input channels, which give static inputs their scale as well.
 
@@ -50,8 +55,7 @@ def algorithm(spec: LayerSpec, options: Options = Options()) -> Algorithm:
         inner = gptq.algorithm(spec)
         stack = partial(solve_stack, spec, options)
         return Algorithm(inner.observer, bound, fewest=inner.fewest, paired=inner.paired, scale=scale, stack=stack)
-    second = observers.gram if options.grids_num else observers.channel_square
-    return Algorithm(observers.product(observers.channel_range, second), bound, scale=scale)
+    return Algorithm(_WITH_GRAM if options.grids_num else _OBSERVED, bound, scale=scale)
 
 
 def smoothing_scale(input_amax: Tensor, weight_amax: Tensor, strength: float) -> Tensor:
@@ -125,7 +129,7 @@ def common_scale(
     inputs, gram = statistic
     if not options.grids_num:
         return smoothing_scale(*_maxima(wide, inputs, tie), options.smooth_strength)
-    return search_scale(spec, wide, inputs, gptq.single(gram), grids_num=options.grids_num, tie=tie)
+    return search_scale(spec, wide, inputs, observers.single(gram), grids_num=options.grids_num, tie=tie)
 
 
 def solve(
@@ -147,11 +151,11 @@ def solve(
         static = linear.static_params(inputs.low, inputs.high, spec.inputs, smoothing=smoothing)
     dead = (inputs.low == 0) & (inputs.high == 0)
     quantized = affine.round_to_nearest(wide * smoothing, spec.weight)
-    notes = rounding.loss_notes(spec.inputs, wide, inputs, gptq.single(statistic[1]), smoothing)
+    notes = rounding.loss_notes(spec.inputs, wide, inputs, observers.single(statistic[1]), smoothing)
     return Solution(quantized, spec.inputs, smoothing, static, notes={"dead_channels": dead.sum(), **notes})
 
 
-def solve_stack(spec: LayerSpec, options: Options, weights: Tensor, statistics: gptq.InputStatistic) -> Solution:
+def solve_stack(spec: LayerSpec, options: Options, weights: Tensor, statistics: rounding.Statistic) -> Solution:
     """:func:`solve` with gptq for every weight of a stack ``[e, n, c]`` at once; all else has the leading axis, too."""
     wide = weights.to(affine.working_dtype(weights))
     smoothing = torch.func.vmap(lambda weight, its: common_scale(spec, options, [weight], its))(wide, statistics)
