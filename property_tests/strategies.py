@@ -12,10 +12,10 @@ seeds = st.integers(0, 2**31)
 
 
 @st.composite
-def weight_schemes(draw, strategies=("tensor", "channel", "group")):
+def weight_schemes(draw, strategies=("tensor", "channel", "group"), bits=(4, 8)):
     strategy = draw(st.sampled_from(strategies))
     size = draw(st.integers(1, 7)) if strategy == "group" else None
-    return Scheme(draw(st.sampled_from([4, 8])), draw(st.booleans()), strategy, size)
+    return Scheme(draw(st.sampled_from(bits)), draw(st.booleans()), strategy, size)
 
 
 def input_schemes():
@@ -62,8 +62,12 @@ def correlated_tokens(draw, t, c, dtype=torch.float64):
 
 
 def whole_quantized(source, n, c, scheme):
-    """Random codes and zero points from -8 to 7, with float64 steps of 1/4 to 2: exact in all sums and products."""
+    """Random codes and zero points from -8 to 7, with float64 steps of 1/4 to 2: exact in all sums and products.
+
+    Steps of symmetric schemes are of both signs.
+    """
     p, g = scheme.grid_shape(n, c)
-    scale = torch.from_numpy(2.0 ** source.integers(-2, 2, (p, g)))
+    signs = source.choice([-1.0, 1.0], (p, g)) if scheme.symmetric else 1.0
+    scale = torch.from_numpy(signs * 2.0 ** source.integers(-2, 2, (p, g)))
     zero = None if scheme.symmetric else torch.from_numpy(source.integers(-8, 8, (p, g))).to(torch.int8)
     return QTensor(torch.from_numpy(source.integers(-8, 8, (n, c))).to(torch.int8), scale, zero, scheme)

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from property_tests.laws import assert_pure, same_bits
-from property_tests.oracles import U64, loss_noise, numpy64, row_losses, values64
+from property_tests.oracles import U64, loss_noise, lost64, numpy64, row_losses, values64
 from property_tests.strategies import correlated_tokens, normal_matrices
 from quantize.core import LayerSpec, Scheme, channel_range, linear, round_to_nearest, smoothquant
 from quantize.core.observers import Range, SumState
@@ -94,20 +94,10 @@ def expected64(spec, weight, s, x):
     """What rounding the weight and the inputs costs, and by how much two evaluations of that may differ."""
     gram, s, w = numpy64(x.T @ x), numpy64(s), numpy64(weight)
     reached = values64(round_to_nearest(weight * torch.from_numpy(s), spec.weight)) / s
-    square = np.diag(gram) / len(x) / s**2
-    smoothed = [bound / s for bound in (numpy64(x).min(0), numpy64(x).max(0))]
-    low, high = min(0, smoothed[0].min()), max(0, smoothed[1].max())
-    if spec.inputs.strategy == "token":
-        # A token of nothing but one sign has the whole of the codes for its one tail.
-        longer = max(-low, high)
-        step = np.sqrt(square.max()) * (1 / 127 if spec.inputs.symmetric else (high - low) / max(longer, 1e-300) / 255)
-    elif spec.inputs.symmetric:
-        step = -low / 128 if -low > high else high / 127
-    else:
-        step = (high - low) / 255
-    lost = sum(min(step**2 / 12, square[j]) * len(x) * ((w[:, j] * s[j]) ** 2).sum() for j in range(len(s)))
-    # The first part is a quadratic form. The second has positive terms only: at most n + c sums and 25 more operations.
-    bound = loss_noise(np.abs(reached - w), gram).sum() + 2 * (w.shape[0] + w.shape[1] + 25) * U64 * lost
+    lost = (lost64(spec.inputs, numpy64(x), s) * ((w * s) ** 2).sum(0)).sum()
+    # The first part is a quadratic form. The second has positive terms only: sums over tokens, channels and rows, and
+    # 25 more operations.
+    bound = loss_noise(np.abs(reached - w), gram).sum() + 2 * (len(x) + sum(w.shape) + 25) * U64 * lost
     # Adding up the rows, and both parts.
     total = row_losses(reached - w, gram).sum() + lost
     return total, bound + 2 * (w.shape[0] + 1) * U64 * abs(total)
