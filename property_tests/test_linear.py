@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -6,12 +8,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from property_tests.laws import assert_pure, same_bits
-from property_tests.oracles import U32, U64, numpy64
+from property_tests.oracles import U32, U64, members, numpy64
 from property_tests.strategies import input_schemes, integer_matrices, normal_matrices, sizes, weight_schemes
 from quantize.core import QTensor, Scheme, dequantize, fake_quantize, linear, metrics, round_to_nearest
 
 int8 = st.integers(-128, 127)
-row_scaled = weight_schemes(("tensor", "channel")).map(lambda s: Scheme(s.bits, True, s.strategy))
+row_scaled = weight_schemes(("tensor", "channel"))
 
 
 @given(st.data(), st.integers(1, 3), st.integers(1, 3), st.sampled_from([1, 5, 1023, 1024, 1025, 2049]))
@@ -48,13 +50,93 @@ def test_the_integer_layer_is_the_float64_product_of_its_operands(data, weights,
     left, right = operand64(q), operand64(w)
     offset = 0 if bias is None else numpy64(bias)
     magnitude = np.abs(left) @ np.abs(right).T + np.abs(offset)
-    # Two scales, and the bias: three roundings of float32, and the sum of the codes' products is below 2^24.
+    # Two scales, and the bias: three roundings of float32. The sum of the codes' products is at most 9 * 255^2 < 2^24.
     # The expectation rounds once for each of the c products and the bias, in float64.
     bound = (1 + U32) ** 3 - 1 + (x.shape[1] + 2) * U64
     assert (np.abs(y - (left @ right.T + offset)) <= bound * magnitude).all()
 
 
-@given(st.data(), row_scaled, st.booleans())
+def unit(codes, zero):
+    """Codes ``[r, c]`` with step 1 and a zero point for each row, or none."""
+    scheme = Scheme(8, zero is None, "channel")
+    zero = None if zero is None else torch.from_numpy(zero)[:, None]
+    return QTensor(torch.from_numpy(codes), torch.ones(len(codes), 1), zero, scheme)
+
+
+def python_sums(left, z_left, right, z_right):
+    """``sum of (q_x - z_x)(q_w - z_w)`` in the integers of Python, as float32 holds them."""
+
+    # Arrays of objects: every number is an int of Python.
+    x, w = (
+        codes.astype(object) - (0 if zero is None else zero.astype(object)[:, None])
+        for codes, zero in ((left, z_left), (right, z_right))
+    )
+    # Below 2^53, so that the way over float64 rounds once.
+    return (x @ w.T).astype(np.float64).astype(np.float32)
+
+
+@given(st.data(), st.integers(1, 3), st.integers(1, 3), st.sampled_from([1, 5, 300]), st.booleans(), st.booleans())
+def test_sums_with_zero_points_are_those_of_python(data, t, n, c, shifted_inputs, shifted_weights):
+    extremes = st.sampled_from([-128, 127]) | int8
+    a, b = (data.draw(hnp.arrays(np.int8, (rows, c), elements=extremes, fill=int8)) for rows in (t, n))
+    z_a, z_b = (
+        data.draw(hnp.arrays(np.int8, rows, elements=extremes)) if shifted else None
+        for rows, shifted in ((t, shifted_inputs), (n, shifted_weights))
+    )
+    y = assert_pure(linear.integer_linear, unit(a, z_a), unit(b, z_b))
+    assert y.dtype == torch.float32
+    # With scales of 1 nothing but the sum is rounded, once.
+    assert np.array_equal(y.numpy(), python_sums(a, z_a, b, z_b))
+
+
+# The last length of int32, the first of int64, the first at which 255^2 c is above 2^31, and one beyond 2^32.
+@pytest.mark.parametrize("c", [2**15 - 1, 2**15, 33026, 70000])
+@pytest.mark.parametrize("shifted", [(True, True), (True, False), (False, True)])
+def test_long_sums_with_zero_points_do_not_wrap(c, shifted):
+    # Signs that make the terms as large as they can be, and the sum, alone and against each other.
+    for left, right in itertools.product((-128, 127), repeat=2):
+        a, b = (np.full((2, c), code, dtype=np.int8) for code in (left, right))
+        # Odd sums: one that lost its last bits would show.
+        a[1, ::3], b[1, ::2] = 5, -3
+        z_a, z_b = (
+            np.array([-1 - code, code], dtype=np.int8) if with_zero else None
+            for code, with_zero in zip((left, right), shifted, strict=True)
+        )
+        y = linear.integer_linear(unit(a, z_a), unit(b, z_b))
+        assert np.array_equal(y.numpy(), python_sums(a, z_a, b, z_b))
+
+
+@given(st.data(), weight_schemes(bits=(2, 4, 7, 8)), st.integers(0, 2**31))
+def test_centered_codes_are_the_same_numbers(data, scheme, seed):
+    n, c = data.draw(sizes), data.draw(sizes)
+    source = np.random.default_rng(seed)
+    codes = source.integers(scheme.qmin, scheme.qmax + 1, (n, c))
+    # Now and then without the ends, so that 8 bits fit as well.
+    codes = codes // data.draw(st.sampled_from([1, 2]))
+    shape = scheme.grid_shape(n, c)
+    zero = None if scheme.symmetric else torch.from_numpy(source.integers(scheme.qmin, scheme.qmax + 1, shape)).to(
+        torch.int8)  # fmt: skip
+    scale = torch.from_numpy(source.random(shape) + 0.5).float()
+    q = QTensor(torch.from_numpy(codes).to(torch.int8), scale, zero, scheme)
+    found = assert_pure(linear.centered, q)
+    where = members(scheme, n, c)
+    exact = [[int(codes[i, j]) - (0 if zero is None else int(zero[where[i][j]])) for j in range(c)] for i in range(n)]
+    fits = all(-128 <= code <= 127 for row in exact for code in row)
+    assert (found is not None) == fits
+    assert fits or scheme.bits == 8
+    if found is not None:
+        assert found.codes.dtype == torch.int8
+        assert found.codes.tolist() == exact
+        assert found.zero_point is None
+        assert found.scheme == Scheme(8, True, scheme.strategy, scheme.group_size)
+        same_bits((found.scale, dequantize(found)), (q.scale, dequantize(q)))
+        x = round_to_nearest(torch.from_numpy(source.normal(size=(3, c))).float(), Scheme(8, False, "token"))
+        if scheme.strategy != "group":
+            # The same whole numbers, and the same products with the scales.
+            same_bits(linear.integer_linear(x, found), linear.integer_linear(x, q))
+
+
+@given(st.data(), row_scaled.map(lambda s: Scheme(s.bits, True, s.strategy)), st.booleans())
 def test_the_integer_bias_makes_one_product_the_layer(data, weights, symmetric):
     x, weight, bias = problem(data)
     inputs = Scheme(8, symmetric, "tensor")
@@ -143,13 +225,10 @@ def test_leading_axes_are_kept(shape):
         assert linear.quantized_linear(torch.ones(shape), w, inputs=inputs).shape == (*shape[:-1], 4)
 
 
-@pytest.mark.parametrize(
-    "scheme", [Scheme(symmetric=False), Scheme(strategy="group", group_size=2), Scheme(4, False, "tensor")], ids=str
-)
-def test_weights_whose_scale_does_not_leave_the_sum_are_refused(scheme):
+def test_weights_whose_scale_does_not_leave_the_sum_are_refused():
     x = round_to_nearest(torch.ones(2, 4), Scheme(strategy="token"))
-    with pytest.raises(ValueError, match="accepted with quantized inputs: symmetric, tensor or channel"):
-        linear.integer_linear(x, round_to_nearest(torch.ones(3, 4), scheme))
+    with pytest.raises(ValueError, match="accepted with quantized inputs: strategy tensor or channel"):
+        linear.integer_linear(x, round_to_nearest(torch.ones(3, 4), Scheme(strategy="group", group_size=2)))
 
 
 @given(integer_matrices(c=st.just(5), bound=7), integer_matrices(c=st.just(5), bound=7))

@@ -74,10 +74,14 @@ def test_the_observers_compile_and_map(observer):
             same_bits(leaf[i], expected)
 
 
-def test_the_layer_compiles():
-    weight = round_to_nearest(STACK[0], Scheme())
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_layer_compiles(symmetric):
+    weight = round_to_nearest(STACK[0], Scheme(symmetric=symmetric))
 
     def layer(x):
         return linear.quantized_linear(x, weight, inputs=Scheme(strategy="token", symmetric=False))
 
     same_bits(compiled(layer)(STACK[1]), layer(STACK[1]))
+    mapped = torch.func.vmap(layer)(STACK)
+    for i, x in enumerate(STACK):
+        same_bits(mapped[i], layer(x))
