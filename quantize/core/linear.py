@@ -82,14 +82,14 @@ def integer_linear(
         wide = torch.int32 if c < _INT32_LENGTH else torch.int64
         total = total.to(wide)
         if x.zero_point is not None:
-            sums = reduce(weight.codes.to(wide), "n c -> 1 n", "sum")
+            # torch sums int32 in int64.
+            sums = reduce(weight.codes.to(wide), "n c -> 1 n", "sum").to(wide)
             if weight.zero_point is not None:
                 sums = sums - c * rearrange(weight.zero_point.to(wide), "n 1 -> 1 n")
             total = total - x.zero_point.to(wide) * sums
         if weight.zero_point is not None:
-            total = total - reduce(x.codes.to(wide), "t c -> t 1", "sum") * rearrange(
-                weight.zero_point.to(wide), "n 1 -> 1 n"
-            )
+            sums = reduce(x.codes.to(wide), "t c -> t 1", "sum").to(wide)
+            total = total - sums * rearrange(weight.zero_point.to(wide), "n 1 -> 1 n")
     y = total * x.scale * rearrange(weight.scale, "n 1 -> 1 n")
     return y if bias is None else y + bias
 
