@@ -3,29 +3,34 @@
 import dataclasses
 import itertools
 from fractions import Fraction
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+import torch.utils._pytree as pytree
 from hypothesis import given
 from hypothesis import strategies as st
 
 from property_tests.laws import assert_nearest, assert_pure, same_bits
-from property_tests.oracles import U32, U64, half_even, loss_noise, numpy64, row_losses, total_noise, values64
-from property_tests.strategies import correlated_tokens, normal_matrices, seeds, weight_schemes
+from property_tests.oracles import U32, U64, half_even, loss_noise, lost64, numpy64, row_losses, total_noise, values64
+from property_tests.strategies import correlated_tokens, input_schemes, normal_matrices, seeds, weight_schemes
 from quantize.core import (
     LayerSpec,
     QParams,
     QTensor,
     Scheme,
+    correction,
     dequantize,
     gptq,
+    linear,
     ranges,
     refine,
     round_to_nearest,
+    rounding,
     shrinkage,
 )
-from quantize.core.observers import PairedState, SumState
+from quantize.core.observers import PairedState, Range, SumState
 
 F64 = torch.float64
 sizes = st.integers(2, 9)
@@ -197,7 +202,14 @@ def test_the_options_are_steps_before_and_after_the_pass(weight, data, scheme, a
 
     # The same calls on the same numbers: the same bits.
     q = solved(state(x))
-    same_bits(solved(state(x), search_range=True).params, ranges.search(weight, scheme, gram.diagonal()))
+    # Errors of the ranges cost what the pivots say, in the order of the columns.
+    diagonal = numpy64(gram.diagonal())
+    order = np.argsort(-diagonal, kind="stable") if act_order else np.arange(len(diagonal))
+    _, pivots, _ = gptq.factor(gram[order][:, order].T.contiguous().mT, plain.damp)
+    importance = torch.from_numpy(np.where(diagonal == 0, 0.0, numpy64(pivots)[np.argsort(order)]))
+    for signed in (False, True):
+        searched = solved(state(x), search_range=True, signed_scale=signed)
+        same_bits(searched.params, ranges.search(weight, scheme, importance, signed=signed))
     shrunk = shrinkage.shrink(gram, shrinkage.intensity(state(x), 4.0))
     same_bits(solved(state(x), shrink=4.0), solved(SumState(shrunk, torch.tensor(len(x)))))
     for sweeps in (1, 2):
@@ -319,11 +331,155 @@ def test_a_gram_matrix_that_is_not_finite_is_refused(bad):
 
 
 def test_a_huge_gram_matrix_is_solved():
-    solution = gptq.solve(
-        LayerSpec(Scheme(4)), gptq.Options(), torch.eye(8), SumState(3e38 * torch.eye(8), torch.tensor(9))
-    )
+    huge = SumState(3e38 * torch.eye(8), torch.tensor(9))
+    plain = gptq.solve(LayerSpec(Scheme(4)), gptq.Options(search_range=False), torch.eye(8), huge)
     # Its channels are independent: plain rounding.
-    assert torch.equal(solution.weight.codes, round_to_nearest(torch.eye(8), Scheme(4)).codes)
+    assert torch.equal(plain.weight.codes, round_to_nearest(torch.eye(8), Scheme(4)).codes)
+    # With a search, one of the scales with which an only number comes back but for rounding.
+    solution = gptq.solve(LayerSpec(Scheme(4)), gptq.Options(), torch.eye(8), huge)
+    torch.testing.assert_close(dequantize(solution.weight), torch.eye(8), rtol=4 * U32, atol=0)
+
+
+def test_ranges_are_searched_by_the_pivots_and_not_by_the_diagonal():
+    # Two channels that all but agree: the second one makes up for what the first one rounds off, so an error of the
+    # first counts next to nothing. Its outlier is clipped, though the diagonals are the same.
+    x = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 1.0], [2.0**-10, 0.0, 0.0]], dtype=F64)
+    weight, options = torch.tensor([[3.0, 0.3, 0.2]], dtype=F64), gptq.Options(act_order=False, shrink=0.0, damp=0.0)
+    _, pivots, _ = gptq.factor(x.T @ x, 0.0)
+    # Exact but for rounding: the first channel given the second, 2 + 2^-20 - 2.
+    assert pivots[0].item() == pytest.approx(2.0**-20, rel=1e-6, abs=0)
+    found = gptq.solve(LayerSpec(Scheme(4)), options, weight, state(x)).weight
+    searched = gptq.solve(LayerSpec(Scheme(4)), dataclasses.replace(options, guard=False), weight, state(x)).weight
+    same_bits(searched.params, ranges.search(weight, Scheme(4), pivots, signed=True))
+    by_diagonal = ranges.search(weight, Scheme(4), (x.T @ x).diagonal(), signed=True)
+    assert searched.scale.abs().item() < 0.5 * by_diagonal.scale.abs().item()
+    assert row_losses(values64(found) - numpy64(weight), numpy64(x.T @ x)) <= row_losses(
+        values64(round_to_nearest(weight, Scheme(4))) - numpy64(weight), numpy64(x.T @ x)
+    ) + loss_noise(np.abs(values64(found)) + np.abs(numpy64(weight)), numpy64(x.T @ x))
+
+
+def test_dead_channels_have_no_say_in_the_ranges():
+    # The outlier meets nothing but zeros.
+    x = torch.randn(50, 4, generator=torch.Generator().manual_seed(0), dtype=F64)
+    x[:, 1] = 0
+    weight = torch.tensor([[0.1, 8.0, -0.25, 0.3]], dtype=F64)
+    found = gptq.solve(LayerSpec(Scheme(4)), gptq.Options(), weight, state(x)).weight
+    # Its full range has a step of 1 or more: all the rest would be 0. The least range is 0.4 of that.
+    assert found.scale.abs().item() < 0.5
+    assert found.codes[0, 2] != 0
+
+
+whole_inputs = st.tuples(input_schemes(), st.integers(1, 3), st.integers(2, 6), seeds, st.booleans())
+
+
+def drawn_inputs(t, c, source, paired):
+    """Whole tokens with correlated channels, and their statistic, also with whole numbers that are missing."""
+    x = torch.from_numpy((source.integers(-9, 10, (t, c)) + source.integers(-9, 10, (t, 1))).astype(float))
+    missing = torch.from_numpy(source.integers(-3, 4, (t, c)).astype(float))
+    seen = PairedState(state(x), missing.T @ x) if paired else state(x)
+    return x, (Range(x.amin(0).clamp(max=0), x.amax(0).clamp(min=0)), seen)
+
+
+row_scaled = weight_schemes(("tensor", "channel"), bits=(3, 4, 8))
+
+
+@given(whole_inputs, row_scaled, st.sampled_from([0.0, 0.5, 1.0]), st.booleans())
+def test_quantized_inputs_are_solved_as_what_a_layer_meets(drawn, scheme, strength, smoothed):
+    inputs, n, c, seed, paired = drawn
+    source = np.random.default_rng(seed)
+    x, statistic = drawn_inputs(20, c, source, paired)
+    weight = torch.from_numpy(source.normal(size=(n, c)))
+    s = torch.from_numpy(2.0 ** source.integers(-2, 3, c)) if smoothed else None
+    options = gptq.Options(asymmetric=strength)
+    solve = partial(gptq.solve, LayerSpec(scheme, inputs), options)
+    solution = assert_pure(solve, weight, statistic, s) if smoothed else assert_pure(solve, weight, statistic)
+    # Scales are positive, with whichever option.
+    assert (solution.weight.scale > 0).all()
+    met = rounding.met(inputs, statistic, s)
+    unsigned = dataclasses.replace(options, signed_scale=False)
+    alone = gptq.solve(LayerSpec(scheme), unsigned, weight * s if smoothed else weight, met)
+    same_bits(
+        (solution.weight, solution.error, solution.baseline_error), (alone.weight, alone.error, alone.baseline_error)
+    )
+    same_bits(solution.notes, alone.notes)
+    assert solution.inputs == inputs
+    divisor = torch.ones(c, dtype=F64) if s is None else s
+    assert solution.smoothing is s or torch.equal(solution.smoothing, s)
+    expected = linear.input_params(x / divisor, inputs) if inputs.strategy == "tensor" else None
+    assert (solution.static is None) == (expected is None)
+    if expected is not None:
+        same_bits(solution.static, expected)
+    # Powers of two: the smoothed weight, for the smoothed inputs, is the same problem to the last bit.
+    ranges_, seen = statistic
+    outer = divisor * divisor[:, None]
+    gram = SumState(state(x).total / outer, torch.tensor(len(x)))
+    smooth = (
+        Range(ranges_.low / divisor, ranges_.high / divisor),
+        PairedState(gram, seen.cross / outer) if paired else gram,
+    )
+    same_bits(solve(weight * divisor, smooth).weight, solution.weight)
+
+
+@given(whole_inputs, row_scaled, st.booleans())
+def test_errors_with_quantized_inputs_are_those_on_what_is_met(drawn, scheme, guard):
+    inputs, n, c, seed, paired = drawn
+    source = np.random.default_rng(seed)
+    x, statistic = drawn_inputs(20, c, source, paired)
+    weight, s = torch.from_numpy(source.normal(size=(n, c))), torch.from_numpy(source.random(c) + 0.5)
+    solution = gptq.solve(LayerSpec(scheme, inputs), gptq.Options(guard=guard), weight, statistic, s)
+    # The Gram matrix of the smoothed tokens and what rounding them loses, from the tokens.
+    tokens, divisor = numpy64(x), numpy64(s)
+    lost = lost64(inputs, tokens, divisor)
+    gram = (tokens / divisor).T @ (tokens / divisor) + np.diag(lost)
+    target = numpy64(correction.corrected(weight * s, rounding.met(inputs, statistic, s), 0.5))
+    found = []
+    for q, stated in (
+        (solution.weight, solution.error),
+        (round_to_nearest(weight * s, scheme), solution.baseline_error),
+    ):
+        change = values64(q) - target
+        found.append(row_losses(change, gram).sum())
+        # The matrices are sums over the tokens, and about 30 more operations.
+        noise = total_noise(np.abs(change), gram)
+        noise += 2 * (len(x) + 40) * U64 * row_losses(np.abs(change), np.abs(tokens / divisor).T @ np.abs(
+            tokens / divisor) + np.diag(lost)).sum()  # fmt: skip
+        assert abs(stated.item() - found[-1]) <= noise
+    assert not guard or solution.error <= solution.baseline_error * (1 + 2 * n * U64)
+
+
+@given(whole_inputs, row_scaled, st.integers(1, 3), st.booleans())
+def test_weights_with_quantized_inputs_are_solved_together_and_in_stacks(drawn, scheme, number, smoothed):
+    inputs, n, c, seed, paired = drawn
+    source = np.random.default_rng(seed)
+    spec, options = LayerSpec(scheme, inputs), gptq.Options()
+    weights = torch.from_numpy(source.normal(size=(number, n, c)))
+    several = [drawn_inputs(20, c, source, paired)[1] for _ in range(number)]
+    s = torch.from_numpy(2.0 ** source.integers(-2, 3, (number, c))) if smoothed else None
+    together = gptq.solve_together(spec, options, list(weights), several[0], s[0] if smoothed else None)
+    stacked = assert_pure(
+        lambda *a: gptq.solve_stack(spec, options, *a),
+        weights,
+        pytree.tree_map(lambda *each: torch.stack(each), *several),
+        *([s] if smoothed else []),
+    )
+    for k in range(number):
+        smoothing = s[[0, k]] if smoothed else (None, None)
+        first, own = (
+            gptq.solve(spec, options, weights[k], its, each)
+            for its, each in zip((several[0], several[k]), smoothing, strict=True)
+        )
+        # Of numbers drawn from a continuum no code is on a tie, so that the order of additions does not show.
+        assert torch.equal(together[k].weight.codes, first.weight.codes)
+        assert torch.equal(stacked.weight.codes[k], own.weight.codes)
+        same_bits(
+            (together[k].smoothing, together[k].static, together[k].inputs), (first.smoothing, first.static, inputs)
+        )
+        assert stacked.inputs == own.inputs == inputs
+        if inputs.strategy == "tensor":
+            # Exact: a quotient of whole numbers and powers of two each, rounded once or twice.
+            same_bits(tuple(each[k] for each in stacked.static if each is not None), tuple(
+                each for each in own.static if each is not None))  # fmt: skip
+        assert stacked.notes.keys() == own.notes.keys()
 
 
 paired_tokens = st.integers(2, 8).flatmap(
@@ -357,7 +513,7 @@ def correction_noise(weight, x, missing):
 def test_the_correction_is_a_ridge_regression_of_what_is_missing(drawn, strength):
     weight, x, seed = drawn
     missing, statistic = arrived(x, seed)
-    moved = numpy64(assert_pure(gptq.corrected, weight, statistic, strength))
+    moved = numpy64(assert_pure(correction.corrected, weight, statistic, strength))
     tokens, lack, w = numpy64(x), numpy64(missing), numpy64(weight)
     alive = (tokens != 0).any(0)
     # As further tokens: one a channel, as large as all that it saw or as what it lacks, for which nothing is missing.
@@ -376,7 +532,7 @@ def test_the_correction_is_a_ridge_regression_of_what_is_missing(drawn, strength
 def test_a_corrected_layer_is_nearer_to_the_float_model(drawn, strength):
     weight, x, seed = drawn
     missing, statistic = arrived(x, seed)
-    moved = numpy64(gptq.corrected(weight, statistic, strength))
+    moved = numpy64(correction.corrected(weight, statistic, strength))
     tokens, lack, w = numpy64(x), numpy64(missing), numpy64(weight)
 
     def distances(v):
@@ -397,7 +553,7 @@ def test_errors_are_those_against_the_corrected_weight(drawn, guard):
     weight, x, seed = drawn
     _, statistic = arrived(x, seed)
     solution = gptq.solve(LayerSpec(Scheme(4)), gptq.Options(guard=guard), weight, statistic)
-    target, gram = numpy64(gptq.corrected(weight, statistic, 0.5)), numpy64(statistic.gram.total)
+    target, gram = numpy64(correction.corrected(weight, statistic, 0.5)), numpy64(statistic.gram.total)
     # The baseline rounds the weight itself.
     for q, stated in (
         (solution.weight, solution.error),
@@ -439,7 +595,7 @@ def test_a_channel_that_nearly_vanished_moves_no_weight_by_more_than_itself():
     # Alone, the channel would be multiplied by 128. Powers of two: exact.
     assert statistic.cross[2, 2] / statistic.gram.total[2, 2] == 127
     weight = torch.eye(6, dtype=F64)
-    assert (gptq.corrected(weight, statistic, 0.5) - weight)[2].abs().max() <= 0.5
+    assert (correction.corrected(weight, statistic, 0.5) - weight)[2].abs().max() <= 0.5
 
 
 @given(weight_schemes(), correlated_tokens(st.integers(1, 12), st.just(6)), st.integers(1, 3), seeds, st.booleans())

@@ -106,6 +106,15 @@ def test_long_sums_with_zero_points_do_not_wrap(c, shifted):
         assert np.array_equal(y.numpy(), python_sums(a, z_a, b, z_b))
 
 
+@pytest.mark.parametrize(("zero", "codes"), [(-1, None), (0, [-128, 127]), (1, None)])
+def test_codes_that_do_not_fit_are_not_centered(zero, codes):
+    whole = torch.tensor([[-128, 127]], dtype=torch.int8)
+    found = linear.centered(
+        QTensor(whole, torch.ones(1, 1), torch.tensor([[zero]], dtype=torch.int8), Scheme(8, False))
+    )
+    assert (found and found.codes[0].tolist()) == codes
+
+
 @given(st.data(), weight_schemes(bits=(2, 4, 7, 8)), st.integers(0, 2**31))
 def test_centered_codes_are_the_same_numbers(data, scheme, seed):
     n, c = data.draw(sizes), data.draw(sizes)

@@ -15,6 +15,7 @@ OBSERVERS = {
     "gram": gram,
     "paired_gram": paired_gram,
     "product": product(channel_range, channel_absmean, gram),
+    "paired product": product(channel_range, paired_gram),
 }
 every_observer = pytest.mark.parametrize("observer", OBSERVERS.values(), ids=OBSERVERS.keys())
 C = 4
@@ -97,6 +98,46 @@ def test_what_is_missing_of_the_original_is_paired_token_by_token(x, data):
     same_bits(paired_gram.merge(*halves), state)
     for other in (None, original[:0]):
         assert not paired_gram.update(paired_gram.init(C), x, other).cross.any()
+
+
+@given(st.lists(st.sampled_from(list(OBSERVERS.values())), max_size=4), st.data())
+def test_a_product_hands_originals_to_those_that_take_them(parts, data):
+    whole = product(*parts)
+    heights = data.draw(st.lists(st.integers(1, 4), max_size=2))
+    pairs = [[data.draw(integer_matrices(n=st.just(n), c=st.just(C))) for _ in range(2)] for n in heights]
+    # Nested products, too: paired is what holds something paired.
+    assert whole.paired == any(part in (paired_gram, OBSERVERS["paired product"]) for part in parts)
+    state, alone = whole.init(C), [part.init(C) for part in parts]
+    for x, original in pairs:
+        state = assert_pure(whole.update, state, x, original)
+        alone = [
+            part.update(s, x, original) if part.paired else part.update(s, x)
+            for part, s in zip(parts, alone, strict=True)
+        ]
+    same_bits(state, tuple(alone))
+    same_bits(whole.finalize(state), tuple(part.finalize(s) for part, s in zip(parts, alone, strict=True)))
+    same_bits(whole.merge(state, state), tuple(part.merge(s, s) for part, s in zip(parts, alone, strict=True)))
+
+
+@given(batches, st.data())
+def test_batches_with_originals_merge(x, data):
+    observer = OBSERVERS["paired product"]
+    original = data.draw(integer_matrices(n=st.just(len(x)), c=st.just(C), bound=30))
+    cut = data.draw(st.integers(0, len(x)))
+    whole = observer.update(observer.init(C), x, original)
+    halves = [observer.update(observer.init(C), *pair) for pair in (
+        (x[:cut], original[:cut]), (x[cut:], original[cut:]))]  # fmt: skip
+    same_bits(observer.merge(*halves), whole)
+    same_bits(observer.merge(*reversed(halves)), whole)
+    # Without originals nothing is missing, and what else is remembered is the same.
+    ranges, paired = observer.update(observer.init(C), x)
+    same_bits((ranges, paired.gram), (whole[0], whole[1].gram))
+    assert not paired.cross.any()
+    # One that takes none cannot be given any.
+    for other in (channel_range, channel_absmean, gram):
+        assert not other.paired
+        with pytest.raises(TypeError):
+            other.update(other.init(C), x, original)
 
 
 def test_statistics_of_many_experts_at_once():
