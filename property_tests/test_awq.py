@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -53,18 +54,15 @@ def scaled_row_losses(q, scale, weight, gram, rho):
     return np.stack([row_losses(delta, h) for h in trusted(gram, rho)]), np.abs(delta)
 
 
-@given(st.data(), every_width, st.floats(0, 1), st.booleans(), st.sampled_from([None, Scheme(8, True, "token")]))
-def test_a_searched_range_is_kept_where_both_errors_fall(data, scheme, rho, signed, inputs):
-    weight = data.draw(normal_matrices(st.integers(1, 5), st.integers(1, 9), F64))
-    x = data.draw(correlated_tokens(st.integers(1, 20), st.just(weight.shape[1])))
-    scale = data.draw(normal_matrices(st.just(1), st.just(weight.shape[1]), F64))[0].abs().clamp(0.1, 10)
-    spec, gram = LayerSpec(scheme, inputs), x.T @ x
+def assert_kept_where_both_errors_fall(weight, x, scale, spec, signed, rho):
+    """The law of `rounded`; returns in how many rows the two errors disagree, and how many scales are negative."""
+    scheme, gram = spec.weight, x.T @ x
     options = awq.Options(signed_scale=signed)
     q, errors = assert_pure(lambda *a: awq.rounded(*a, spec, options, rho), weight, scale, gram)
     plain = round_to_nearest(weight * scale, scheme)
     # The ranges are searched for the scaled weight, with what its errors cost.
     params = ranges.search(
-        weight * scale, scheme, gram.diagonal() / scale.square(), steps=8, signed=signed and inputs is None
+        weight * scale, scheme, gram.diagonal() / scale.square(), steps=8, signed=signed and spec.inputs is None
     )
     searched = quantize(weight * scale, params, scheme)
     (before, old), (after, new) = (
@@ -91,6 +89,31 @@ def test_a_searched_range_is_kept_where_both_errors_fall(data, scheme, rho, sign
     assert (np.abs(numpy64(errors) - mine.sum(1)) <= total).all()
     # Without the search it is plain rounding.
     same_bits(awq.rounded(weight, scale, gram, spec, awq.Options(clip=False), rho)[0], plain)
+    disagree = ((after < before - noise).any(0) & worse).sum()
+    return disagree, (q.scale < 0).sum().item()
+
+
+@given(st.data(), every_width, st.floats(0, 1), st.booleans(), st.sampled_from([None, Scheme(8, True, "token")]))
+def test_a_searched_range_is_kept_where_both_errors_fall(data, scheme, rho, signed, inputs):
+    weight = data.draw(normal_matrices(st.integers(1, 5), st.integers(1, 9), F64))
+    x = data.draw(correlated_tokens(st.integers(1, 20), st.just(weight.shape[1])))
+    scale = data.draw(normal_matrices(st.just(1), st.just(weight.shape[1]), F64))[0].abs().clamp(0.1, 10)
+    assert_kept_where_both_errors_fall(weight, x, scale, LayerSpec(scheme, inputs), signed, rho)
+
+
+@pytest.mark.parametrize("strategy", ["channel", "group"])
+def test_many_rows_of_which_some_keep_their_range(strategy):
+    source = torch.Generator().manual_seed(0)
+    # Channels with much in common, so that errors count another way with the correlations than without.
+    x = torch.randn(40, 8, generator=source, dtype=F64) + 2 * torch.randn(40, 1, generator=source, dtype=F64)
+    weight, scale = torch.randn(100, 8, generator=source, dtype=F64), torch.rand(8, generator=source, dtype=F64) + 0.5
+    scheme = Scheme(4, True, strategy, 8 if strategy == "group" else None)
+    disagree, negative = assert_kept_where_both_errors_fall(weight, x, scale, LayerSpec(scheme), True, 0.5)
+    # Rows of both kinds: about half have the longer tail above.
+    assert disagree > 5
+    assert negative > 20
+    for spec, signed in ((LayerSpec(scheme), False), (LayerSpec(scheme, Scheme(8, True, "token")), True)):
+        assert assert_kept_where_both_errors_fall(weight, x, scale, spec, signed, 0.5)[1] == 0
 
 
 @given(st.data(), every_width, st.sampled_from([0.0, 4.0]), st.booleans())

@@ -102,11 +102,12 @@ def test_what_is_missing_of_the_original_is_paired_token_by_token(x, data):
 
 @given(st.lists(st.sampled_from(list(OBSERVERS.values())), max_size=4), st.data())
 def test_a_product_hands_originals_to_those_that_take_them(parts, data):
-    whole = product(*parts)
-    heights = data.draw(st.lists(st.integers(1, 4), max_size=2))
-    pairs = [[data.draw(integer_matrices(n=st.just(n), c=st.just(C))) for _ in range(2)] for n in heights]
     # Nested products, too: paired is what holds something paired.
-    assert whole.paired == any(part in (paired_gram, OBSERVERS["paired product"]) for part in parts)
+    assert product(*parts).paired == any(part in (paired_gram, OBSERVERS["paired product"]) for part in parts)
+    parts = [*parts, paired_gram]
+    whole = product(*parts)
+    heights = data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=2))
+    pairs = [[data.draw(integer_matrices(n=st.just(n), c=st.just(C))) for _ in range(2)] for n in heights]
     state, alone = whole.init(C), [part.init(C) for part in parts]
     for x, original in pairs:
         state = assert_pure(whole.update, state, x, original)
@@ -133,6 +134,9 @@ def test_batches_with_originals_merge(x, data):
     ranges, paired = observer.update(observer.init(C), x)
     same_bits((ranges, paired.gram), (whole[0], whole[1].gram))
     assert not paired.cross.any()
+    # Half of what arrives is missing: every pair counts, and the cross statistic is half of the Gram matrix.
+    twice = observer.update(observer.init(C), 2 * x, 3 * x)[1]
+    same_bits(2 * twice.cross, twice.gram.total)
     # One that takes none cannot be given any.
     for other in (channel_range, channel_absmean, gram):
         assert not other.paired
