@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from property_tests.laws import assert_pure, same_bits
 from property_tests.oracles import U64, loss_noise, lost64, numpy64, row_losses, values64
 from property_tests.strategies import correlated_tokens, normal_matrices
-from quantize.core import LayerSpec, Scheme, channel_range, linear, round_to_nearest, smoothquant
+from quantize.core import LayerSpec, Scheme, channel_range, gptq, linear, round_to_nearest, smoothquant
 from quantize.core.observers import Range, SumState
 
 F64 = torch.float64
@@ -156,6 +156,28 @@ def test_the_search_finds_what_an_outlier_needs(strategy):
         made = linear.fake_quantized_linear(x, q, inputs=spec.inputs, smoothing=s, static=static)
         losses.append((made - x @ weight.T).square().sum().item())
     assert losses[1] < 0.2 * losses[0]
+
+
+@given(st.data(), input_schemes, st.sampled_from([0, 2]), st.booleans())
+def test_rounded_by_gptq_the_smoothed_weight_is_that_of_gptq(data, inputs, grids_num, paired):
+    weight = data.draw(normal_matrices(st.integers(1, 3), st.integers(2, 6), F64))
+    x = data.draw(correlated_tokens(st.integers(1, 20), st.just(weight.shape[1])))
+    spec, options = LayerSpec(Scheme(4), inputs), smoothquant.Options(grids_num=grids_num, rounding="gptq")
+    algorithm = smoothquant.algorithm(spec, options)
+    observer = algorithm.paired if paired else algorithm.observer
+    state = observer.init(weight.shape[1], dtype=F64)
+    originals = (1.1 * x,) if paired else ()
+    statistic = observer.finalize(observer.update(state, x, *originals))
+    # The divisor is that of rounding to nearest; by the ranges alone without a search.
+    nearest = smoothquant.Options(grids_num=grids_num)
+    gram = statistic[1].gram if paired else statistic[1]
+    s = smoothquant.common_scale(spec, nearest, [weight], (statistic[0], gram) if grids_num else statistic[0])
+    solution = assert_pure(algorithm.solve, weight, statistic)
+    assert torch.equal(solution.smoothing, s)
+    same_bits(solution, gptq.solve(spec, gptq.Options(), weight, statistic, s))
+    # As given by a group of layers.
+    same_bits(algorithm.solve(weight, statistic, s), solution)
+    assert torch.equal(algorithm.scale([weight], statistic), s)
 
 
 @given(st.data())
