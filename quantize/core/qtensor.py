@@ -14,7 +14,8 @@ from quantize.core.scheme import Scheme
 class QParams(NamedTuple):
     """The map between numbers and codes: ``x = (code - zero_point) * scale``.
 
-    ``scale`` is float32 (float64 for float64 data) and positive, of shape ``[1, 1]``, ``[n, 1]`` or ``[n, g]``;
+    ``scale`` is float32 (float64 for float64 data) and never 0, of shape ``[1, 1]``, ``[n, 1]`` or ``[n, g]``; it is
+    positive unless a symmetric scheme was searched with signs, see :func:`~quantize.core.ranges.search`.
     ``zero_point`` is int8 of the same shape, or None for a symmetric scheme.
     """
 
