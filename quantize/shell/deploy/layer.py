@@ -142,7 +142,6 @@ class QuantizedLinear(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if isinstance(destination, saved.Outline):
-            del destination[prefix + saved.EXTRA]
             return
         mark, first = self._saved or (object, "")
         if destination.get(first + saved.EXTRA, self) is mark():

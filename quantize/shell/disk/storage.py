@@ -64,7 +64,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str], *, max_shard_size:
 
 
 def _tensors(layer: QuantizedLinear) -> dict[str, Tensor]:
-    return {**saved.tensors(layer.solution), saved.EXTRA: layer.get_extra_state()}
+    return {**saved.tensors(layer.solution), saved.EXTRA: saved.describe(layer.row, layer.layout.dtype)}
 
 
 def load(model: nn.Module, directory: str | os.PathLike[str], *, kernel: str | None = None) -> None:
