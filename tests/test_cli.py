@@ -295,7 +295,7 @@ def refused(arguments, capsys):
         (["--out", "full"], "full: exists, and holds something; accepted: a new or an empty directory"),
         (
             ["--out", "full/a/b"],
-            "full/a is not a directory that can be written to; accepted: a new or an empty directory, in one",
+            "full/a is not a directory that can be written to; accepted: a new or an empty directory",
         ),
         (["--out", "new", "--format", "ascendv1"], "error: --format ascendv1: int4 weights: "),
         (["--plot", "layers.gif"], "error: plot: layers.gif; accepted: a file name that ends in"),

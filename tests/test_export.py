@@ -599,9 +599,7 @@ def test_a_directory_with_content_stays_as_it_is(word, tmp_path):
 
 @WORDS
 def test_a_missing_parent_is_refused_before_the_model_is_looked_at(word, tmp_path):
-    with pytest.raises(
-        qz.QuantizeError, match=r"out: .*new is not a directory .*; accepted: a new .* in one that exists and can"
-    ):
+    with pytest.raises(qz.QuantizeError, match=r"out: .*new is not a directory .*; accepted: a new .* in one that ex"):
         write(word, None, tmp_path / "new" / "out")
     assert not listed(tmp_path)
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from quantize.core import LayerSpec, QParams
+from quantize.core import LayerSpec, QParams, QTensor
 from quantize.core.linear import integer_bias
 from quantize.shell.config import refusal
 from quantize.shell.deploy.layer import QuantizedLinear
@@ -29,28 +29,27 @@ _OTHER = "or format 'compressed-tensors'"
 
 def tensors(layer: QuantizedLinear, bias: Tensor | None) -> dict[str, Tensor]:
     """What the checkpoint holds of a layer."""
-    weight, static = layer.solution.weight, layer.solution.static
+    solved, dtype = layer.solution, layer.layout.dtype
+    weight, static = solved.weight, solved.static
     held = {} if bias is None else {"bias": bias.float()}
     if static is not None:
         offset = torch.zeros_like(static.scale) if static.zero_point is None else static.zero_point
-        deq, total = _integer(layer, bias)
-        # Elsewhere than with bfloat16 the operator takes the bits of a float32 in an int64.
-        bits = deq if layer.layout.dtype == torch.bfloat16 else deq.view(torch.int32).to(torch.int64)
+        deq, total = _integer(weight, static, bias, dtype)
+        # With float16 the operator takes the bits of a float32 in an int64.
+        bits = deq.view(torch.int32).to(torch.int64) if dtype == torch.float16 else deq
         parts = (weight.codes, static.scale[0].float(), offset[0].float(), bits, total.to(torch.int32))
         return held | dict(zip(_STATIC, parts, strict=True))
     scale = weight.scale.expand(len(weight.codes), -1).float()
     return held | dict(zip(_SCALED, (weight.codes, scale, torch.zeros_like(scale)), strict=True))
 
 
-def _integer(layer: QuantizedLinear, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """``deq_scale`` and the bias beside it of a static layer, ``[n]`` each; inf where a scale does not fit its dtype.
+def _integer(weight: QTensor, static: QParams, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """``deq_scale`` and the bias beside it, ``[n]`` each, of a static layer of a model in ``dtype``.
 
     1. The loader multiplies inputs with ``r = 1 / input_scale``, rounded to the dtype of the model twice. So a code
-       stands for ``1 / r``, and ``deq_scale`` is ``weight_scale / r``.
+       stands for ``1 / r``, and ``deq_scale`` is ``weight_scale / r``: inf or 0 where ``r`` does not fit the dtype.
     2. With float16 the operator cuts ``deq_scale`` to 10 bits of the mantissa: rounded to them, it is read as it is.
     """
-    weight, static, dtype = layer.solution.weight, layer.solution.static, layer.layout.dtype
-    assert static is not None
     deq = (weight.scale / (1 / static.scale.to(dtype)).double()).float()
     if dtype == torch.float16:
         mantissa, exponent = torch.frexp(deq)
@@ -110,9 +109,10 @@ def _type(name: str, spec: LayerSpec) -> str:
 
 def _static(name: str, layer: QuantizedLinear, bias: Tensor | None) -> str:
     """Refuse a static layer that would be read as another; else what layers that are computed as one must share."""
-    static, dtype = layer.solution.static, layer.layout.dtype
+    solved, dtype = layer.solution, layer.layout.dtype
+    static = solved.static
     assert static is not None
-    deq, total = _integer(layer, bias)
+    deq, total = _integer(solved.weight, static, bias, dtype)
     if dtype not in (torch.bfloat16, torch.float16):
         found = f"static inputs of a model in {dtype}, which loaders cast"
         wanted = "the model in bfloat16 or float16, for example model.to(torch.bfloat16)"
