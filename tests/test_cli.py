@@ -293,7 +293,10 @@ def refused(arguments, capsys):
         (["--format", "gguf"], "argument --format: invalid choice: 'gguf'"),
         (["--format", "ascendv1"], "error: --format: 'ascendv1' without --out; accepted: --out DIR, or no format"),
         (["--out", "full"], "full: exists, and holds something; accepted: a new or an empty directory"),
-        (["--out", "full/a/b"], "error: --out: full/a/b; accepted: a new or an empty directory, in one that exists"),
+        (
+            ["--out", "full/a/b"],
+            "full/a is not a directory that can be written to; accepted: a new or an empty directory",
+        ),
         (["--out", "new", "--format", "ascendv1"], "error: --format ascendv1: int4 weights: "),
         (["--plot", "layers.gif"], "error: plot: layers.gif; accepted: a file name that ends in"),
         (["--plot", "nowhere/layers.png"], "error: plot: nowhere/layers.png; accepted: a file in a directory that"),

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 import quantize as qz
 from quantize.core import dequantize
-from tests.models import WEIGHTS, config
+from tests.models import TOKEN, WEIGHTS, config
 from tests.zoo.experts import batch, logits, made, run
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:\d+\.\d % of the model's weights stay:quantize.QuantizeWarning")
@@ -26,11 +26,13 @@ ROUTERS = {
     "deepseek_v3": "model.layers.1.mlp.gate",
 }
 INT8 = config("minmax", weights=WEIGHTS, skip_layers="lm_head")
+DYNAMIC = config("minmax", weights=WEIGHTS, inputs=TOKEN, skip_layers=["lm_head", "kv_b_proj"])
 
 
 def converted(kind, given=INT8):
     model = made(kind)
     qz.quantize(model, given)
+    run(model, [batch()])
     qz.convert(model)
     return model
 
@@ -63,7 +65,7 @@ def test_transformers_reads_the_experts_of_a_checkpoint(kind, tmp_path):
 @pytest.mark.parametrize("kind", NAMES)
 def test_experts_that_stay_in_floating_point_have_the_same_names(kind, tmp_path):
     qz.export(converted(kind), tmp_path / "all", format="compressed-tensors")
-    given = config("minmax", weights=WEIGHTS, skip_layers=["lm_head", "experts.0."])
+    given = config("minmax", weights=WEIGHTS, skip_layers=["lm_head", "layers.1.mlp.experts"])
     qz.export(converted(kind, given), tmp_path / "some", format="compressed-tensors")
     whole, part = ({key.rpartition(".")[0] for key in load_file(tmp_path / name / "model.safetensors")}
                    for name in ("all", "some"))  # fmt: skip
@@ -74,11 +76,7 @@ def test_experts_that_stay_in_floating_point_have_the_same_names(kind, tmp_path)
 
 @pytest.mark.parametrize("kind", NAMES)
 def test_ascendv1_has_the_names_of_checkpoints(kind, tmp_path):
-    dynamic = {"type": "int8", "symmetric": True, "strategy": "token"}
-    model = made(kind)
-    qz.quantize(model, config("minmax", weights=WEIGHTS, inputs=dynamic, skip_layers="lm_head"))
-    run(model, [batch()])
-    qz.convert(model)
+    model = converted(kind, DYNAMIC)
     qz.export(model, tmp_path / "out", format="ascendv1")
     told = json.loads((tmp_path / "out" / "quant_model_description.json").read_text())
     tensors = load_file(tmp_path / "out" / "quant_model_weights.safetensors")
@@ -102,7 +100,7 @@ def test_experts_that_checkpoints_keep_in_one_tensor_are_refused(form, tmp_path)
 
 @pytest.mark.parametrize("form", ["compressed-tensors", "ascendv1"])
 def test_checkpoints_lie_in_shards(form, tmp_path):
-    model = converted("qwen3_moe")
+    model = converted("qwen3_moe", DYNAMIC)
     qz.export(model, tmp_path / "one", format=form)
     qz.export(model, tmp_path / "many", format=form, max_shard_size=20_000)
     (index,) = (tmp_path / "many").glob("*.safetensors.index.json")

@@ -1,10 +1,15 @@
 """Checkpoints of compressed-tensors, read by transformers: a program that knows nothing of this library."""
 
+import itertools
 import json
+import os
+import re
 import sys
 
 import pytest
 import torch
+from compressed_tensors.compressors import PackedQuantizationCompressor
+from compressed_tensors.quantization import QuantizationScheme
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, LlamaConfig, LlamaForCausalLM
@@ -12,6 +17,7 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig, LlamaCon
 import quantize as qz
 from quantize.core import affine, dequantize, fake_quantize, linear
 from tests.models import TENSOR, TOKEN, WEIGHTS, config, filled, generator, mlp, randn
+from tests.zoo import experts
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 # What transformers says where asymmetric weights are dequantized on loading: see test_transformers_loads_the_model.
@@ -30,13 +36,26 @@ def named(w, inputs=None):
 
 
 GRIDS = [("tensor", None), ("channel", None), ("group", 32), ("group", 64)]
-ALONE = {named(w): (w, None) for b in (4, 8) for y in (True, False) for g in GRIDS for w in [weights(b, y, *g)]}
-WITH_INPUTS = {
+INPUTS = [None, TENSOR, {**TENSOR, "symmetric": False}, TOKEN, {**TOKEN, "symmetric": False}]
+# All that a config may ask for: groups stand alone.
+PRODUCT = {
     named(w, i): (w, i)
-    for w in (weights(8, True, "tensor"), WEIGHTS)
-    for i in (TENSOR, {**TENSOR, "symmetric": False}, TOKEN, {**TOKEN, "symmetric": False})
+    for b, y, g, i in itertools.product((4, 8), (True, False), GRIDS, INPUTS)
+    for w in [weights(b, y, *g)]
+    if i is None or "group_size" not in w
 }
-SCHEMES = {**ALONE, **WITH_INPUTS}
+BOTH = ("compressed-tensors", "ascendv1")
+
+
+def held_by(form, w, inputs):
+    """Whether a loader of the format has a layer of such weights and inputs, for a model in bfloat16."""
+    if form == "ascendv1":
+        tokens = inputs is None or inputs["strategy"] == "tensor" or inputs["symmetric"]
+        return w["type"] == "int8" and w["symmetric"] and w["strategy"] != "group" and tokens
+    return inputs is None or (w["symmetric"] and (w["type"] == "int8" or inputs["strategy"] == "token"))
+
+
+SCHEMES = {name: given for name, given in PRODUCT.items() if held_by(BOTH[0], *given)}
 
 
 def llama(dtype=torch.float32, *, tied=False, blocks=2):
@@ -230,10 +249,9 @@ def test_folded_smoothing_is_in_the_checkpoint(algorithm, w, inputs, tmp_path):
     model = converted(w, inputs, algorithm={algorithm: {"fold": True}}, skip=("embed", "head", "o_proj"))
     theirs = loaded(exported(model, tmp_path / "out"))
     assert_loaded(model, theirs)
-    # What smooths the inputs of q, k, v and of gate and up.
-    for name in ("input_layernorm.weight", "post_attention_layernorm.weight"):
-        smoothed, plain = (each.get_parameter(f"model.layers.0.{name}") for each in (theirs, llama()))
-        assert not torch.equal(smoothed, plain), name
+    # What smooths the inputs of q, k, v and of gate and up; awq may find that nothing is best.
+    norms = [f"model.layers.{i}.{name}_layernorm.weight" for i in (0, 1) for name in ("input", "post_attention")]
+    assert not all(torch.equal(theirs.get_parameter(name), llama().get_parameter(name)) for name in norms)
 
 
 def settings(path):
@@ -241,14 +259,19 @@ def settings(path):
 
 
 def test_the_config_is_that_of_the_model_and_says_what_stays_float(tmp_path):
-    model = converted(weights(4, True, "group", 32), dtype=torch.bfloat16, skip=("embed", "head", "gate_proj"))
+    model = converted(weights(4, True, "group", 32), dtype=torch.bfloat16, skip=("embed", "head", "o_proj"))
+    model.config.name_or_path = "/home/somebody/model"
     told = settings(exported(model, tmp_path / "out"))
     assert told["architectures"] == ["LlamaForCausalLM"]
     assert told["dtype"] == "bfloat16"
     assert told["hidden_size"] == 128
+    assert "somebody" not in json.dumps(told)
     quantization = told["quantization_config"]
     assert quantization["format"] == "pack-quantized"
-    assert quantization["ignore"] == ["model.layers.0.mlp.gate_proj", "model.layers.1.mlp.gate_proj", "lm_head"]
+    assert quantization["ignore"] == [
+        *(f"model.layers.{i}.self_attn.o_proj" for i in (0, 1)),
+        "lm_head",
+    ]
     (group,) = quantization["config_groups"].values()
     assert group["targets"] == list(quantized(model))
     assert group["weights"]["group_size"] == 32
@@ -275,23 +298,127 @@ def test_tied_weights_are_written_once_and_a_quantized_head_is_tied_no_more(skip
     assert_loaded(model, theirs)
 
 
-def test_layers_of_different_formats_are_groups_of_names(tmp_path):
-    model = llama()
-    for part, w, inputs in ((0, weights(4, True, "group", 64), None), (1, WEIGHTS, TOKEN)):
-        block = model.model.layers[part]
-        qz.quantize(block, config("minmax", weights=w, inputs=inputs))
-        with torch.no_grad():
-            model(IDS)
-        qz.convert(block, kernel="reference")
+def mixed(dtype=torch.float32, *, inputs=None, make=llama, skip=("embed", "head"), w=WEIGHTS, **patterns):
+    """A converted model with the formats of ``patterns``, whose keys have no star: ``k_proj.inputs``."""
+    model = make(dtype)
+    given = config("minmax", weights=w, inputs=inputs, skip_layers=skip)
+    given["quant_cfg"] |= {f"*{key}": value for key, value in patterns.items()}
+    qz.quantize(model, given)
+    with torch.no_grad():
+        model(IDS % 96)
+    qz.convert(model, kernel="reference")
+    return model
+
+
+INT4, OFF = weights(4, True, "group", 64), {"enable_quant": False}
+
+
+@pytest.mark.filterwarnings(OVERWRITTEN)
+@DTYPES
+def test_layers_of_different_formats_are_groups_of_names(dtype, tmp_path):
+    model = mixed(dtype, inputs=TENSOR, **{
+        "gate_proj.inputs": TOKEN, "up_proj.inputs": TOKEN, "down_proj.inputs": OFF, "down_proj.weights": INT4,
+        "gate_proj.weights": weights(4, True, "tensor"), "up_proj.weights": weights(4, True, "channel"),
+        # Written as the same format as by channel.
+        "k_proj.weights": weights(8, True, "tensor"),
+    })  # fmt: skip
     path = exported(model, tmp_path / "out")
     quantization = settings(path)["quantization_config"]
     assert quantization["format"] == "mixed-precision"
     assert quantization["ignore"] == ["lm_head"]
-    groups = list(quantization["config_groups"].values())
-    assert [group["format"] for group in groups] == ["pack-quantized", "int-quantized"]
-    for i, group in enumerate(groups):
-        assert len(group["targets"]) == 7
-        assert all(name.startswith(f"model.layers.{i}.") for name in group["targets"])
+    found = {tuple(sorted({name.rpartition(".")[2] for name in group["targets"]})): group["format"]
+             for group in quantization["config_groups"].values()}  # fmt: skip
+    assert found == {
+        ("k_proj", "o_proj", "q_proj", "v_proj"): "int-quantized",
+        ("gate_proj", "up_proj"): "int-quantized",
+        ("down_proj",): "pack-quantized",
+    }
+    named = [name for group in quantization["config_groups"].values() for name in group["targets"]]
+    assert sorted(named) == sorted(quantized(model))
+    assert_loaded(model, loaded(path))
+
+
+def tiny(kind):
+    return lambda dtype: experts.made(kind, dtype)
+
+
+ASYMMETRIC = {**TENSOR, "symmetric": False}
+# What is asked for, and the two layers that a loader cannot compute as one, by the ends of their names.
+APART = {
+    "skipped": ({"skip": ("embed", "head", "k_proj")}, "q_proj", "k_proj"),
+    "layers skipped": ({"skip": ("embed", "head", "1.mlp.up_proj")}, "layers.1.mlp.gate_proj", "1.mlp.up_proj"),
+    "inputs": ({"inputs": TENSOR, "up_proj.inputs": TOKEN}, "gate_proj", "up_proj"),
+    "no inputs": ({"inputs": TOKEN, "v_proj.inputs": OFF}, "q_proj", "v_proj"),
+    # Of one type in ascendv1, but with different scales.
+    "static": ({"inputs": TENSOR, "k_proj.inputs": ASYMMETRIC}, "q_proj", "k_proj"),
+    "experts": ({"make": tiny("qwen3_moe"), "inputs": TOKEN, "skip": ("head", "experts.1.")}, "0.gate_proj", "1.gate_"),
+    "expert": ({"make": tiny("qwen3_moe"), "inputs": TOKEN, "skip": ("head", "experts.1.down")}, "0.gate_", "1.down_"),
+    "mixtral": ({"make": tiny("mixtral"), "inputs": TOKEN, "skip": ("head", "experts.2.")}, "0.gate_proj", "2.gate_"),
+    "latent": ({"make": tiny("deepseek_v3"), "inputs": TOKEN, "skip": ("head", "kv_", "experts")}, "q_a_", "kv_a_"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*stay in floating point", "ignore:fewer than")
+@pytest.mark.parametrize(("given", "one", "other"), APART.values(), ids=APART.keys())
+def test_layers_that_loaders_compute_as_one_have_one_format(given, one, other, tmp_path):
+    model = mixed(torch.bfloat16, **given)
+    for form in BOTH:
+        found = rf"layers '[^']*{one}[^']*', '[^']*{other}[^']*': .* and .*, but loaders compute these layers as one"
+        with pytest.raises(qz.QuantizeError, match=f"^{found}; accepted: one format for .*, or all in skip_layers$"):
+            exported(model, tmp_path / "out", form)
+        assert not listed(tmp_path)
+
+
+def test_formats_of_weights_that_differ_are_apart_too(tmp_path):
+    model = mixed(**{"gate_proj.weights": INT4})
+    found = "int4 group 64 symmetric weights, float inputs and int8 channel symmetric weights, float inputs"
+    with pytest.raises(qz.QuantizeError, match=f"gate_proj', .*up_proj': {found}, .*one format for gate_proj, up_proj"):
+        exported(model, tmp_path / "out")
+    assert not listed(tmp_path)
+
+
+def flat(w, inputs, dtype=torch.bfloat16):
+    model = mlp(c=128, hidden=128).to(dtype)
+    qz.quantize(model, config(weights=w, inputs=inputs))
+    with torch.no_grad():
+        model(randn(16, 128, dtype=dtype))
+    qz.convert(model, kernel="reference")
+    return model
+
+
+def test_every_format_is_held_or_refused_in_one_sentence(tmp_path):
+    assert len(PRODUCT) == 2 * 2 * (4 + 2 * 4)
+    told = dict.fromkeys(BOTH, 0)
+    for (name, given), form in itertools.product(PRODUCT.items(), BOTH):
+        model, path = flat(*given), tmp_path / f"{name}-{form}"
+        if held_by(form, *given):
+            exported(model, path, form)
+            continue
+        with pytest.raises(qz.QuantizeError) as caught:
+            exported(model, path, form)
+        assert re.fullmatch(r"layer '0': [^;.]*; accepted: [^;.]*", str(caught.value)), caught.value
+        assert not path.exists()
+        told[form] += 1
+    # compressed-tensors: with inputs, zero points of weights, or int4 with static ones.
+    assert told == {BOTH[0]: 2 * 2 * 4 + 2 * 2, BOTH[1]: 48 - 2 * 4}
+
+
+@pytest.mark.parametrize("algorithm", ["gptq", "awq"])
+@pytest.mark.parametrize("w", [weights(4, True, "group", 32), WEIGHTS], ids=["int4", "int8"])
+def test_negative_scales_are_read_as_they_are(w, algorithm, tmp_path):
+    folded = {"awq": {"fold": True}} if algorithm == "awq" else algorithm
+    model = converted(w, algorithm=folded, skip=("embed", "head", "o_proj"), blocks=1)
+    path = exported(model, tmp_path / "out")
+    held, negative = load_file(path / "model.safetensors"), 0
+    (group,) = settings(path)["quantization_config"]["config_groups"].values()
+    scheme = QuantizationScheme(**group)
+    for name, layer in quantized(model).items():
+        own = {key.rpartition(".")[2]: t for key, t in held.items() if key.startswith(f"{name}.")}
+        weight = PackedQuantizationCompressor.decompress(own, scheme)["weight"]
+        # The same product of the same numbers in float32.
+        assert torch.equal(weight, dequantize(layer.solution.weight)), name
+        negative += int((layer.solution.weight.scale < 0).sum())
+    assert negative
     assert_loaded(model, loaded(path))
 
 
@@ -348,10 +475,26 @@ def ragged():
 
 
 def big_bias():
-    model = mlp()
+    model = mlp(dtype=torch.bfloat16)
     model[0].bias.data.fill_(1e9)
     qz.quantize(model, config(inputs=TENSOR))
-    model(randn(8, 64) / 1e6)
+    model(randn(8, 64, dtype=torch.bfloat16) / 1e6)
+    qz.convert(model)
+    return model
+
+
+def small_inputs():
+    model = mlp(dtype=torch.float16)
+    qz.quantize(model, config(inputs=TENSOR))
+    model(randn(8, 64, dtype=torch.float16) / 2**14)
+    qz.convert(model)
+    return model
+
+
+def small_weights():
+    model = mlp(dtype=torch.float16)
+    model[0].weight.data[3] = 2.0**-20
+    qz.quantize(model, config())
     qz.convert(model)
     return model
 
@@ -376,11 +519,18 @@ def with_extra_state():
     return model
 
 
+def latent():
+    return mixed(torch.bfloat16, make=tiny("deepseek_v3"), skip=("head", "experts"), inputs=TOKEN)
+
+
+def expert():
+    return mixed(torch.bfloat16, make=tiny("qwen3_moe"), skip=("head",))
+
+
 def alone(w, inputs=None):
     return lambda: converted(w, inputs)
 
 
-BOTH = ("compressed-tensors", "ascendv1")
 REFUSED = {
     "float": (mlp, BOTH, r"model: no converted layer .*; accepted: a model after convert\(model\)"),
     "calibrating": (calibrating, BOTH, r"layer '0': under calibration; accepted: a model after convert\(model\)"),
@@ -388,14 +538,20 @@ REFUSED = {
     "smoothing": (smoothed, BOTH, r"layer '0': its inputs are smoothed .*'smoothquant': \{'fold': True\}"),
     "extra state": (with_extra_state, BOTH, r"'1._extra_state' in the state: a dict; accepted: tensors only"),
     "ragged": (ragged, BOTH[:1], r"layer 'model.layers.0.mlp.down_proj': in_features 192 in groups of 128"),
-    "int4": (alone(weights(4, True, "channel")), BOTH[1:], r"layer '.*': int4 weights: .*; accepted: .*'int8'"),
-    "asymmetric": (alone(weights(8, False, "channel")), BOTH[1:], r"layer '.*': asymmetric weights.*; accepted: sym"),
-    "groups": (alone(weights(8, True, "group", 64)), BOTH[1:], r"layer '.*': weights in groups.*; accepted: strategy"),
-    "token": (alone(WEIGHTS, {**TOKEN, "symmetric": False}), BOTH[1:], r"layer '.*': asymmetric inputs by token.*"),
-    "bias": (big_bias, BOTH[1:], r"layer '0': a bias too large for int32.*; accepted: the layer in skip_layers"),
+    "scale": (small_weights, BOTH, r"layer '0': a scale too small for torch.float16, in .*; accepted: a model in bfl"),
+    "input scale": (small_inputs, BOTH[1:], r"layer '0': scales too small for torch.float16, .*; accepted: a model in"),
+    "float32": (alone(WEIGHTS, TENSOR), BOTH[1:], r"q_proj': static inputs of a model in torch.float32, .*'token'$"),
+    "latent": (latent, BOTH[1:], r"kv_b_proj': .* do not dequantize; accepted: 'kv_b_proj' in skip_layers, or format"),
+    "experts": (
+        expert,
+        BOTH[1:],
+        r"0.gate_proj': an expert of type W8A16, but .*; accepted: .*'token', the experts in",
+    ),
+    "bias": (big_bias, BOTH[1:], r"layer '0': a bias too large for int32.*; accepted: the layer in skip_layers, or"),
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*stay in floating point")
 @pytest.mark.parametrize(("make", "forms", "message"), REFUSED.values(), ids=REFUSED.keys())
 def test_what_a_format_cannot_hold_is_refused_before_anything_is_written(make, forms, message, tmp_path):
     model = make()
@@ -439,6 +595,24 @@ def test_a_directory_with_content_stays_as_it_is(word, tmp_path):
             write(word, plain(), tmp_path / name)
     assert listed(tmp_path) == ["file", "old"]
     assert listed(tmp_path / "old") == ["kept"]
+
+
+@WORDS
+def test_a_missing_parent_is_refused_before_the_model_is_looked_at(word, tmp_path):
+    with pytest.raises(qz.QuantizeError, match=r"out: .*new is not a directory .*; accepted: a new .* in one that ex"):
+        write(word, None, tmp_path / "new" / "out")
+    assert not listed(tmp_path)
+
+
+@WORDS
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_files_are_open_to_those_whom_the_umask_lets_in(mask, word, tmp_path):
+    before = os.umask(mask)
+    try:
+        write(word, plain(), tmp_path / "out")
+    finally:
+        os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in (tmp_path / "out").iterdir()} == {0o666 & ~mask}
 
 
 @WORDS

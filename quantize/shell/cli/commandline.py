@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -160,18 +159,16 @@ def _read(option: str, file: Path, reader: Callable[[str], Any], accepted: str) 
 def _check_out(directory: Path, format: str | None, config: Any) -> None:  # noqa: A002 - as in export
     """Refuse a directory that cannot be written, and a config that the format cannot hold: one layer goes ahead."""
     files.check_new(directory)
-    parent = directory.resolve().parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise refusal("--out", str(directory), "a new or an empty directory, in one that exists and can be written to")
     spec = parse(config).spec(("",))
     # Which layers have the formats of patterns is known once the model is.
     if format not in export.FORMATS or spec is None or any("*" in key for key in config["quant_cfg"]):
         return
     size = 2 * (spec.weight.group_size or 32)
-    model = nn.Sequential(nn.LayerNorm(size), nn.Linear(size, 8))
+    # A model in float32 may be refused where one of this dtype is not.
+    model = nn.Sequential(nn.LayerNorm(size), nn.Linear(size, 8)).bfloat16()
     with torch.no_grad(), warnings.catch_warnings(action="ignore", category=QuantizeWarning):
         api.quantize(model, {**config, "batch_num": 1, "skip_layers": None})
-        model(torch.randn(32, size, generator=torch.Generator().manual_seed(0)))
+        model(torch.randn(32, size, generator=torch.Generator().manual_seed(0)).bfloat16())
         api.convert(model)
     try:
         export.FORMATS[format].texts(Parts(model))

@@ -1,50 +1,61 @@
 """AscendV1, the format of msModelSlim, as vLLM on Ascend and MindIE load it.
 
-Source: msModelSlim, "AscendV1 Format Description" and ``ascendv1.py``; vllm-ascend, ``methods/w8a8_static.py``,
-``w8a8_dynamic.py`` and ``w8a16.py``.
+Source: msModelSlim, "AscendV1 Format Description" and ``ascendv1.py``; vllm-ascend, ``modelslim_config.py``,
+``methods/w8a8_static.py``, ``w8a8_dynamic.py`` and ``w8a16.py``.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from quantize.core import LayerSpec
+from quantize.core import LayerSpec, QParams, QTensor
 from quantize.core.linear import integer_bias
 from quantize.shell.config import refusal
 from quantize.shell.deploy.layer import QuantizedLinear
 from quantize.shell.disk.files import as_json
-from quantize.shell.disk.parts import Parts
+from quantize.shell.disk.parts import Parts, check_scale
+from quantize.shell.views import Experts
 
-FILE = "quant_model_weights.safetensors"
+FILE, LIMIT = "quant_model_weights.safetensors", 4 * 2**30
 _SCALED = ("weight", "weight_scale", "weight_offset")
 _STATIC = ("weight", "input_scale", "input_offset", "deq_scale", "quant_bias")
 # The types of layers and their tensors; the last type in a model names the whole model.
 _TYPES = {"W8A16": _SCALED, "W8A8_DYNAMIC": _SCALED, "W8A8": _STATIC}
+_OTHER = "or format 'compressed-tensors'"
 
 
-def tensors(layer: QuantizedLinear) -> dict[str, Tensor]:
-    """What the checkpoint holds of a layer.
-
-    Raises:
-        QuantizeError: a bias that does not fit the format.
-    """
-    solved = layer.solution
+def tensors(layer: QuantizedLinear, bias: Tensor | None) -> dict[str, Tensor]:
+    """What the checkpoint holds of a layer."""
+    solved, dtype = layer.solution, layer.layout.dtype
     weight, static = solved.weight, solved.static
+    held = {} if bias is None else {"bias": bias.float()}
+    if static is not None:
+        offset = torch.zeros_like(static.scale) if static.zero_point is None else static.zero_point
+        deq, total = _integer(weight, static, bias, dtype)
+        # With float16 the operator takes the bits of a float32 in an int64.
+        bits = deq.view(torch.int32).to(torch.int64) if dtype == torch.float16 else deq
+        parts = (weight.codes, static.scale[0].float(), offset[0].float(), bits, total.to(torch.int32))
+        return held | dict(zip(_STATIC, parts, strict=True))
     scale = weight.scale.expand(len(weight.codes), -1).float()
-    if static is None:
-        return dict(zip(_SCALED, (weight.codes, scale, torch.zeros_like(scale)), strict=True))
-    total = integer_bias(weight, static, layer.bias)
-    bias = total.to(torch.int32)
-    if bool((bias != total).any()):
-        found = "a bias too large for int32 beside its scales"
-        raise refusal(f"layer {layer.row.name!r}", found, "the layer in skip_layers")
-    deq = (static.scale.float() * scale)[:, 0]
-    # Elsewhere than with bfloat16 the operator takes the bits of a float32 in an int64.
-    bits = deq if layer.layout.dtype == torch.bfloat16 else deq.view(torch.int32).to(torch.int64)
-    offset = torch.zeros_like(static.scale) if static.zero_point is None else static.zero_point
-    held = (weight.codes, static.scale[0].float(), offset[0].float(), bits, bias)
-    return dict(zip(_STATIC, held, strict=True))
+    return held | dict(zip(_SCALED, (weight.codes, scale, torch.zeros_like(scale)), strict=True))
+
+
+def _integer(weight: QTensor, static: QParams, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """``deq_scale`` and the bias beside it, ``[n]`` each, of a static layer of a model in ``dtype``.
+
+    1. The loader multiplies inputs with ``r = 1 / input_scale``, rounded to the dtype of the model twice. So a code
+       stands for ``1 / r``, and ``deq_scale`` is ``weight_scale / r``: inf or 0 where ``r`` does not fit the dtype.
+    2. With float16 the operator cuts ``deq_scale`` to 10 bits of the mantissa: rounded to them, it is read as it is.
+    """
+    deq = (weight.scale / (1 / static.scale.to(dtype)).double()).float()
+    if dtype == torch.float16:
+        mantissa, exponent = torch.frexp(deq)
+        deq = torch.ldexp(torch.round(mantissa * 2**11), exponent - 11)
+    unit = QParams(torch.ones_like(static.scale), static.zero_point)
+    return deq[:, 0].expand(len(weight.codes)), integer_bias(replace(weight, scale=deq), unit, bias)
 
 
 def texts(parts: Parts) -> dict[str, str]:
@@ -53,8 +64,23 @@ def texts(parts: Parts) -> dict[str, str]:
     Raises:
         QuantizeError: a layer that the format, or its loaders, have no type for.
     """
+    mixtures = [name for name, m in parts.model.named_modules(remove_duplicate=False) if isinstance(m, Experts)]
     kinds = {name: _type(name, layer.layout.spec) for name, layer in parts.layers.items()}
-    told = dict.fromkeys((*parts.others, *parts.tied), "FLOAT")
+    alike = dict(kinds)
+    for name, layer in parts.layers.items():
+        if kinds[name] == "W8A8":
+            alike[name] += _static(name, layer, parts.biases.get(name))
+        else:
+            check_scale(name, layer)
+        if name.endswith("kv_b_proj"):
+            found = "loaders multiply with parts of its weight, which they do not dequantize"
+            raise refusal(f"layer {name!r}", found, f"'kv_b_proj' in skip_layers, {_OTHER}")
+        if kinds[name] != "W8A8_DYNAMIC" and any(name.startswith(f"{mixture}.") for mixture in mixtures):
+            found = f"an expert of type {kinds[name]}, but loaders have experts of type W8A8_DYNAMIC only"
+            wanted = f"symmetric inputs with strategy 'token', the experts in skip_layers, {_OTHER}"
+            raise refusal(f"layer {name!r}", found, wanted)
+    parts.check_merged(alike)
+    told = dict.fromkeys((*parts.others, *parts.tied, *(f"{parts.names[name]}.bias" for name in parts.biases)), "FLOAT")
     told |= {f"{parts.names[name]}.{key}": kind for name, kind in kinds.items() for key in _TYPES[kind]}
     whole = max(kinds.values(), key=[*_TYPES].index)
     general = {"version": "1.0.0", "model_quant_type": whole, "group_size": 0, "metadata": {}, "optional": {}}
@@ -64,8 +90,7 @@ def texts(parts: Parts) -> dict[str, str]:
 def _type(name: str, spec: LayerSpec) -> str:
     weight, inputs = spec.weight, spec.inputs
     if weight.bits != 8:
-        found = f"int{weight.bits} weights: the loaders have no linear layer of them with inputs in floating point"
-        wanted = "weights of type 'int8'"
+        found, wanted = f"int{weight.bits} weights: loaders have no dense layer of them", "weights of type 'int8'"
     elif not weight.symmetric:
         # The format subtracts the offset of a weight, the operator adds it.
         found = "asymmetric weights: format and loaders disagree on the sign of their offset"
@@ -79,4 +104,23 @@ def _type(name: str, spec: LayerSpec) -> str:
     else:
         found = "asymmetric inputs by token: the loaders quantize tokens symmetrically"
         wanted = "symmetric inputs or strategy 'tensor'"
-    raise refusal(f"layer {name!r}", found, f"{wanted}, or format 'compressed-tensors'")
+    raise refusal(f"layer {name!r}", found, f"{wanted}, {_OTHER}")
+
+
+def _static(name: str, layer: QuantizedLinear, bias: Tensor | None) -> str:
+    """Refuse a static layer that would be read as another; else what layers that are computed as one must share."""
+    solved, dtype = layer.solution, layer.layout.dtype
+    static = solved.static
+    assert static is not None
+    deq, total = _integer(solved.weight, static, bias, dtype)
+    if dtype not in (torch.bfloat16, torch.float16):
+        found = f"static inputs of a model in {dtype}, which loaders cast"
+        wanted = "the model in bfloat16 or float16, for example model.to(torch.bfloat16)"
+    elif not bool((torch.isfinite(deq) & (deq != 0)).all()):
+        found, wanted = f"scales too small for {dtype}, in which loaders hold them", "a model in bfloat16"
+    elif bool((total != total.to(torch.int32)).any()):
+        found, wanted = "a bias too large for int32 beside its scales", "the layer in skip_layers"
+    else:
+        zero = 0 if static.zero_point is None else int(static.zero_point)
+        return f" of input scale {float(static.scale):.9g} and offset {zero}"
+    raise refusal(f"layer {name!r}", found, f"{wanted}, or inputs with strategy 'token'")

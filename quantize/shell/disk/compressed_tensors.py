@@ -6,6 +6,8 @@ which of them a loader takes for which scheme: vLLM, ``compressed_tensors.py``.
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,23 +17,24 @@ from quantize.core import LayerSpec, Scheme
 from quantize.core.packing import pack_offset
 from quantize.shell.config import refusal
 from quantize.shell.deploy.layer import QuantizedLinear
-from quantize.shell.disk.parts import Parts
+from quantize.shell.disk.parts import Parts, check_scale
 
-FILE = "model.safetensors"
+FILE, LIMIT = "model.safetensors", math.inf
 
 
-def tensors(layer: QuantizedLinear) -> dict[str, Tensor]:
+def tensors(layer: QuantizedLinear, bias: Tensor | None) -> dict[str, Tensor]:
     """What the checkpoint holds of a layer. One scale for a tensor becomes the same scale for each channel."""
     solved = layer.solution
     weight, static, (n, c) = solved.weight, solved.static, solved.weight.codes.shape
     bits, zero_point, scale = weight.scheme.bits, weight.zero_point, weight.scale.expand(n, -1)
+    held = {} if bias is None else {"bias": bias}
     if solved.inputs is None:
         # All loaders compute with these scales in the dtype of the model.
-        held = {"weight_packed": pack_offset(weight.codes, bits), "weight_scale": scale.to(layer.layout.dtype)}
+        held |= {"weight_packed": pack_offset(weight.codes, bits), "weight_scale": scale.to(layer.layout.dtype)}
         if zero_point is not None:
             held["weight_zero_point"] = pack_offset(zero_point.expand(n, -1).T, bits).T
         return {**held, "weight_shape": torch.tensor([n, c])}
-    held = {"weight": weight.codes, "weight_scale": scale}
+    held |= {"weight": weight.codes, "weight_scale": scale}
     if static is not None:
         held |= {"input_scale": static.scale[0]}
         held |= {} if static.zero_point is None else {"input_zero_point": static.zero_point[0]}
@@ -44,12 +47,17 @@ def texts(parts: Parts) -> dict[str, str]:
     Targets are full names: vLLM looks for a class in parts of the names of classes, where it finds routers and experts.
 
     Raises:
-        QuantizeError: a layer with a last group that is shorter than the others, or a scale too small for its dtype.
+        QuantizeError: a layer of a format that vLLM has no place for, with a last group that is shorter than the
+            others, or with a scale too small for its dtype; layers that are computed as one and differ.
     """
     names: dict[LayerSpec, list[str]] = {}
+    kinds = dict[str, str]()
     for name, layer in parts.layers.items():
         _check(name, layer)
-        names.setdefault(layer.layout.spec, []).append(parts.names[name])
+        spec = _written(layer.layout.spec)
+        kinds[name] = f"{spec.weight} weights, {spec.inputs or 'float'} inputs"
+        names.setdefault(spec, []).append(parts.names[name])
+    parts.check_merged(kinds)
     groups = {f"group_{i}": {"targets": held, **_group(spec)} for i, (spec, held) in enumerate(names.items())}
     formats = {group["format"] for group in groups.values()}
     quantization = {
@@ -65,15 +73,25 @@ def texts(parts: Parts) -> dict[str, str]:
     return parts.configs(quantization_config=quantization)
 
 
+def _written(spec: LayerSpec) -> LayerSpec:
+    return spec if spec.weight.strategy == "group" else replace(spec, weight=replace(spec.weight, strategy="channel"))
+
+
 def _check(name: str, layer: QuantizedLinear) -> None:
-    spec, c, dtype = layer.layout.spec, layer.in_features, layer.layout.dtype
-    size = spec.weight.group_size
+    (weight, inputs), c = (layer.layout.spec.weight, layer.layout.spec.inputs), layer.in_features
+    size, found = weight.group_size, ""
     if size is not None and c % size:
         found = f"in_features {c} in groups of {size}, the last one shorter, which the format cannot hold"
-        raise refusal(f"layer {name!r}", found, "a group_size that divides in_features, or the layer in skip_layers")
-    if spec.inputs is None and not bool(layer.get_buffer("scale").to(dtype).all()):
-        found = f"a scale too small for {dtype}, in which the format holds it"
-        raise refusal(f"layer {name!r}", found, "a model in bfloat16 or float32, or the layer in skip_layers")
+        wanted = "a group_size that divides in_features, or the layer in skip_layers"
+    elif inputs is not None and not weight.symmetric:
+        found = "asymmetric weights beside quantized inputs, for which no loader has a layer"
+        wanted = "symmetric weights, or inputs in floating point"
+    elif inputs is not None and weight.bits == 4 and inputs.strategy == "tensor":
+        found = "int4 weights beside static inputs, for which no loader has a layer"
+        wanted = "inputs with strategy 'token', weights of type 'int8', or inputs in floating point"
+    if found:
+        raise refusal(f"layer {name!r}", found, wanted)
+    check_scale(name, layer)
 
 
 def _left(parts: Parts) -> list[str]:
@@ -88,7 +106,7 @@ def _left(parts: Parts) -> list[str]:
 
 def _group(spec: LayerSpec) -> dict[str, Any]:
     return {
-        "weights": _arguments(spec.weight, "channel" if spec.weight.group_size is None else "group"),
+        "weights": _arguments(spec.weight, spec.weight.strategy),
         "input_activations": None if spec.inputs is None else _arguments(spec.inputs, spec.inputs.strategy),
         "output_activations": None,
         # Weights alone are packed, int8 ones too: vLLM takes no other format without inputs.

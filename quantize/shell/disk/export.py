@@ -10,8 +10,8 @@ from quantize.shell.config import refusal, shown
 from quantize.shell.disk import ascendv1, compressed_tensors, files
 from quantize.shell.disk.parts import Parts, pairs
 
-# Each has FILE, the name of the file of tensors; ``texts``, the other files by name, which refuses layers that have no
-# place in the format; and ``tensors`` of one layer.
+# Each has FILE, the name of the file of tensors, and LIMIT, the bytes of one where none are given; ``texts``, the other
+# files by name, which refuses layers that have no place in the format; and ``tensors`` of a layer and its bias.
 FORMATS = {"compressed-tensors": compressed_tensors, "ascendv1": ascendv1}
 
 
@@ -28,12 +28,16 @@ def export(
     have; with the ``config`` and ``generation_config`` of a model of transformers also its ``config.json`` and
     ``generation_config.json``. Tokenizers are not.
 
-    - ``'compressed-tensors'``: for transformers and vLLM. ``model.safetensors``, and the format in ``config.json``. All
-      formats but groups that do not divide the inputs. Asymmetric weights are read by transformers with
+    - ``'compressed-tensors'``: for transformers and vLLM. ``model.safetensors``, and the format in ``config.json``.
+      Weights alone in all formats but groups that do not divide the inputs; symmetric weights with quantized inputs,
+      int4 ones with inputs by token. transformers reads asymmetric weights with
       ``quantization_config=CompressedTensorsConfig(dequantize=True)`` only.
-    - ``'ascendv1'``: for vLLM on Ascend and MindIE. ``quant_model_weights.safetensors`` and
-      ``quant_model_description.json``. Symmetric int8 weights by tensor or channel, inputs as they are, static, or
-      symmetric by token.
+    - ``'ascendv1'``: for vLLM on Ascend and MindIE. ``quant_model_weights.safetensors``, in parts of 4 GiB, and
+      ``quant_model_description.json``. Symmetric int8 weights by tensor or channel, inputs as they are, static (not in
+      float32), or symmetric by token; experts by token only, and ``kv_b_proj`` not at all.
+
+    Layers may have different formats, except those that loaders compute as one: ``q_proj``, ``k_proj`` and ``v_proj``,
+    ``gate_proj`` and ``up_proj``, the experts of a mixture, and so on.
 
     Neither holds a layer that smooths its inputs at run time. Scales by token are the loader's own: an input may take
     the next code.
@@ -43,17 +47,19 @@ def export(
         directory: a new or an empty one, in a directory that exists. It is there whole, or as it was.
         format: as above.
         max_shard_size: bytes of tensors in a file, or a string such as ``'5GB'``; a larger model is written as several
-            files and an index, as transformers does. No more than one of them is made at a time.
+            files and an index, as transformers does. No more than one of them is made at a time. None: as above.
 
     Raises:
-        QuantizeError: a model that is not converted, a layer that the format cannot hold, a directory with content, or
-            no safetensors; nothing is left.
+        QuantizeError: a model that is not converted, a layer that the format cannot hold, a directory with content or
+            without one around it, or no safetensors; nothing is left.
         OSError: it cannot be written; nothing is left.
     """
     if not (isinstance(format, str) and format in FORMATS):
         raise refusal("format", shown(format), f"one of {', '.join(map(repr, FORMATS))}")
-    form, parts, limit = FORMATS[format], Parts(model), files.shard_size(max_shard_size)
     files.check_new(directory)
+    form, parts = FORMATS[format], Parts(model)
+    limit = form.LIMIT if max_shard_size is None else files.shard_size(max_shard_size)
     texts = form.texts(parts)
-    tensors = pairs(parts.others, {parts.names[name]: layer for name, layer in parts.layers.items()}, form.tensors)
+    layers = {parts.names[name]: (layer, parts.biases.get(name)) for name, layer in parts.layers.items()}
+    tensors = pairs(parts.others, layers, lambda held: form.tensors(*held))
     files.write(directory, form.FILE, tensors, texts, {}, limit)

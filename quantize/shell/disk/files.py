@@ -20,8 +20,12 @@ _INDEX = "{}.index.json"
 
 
 def check_new(directory: str | os.PathLike[str]) -> None:
-    """Refuse a directory that holds something, and a process that could not write tensors into it."""
+    """Refuse a directory that holds something or cannot be made, and a process that could not write tensors into it."""
     target = Path(directory)
+    parent = target.resolve().parent
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):
+        wanted = "a new or an empty directory, in one that exists and can be written to"
+        raise refusal(os.fspath(directory), f"{os.fspath(parent)} is not a directory that can be written to", wanted)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise refusal(os.fspath(directory), "exists, and holds something", "a new or an empty directory")
     safetensors()
@@ -81,6 +85,8 @@ def write(
         stem, many = file.removesuffix(".safetensors"), len(shards)
         names = [f"{stem}-{i + 1:05}-of-{many:05}.safetensors" for i in range(many)] if many > 1 else [file]
         for i, name in enumerate(names):
+            # safetensors makes files that others cannot read; the directory was made by the umask.
+            (made / str(i)).chmod(made.stat().st_mode & 0o666)
             (made / str(i)).rename(made / name)
         if many > 1:
             where = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}

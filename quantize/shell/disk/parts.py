@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,16 @@ from quantize.shell.deploy.layer import QuantizedLinear
 from quantize.shell.deploy.state import Outline
 from quantize.shell.disk.files import as_json
 from quantize.shell.views import Experts
+
+_T = TypeVar("_T")
+# Layers of one module that loaders compute as one matrix.
+_MERGED = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+    ("gate_proj", "up_proj"),
+)
+_FLOAT = "floating point"
 
 
 def quantized(model: object) -> dict[str, QuantizedLinear]:
@@ -33,9 +43,7 @@ def quantized(model: object) -> dict[str, QuantizedLinear]:
 
 
 def pairs(
-    others: Mapping[str, Tensor],
-    layers: Mapping[str, QuantizedLinear],
-    tensors: Callable[[QuantizedLinear], Mapping[str, Tensor]],
+    others: Mapping[str, Tensor], layers: Mapping[str, _T], tensors: Callable[[_T], Mapping[str, Tensor]]
 ) -> Iterator[tuple[str, Tensor]]:
     """All tensors of a file with their names: ``others``, and those that ``tensors`` makes of a layer at a time."""
     yield from others.items()
@@ -46,9 +54,9 @@ def pairs(
 class Parts:
     """A converted model taken apart; nothing is copied.
 
-    - ``layers``: the quantized layers, by all names. ``names``: by these, those in a checkpoint.
-    - ``others``: every other tensor of the ``state_dict``, the layers' biases among them; tied ones once. Under the
-      names of checkpoints.
+    - ``layers``: the quantized layers, by all names. ``names``: by these, those in a checkpoint. ``biases``: by these,
+      the biases of the layers that have one.
+    - ``others``: every other tensor of the ``state_dict``, tied ones once. Under the names of checkpoints.
     - ``tied``: the names that ``others`` leaves out, since the config makes loaders tie them.
 
     Raises:
@@ -72,7 +80,23 @@ class Parts:
         for key, value in others.items():
             if not isinstance(value, Tensor):
                 raise refusal(f"{key!r} in the state", f"a {type(value).__name__}", "tensors only")
+        self.check_merged(dict.fromkeys(self.layers, "codes"))
+        self.biases = {name: others.pop(f"{name}.bias") for name in self.layers if f"{name}.bias" in others}
         self.names, self.others = _of_checkpoint(model, self.layers, others)
+
+    def check_merged(self, kinds: Mapping[str, str]) -> None:
+        """Refuse layers that loaders compute as one matrix or one mixture where ``kinds``, by name, are not all alike.
+
+        What has no kind stays in floating point.
+        """
+        for parent, module in self.model.named_modules(remove_duplicate=False):
+            for names in _merged(parent, module):
+                first = kinds.get(names[0], _FLOAT)
+                for name in names[1:]:
+                    if (kind := kinds.get(name, _FLOAT)) != first:
+                        found = f"{first} and {kind}, but loaders compute these layers as one"
+                        wanted = f"one format for {', '.join(each.rpartition('.')[2] for each in names[:3])}"
+                        raise refusal(f"layers {names[0]!r}, {name!r}", found, f"{wanted}, or all in skip_layers")
 
     def configs(self, **extra: Any) -> dict[str, str]:
         """``config.json`` with ``extra`` in it, and ``generation_config.json``, where the model has such configs."""
@@ -83,7 +107,7 @@ class Parts:
             told = {**config.to_dict(), "architectures": [type(self.model).__name__]}
             dtype = next(iter(self.layers.values())).layout.dtype
             told["torch_dtype" if "torch_dtype" in told else "dtype"] = str(dtype).removeprefix("torch.")
-            told = _without_ties(told) if self.untied else told
+            told = _public(told, untied=self.untied)
         texts = {"config.json": as_json("model.config", {**told, **extra})} if told or extra else {}
         generation: Any = getattr(self.model, "generation_config", None)
         if callable(getattr(generation, "to_json_string", None)):
@@ -91,15 +115,35 @@ class Parts:
         return texts
 
 
-def _without_ties(config: dict[str, Any]) -> dict[str, Any]:
-    nested = {key: _without_ties(value) if isinstance(value, dict) else value for key, value in config.items()}
-    return {**nested, "tie_word_embeddings": False} if "tie_word_embeddings" in nested else nested
+def check_scale(name: str, layer: QuantizedLinear) -> None:
+    """Refuse a layer with a scale that is 0 in the dtype of the model, in which loaders hold it."""
+    dtype = layer.layout.dtype
+    if not bool(layer.get_buffer("scale").to(dtype).all()):
+        found = f"a scale too small for {dtype}, in which loaders hold it"
+        raise refusal(f"layer {name!r}", found, "a model in bfloat16 or float32, or the layer in skip_layers")
+
+
+def _merged(parent: str, module: nn.Module) -> Iterator[list[str]]:
+    """The names of layers inside of ``module`` that loaders compute as one, by group."""
+    if isinstance(module, Experts):
+        kinds = (nn.Linear, QuantizedLinear)
+        yield [name for name, each in module.named_modules(prefix=parent) if isinstance(each, kinds)]
+    for row in _MERGED:
+        if present := [key for key in row if module._modules.get(key) is not None]:
+            yield [f"{parent}.{key}" if parent else key for key in present]
+
+
+def _public(config: dict[str, Any], *, untied: bool) -> dict[str, Any]:
+    """``config`` and those inside of it without the path that they were read from; ``untied``: without tied weights."""
+    told = {key: _public(value, untied=untied) if isinstance(value, dict) else value
+            for key, value in config.items() if key != "_name_or_path"}  # fmt: skip
+    return {**told, "tie_word_embeddings": False} if untied and "tie_word_embeddings" in told else told
 
 
 def _of_checkpoint(
     model: nn.Module, layers: Iterable[str], others: Mapping[str, Tensor]
 ) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """The names of ``layers`` and of float experts by those in memory; and ``others`` as checkpoints have them.
+    """The names of ``layers`` by those in memory, and ``others`` as checkpoints have them.
 
     transformers finds the names itself: for every layer it is given a number in place of the weight. An expert's are
     those of its part of the 3-D parameter that the model was made with.
@@ -108,28 +152,23 @@ def _of_checkpoint(
     revert = getattr(loading, "revert_weight_conversion", None)
     if revert is None or not hasattr(model, "save_pretrained"):
         return {name: name for name in layers}, dict(others)
-    mixtures = {name: m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, Experts)}
-    # Experts that stay in floating point have such names, too.
-    floats = [f"{name}.{inner}" for name, mixture in mixtures.items() for inner, module in mixture.named_modules()
-              if isinstance(module, nn.Linear)]  # fmt: skip
-    given = [*layers, *floats]
+    given = [*layers]
     left = {name: torch.tensor([number]) for number, name in enumerate(given)}
     marks: dict[str, Tensor] = {}
-    for name, m in mixtures.items():
-        ups = ("gate_proj", "up_proj") if m.has_gate else ("up_proj",)
-        for fused, parts in (("gate_up_proj" if m.has_gate else "up_proj", ups), ("down_proj", ("down_proj",))):
-            numbers = [torch.stack([left.pop(f"{name}.{e}.{part}") for part in parts]) for e in range(m.num_experts)]
-            marks[f"{name}.{fused}"] = torch.stack(numbers)
+    for name, m in model.named_modules(remove_duplicate=False):
+        if isinstance(m, Experts):
+            ups = ("gate_proj", "up_proj") if m.has_gate else ("up_proj",)
+            for fused, parts in (("gate_up_proj" if m.has_gate else "up_proj", ups), ("down_proj", ("down_proj",))):
+                numbers = [left.pop(f"{name}.{e}.{part}") for e in range(m.num_experts) for part in parts]
+                marks[f"{name}.{fused}"] = torch.stack(numbers).view(m.num_experts, len(parts), 1)
     marks |= {f"{name}.weight": number for name, number in left.items()}
     names, kept = {name: name for name in given}, dict[str, Tensor]()
-    own = {key: key.rpartition(".") for key in others if key.rpartition(".")[0] in floats}
-    rest = {key: tensor for key, tensor in others.items() if key not in own}
-    for key, tensor in revert(model, {**rest, **marks}).items():
-        if tensor.dtype != torch.int64 or key in rest:
+    for key, tensor in revert(model, {**others, **marks}).items():
+        if tensor.dtype != torch.int64 or key in others:
             kept[key] = tensor
         elif tensor.numel() > 1:
             told = f"{key!r} is one tensor in its checkpoints, which no format has in codes"
             raise refusal("model", told, "the experts in skip_layers")
         else:
             names[given[int(tensor)]] = key.removesuffix(".weight")
-    return names, kept | {f"{names[owner]}.{last}": others[key] for key, (owner, _, last) in own.items()}
+    return names, kept

@@ -34,12 +34,12 @@ def save(model: nn.Module, directory: str | os.PathLike[str], *, max_shard_size:
         max_shard_size: as for ``export``.
 
     Raises:
-        QuantizeError: a model that is not converted, a state that JSON cannot hold, a directory with content, or no
-            safetensors; nothing is left.
+        QuantizeError: a model that is not converted, a state that JSON cannot hold, a directory with content or without
+            one around it, or no safetensors; nothing is left.
         OSError: it cannot be written; nothing is left.
     """
-    layers, limit, buffers = quantized(model), files.shard_size(max_shard_size), loading.hidden(model)
     files.check_new(directory)
+    layers, limit, buffers = quantized(model), files.shard_size(max_shard_size), loading.hidden(model)
     # With the tensors themselves, which are the same objects under several names.
     state = offload.state(model, destination=saved.Outline(), keep_vars=True)
     first: dict[Tensor, str] = {}
