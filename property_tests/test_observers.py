@@ -7,11 +7,12 @@ from hypothesis import strategies as st
 from property_tests.laws import assert_pure, same_bits
 from property_tests.oracles import U32, gram64, numpy64
 from property_tests.strategies import integer_matrices, normal_matrices
-from quantize.core import channel_absmean, channel_range, gram, paired_gram, product
+from quantize.core import channel_absmean, channel_range, channel_square, gram, paired_gram, product
 
 OBSERVERS = {
     "channel_range": channel_range,
     "channel_absmean": channel_absmean,
+    "channel_square": channel_square,
     "gram": gram,
     "paired_gram": paired_gram,
     "product": product(channel_range, channel_absmean, gram),
@@ -185,3 +186,11 @@ def test_no_token_is_the_empty_statistic():
     assert not low.any()
     assert not high.any()
     assert not channel_absmean.finalize(channel_absmean.init(2)).any()
+
+
+@given(integer_matrices(n=st.integers(0, 6), c=st.integers(1, 5)))
+def test_squares_are_the_diagonal_of_the_gram_matrix(x):
+    # Whole numbers: exact in both orders of additions.
+    squares, sums = (each.finalize(each.update(each.init(x.shape[1]), x)) for each in (channel_square, gram))
+    assert torch.equal(squares.total, sums.total.diagonal())
+    assert squares.tokens == sums.tokens == len(x)

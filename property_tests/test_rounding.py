@@ -161,3 +161,27 @@ def test_a_stack_is_met_as_each(e, inputs, seed, smoothed, paired):
     for k in range(e):
         alone = one(x[k], s[k], missing[k])
         same_bits((mapped.gram.total[k], mapped.cross[k]), (alone.gram.total, alone.cross))
+
+
+@given(tokens, st.integers(1, 4), st.booleans(), st.none() | seeds, seeds)
+def test_losses_are_parts_of_the_power_of_the_outputs(x, n, symmetric, seed, weight_seed):
+    c = x.shape[1]
+    s = None if seed is None else smoothings(c, seed)
+    weight = torch.from_numpy(np.random.default_rng(weight_seed).normal(size=(n, c)))
+    static = Scheme(8, symmetric, "tensor")
+    ranges, sums = statistic(x)
+    notes = assert_pure(lambda *a: rounding.loss_notes(static, *a, s), weight, ranges, sums)
+    divisor = np.ones(c) if s is None else numpy64(s)
+    power = sum(gram64(x)[j, j] * numpy64(weight)[i, j] ** 2 for i in range(n) for j in range(c))
+    for name, strategy in (("static_loss", "tensor"), ("token_loss", "token")):
+        lost = lost64(Scheme(8, symmetric, strategy), numpy64(x), divisor)
+        loss = sum(lost[j] * (numpy64(weight)[i, j] * divisor[j]) ** 2 for i in range(n) for j in range(c))
+        # Terms that are not negative: sums over tokens, rows and channels on both sides, and two dozen roundings.
+        bound = 4 * (len(x) + n + c + 24) * U64
+        assert abs(notes[name].item() - (loss / power if power else 0)) <= bound * (loss / power if power else 0)
+        assert 0 <= notes[name].item() <= 1 + bound
+    # What of the Gram matrix is read is its diagonal.
+    alone = SumState(sums.total.diagonal().clone(), sums.tokens)
+    same_bits(rounding.loss_notes(static, weight, ranges, alone, s), notes)
+    assert rounding.loss_notes(Scheme(8, symmetric, "token"), weight, ranges, sums, s) == {}
+    assert rounding.loss_notes(None, weight, ranges, sums, s) == {}

@@ -7,11 +7,16 @@ from hypothesis import strategies as st
 from property_tests.laws import assert_pure, same_bits
 from property_tests.oracles import U64, loss_noise, lost64, numpy64, row_losses, values64
 from property_tests.strategies import correlated_tokens, normal_matrices
-from quantize.core import LayerSpec, Scheme, channel_range, gptq, linear, round_to_nearest, smoothquant
+from quantize.core import LayerSpec, Scheme, gptq, linear, round_to_nearest, smoothquant
 from quantize.core.observers import Range, SumState
 
 F64 = torch.float64
 strengths = st.floats(0.01, 0.99)
+
+
+def observed(x):
+    """The ranges of the channels, and the sums of their squares."""
+    return Range(x.amin(0).clamp(max=0), x.amax(0).clamp(min=0)), SumState(x.square().sum(0), torch.tensor(len(x)))
 
 
 def amplitudes(x, weight):
@@ -21,7 +26,7 @@ def amplitudes(x, weight):
 @given(normal_matrices(st.integers(1, 5), st.integers(1, 9), F64), st.data(), strengths)
 def test_inputs_are_divided_by_what_multiplies_the_weight(weight, data, strength):
     x = data.draw(correlated_tokens(st.integers(1, 9), st.just(weight.shape[1])))
-    seen = Range(x.amin(0).clamp(max=0), x.amax(0).clamp(min=0))
+    seen = observed(x)
     spec, options = LayerSpec(Scheme(), Scheme(strategy="token")), smoothquant.Options(smooth_strength=strength)
     solution = assert_pure(lambda *a: smoothquant.solve(spec, options, *a), weight, seen)
     s = smoothquant.smoothing_scale(*amplitudes(x, weight), strength)
@@ -67,7 +72,7 @@ def test_static_ranges_are_those_of_the_smoothed_tokens(data, symmetric, strengt
     weight = data.draw(normal_matrices(st.integers(1, 5), st.integers(1, 9), F64))
     x = data.draw(correlated_tokens(st.integers(1, 20), st.just(weight.shape[1])))
     inputs = Scheme(8, symmetric, "tensor")
-    seen = Range(x.amin(0).clamp(max=0), x.amax(0).clamp(min=0))
+    seen = observed(x)
     options = smoothquant.Options(smooth_strength=strength)
     solution = smoothquant.solve(LayerSpec(Scheme(), inputs), options, weight, seen)
     smoothed = linear.smooth(x, solution.smoothing)
@@ -81,7 +86,7 @@ def test_even_powers_of_two_leave_the_square_root(weight, data, exponent):
     # With strength 0.5 the divisor is a quotient of square roots, which are rounded correctly: all of it is exact.
     x = data.draw(correlated_tokens(st.integers(1, 20), st.just(weight.shape[1])))
     spec, options = LayerSpec(Scheme(), Scheme(8, True, "token")), smoothquant.Options()
-    seen = Range(x.amin(0).clamp(max=0), x.amax(0).clamp(min=0))
+    seen = observed(x)
     # A dead channel has divisor 1 whatever the weight is.
     weight[:, (x == 0).all(0)] = 0
     a, b = (smoothquant.solve(spec, options, w, seen) for w in (weight, weight * 4.0**exponent))
@@ -171,7 +176,7 @@ def test_rounded_by_gptq_the_smoothed_weight_is_that_of_gptq(data, inputs, grids
     # The divisor is that of rounding to nearest; by the ranges alone without a search.
     nearest = smoothquant.Options(grids_num=grids_num)
     gram = statistic[1].gram if paired else statistic[1]
-    s = smoothquant.common_scale(spec, nearest, [weight], (statistic[0], gram) if grids_num else statistic[0])
+    s = smoothquant.common_scale(spec, nearest, [weight], (statistic[0], gram))
     solution = assert_pure(algorithm.solve, weight, statistic)
     assert torch.equal(solution.smoothing, s)
     same_bits(solution, gptq.solve(spec, gptq.Options(), weight, statistic, s))
@@ -185,7 +190,7 @@ def test_a_common_divisor_meets_the_largest_of_the_weights(data):
     c = data.draw(st.integers(1, 8))
     weights = [data.draw(normal_matrices(st.integers(1, 3), st.just(c), F64)) for _ in range(3)]
     x = data.draw(normal_matrices(st.integers(1, 9), st.just(c), F64))
-    seen = channel_range.finalize(channel_range.update(channel_range.init(c, dtype=F64), x))
+    seen = observed(x)
     spec, options = LayerSpec(Scheme(), Scheme(strategy="token")), smoothquant.Options()
     # The weights one below the other are one layer.
     stacked = smoothquant.solve(spec, options, torch.cat(weights), seen)
@@ -202,8 +207,8 @@ def test_tied_channels_get_one_divisor_by_their_largest(data, grids_num):
     x = data.draw(normal_matrices(st.integers(1, 9), st.just(c), F64))
     tie = torch.tensor(data.draw(st.lists(st.integers(0, 2), min_size=c, max_size=c)))
     spec, options = LayerSpec(Scheme(), Scheme(strategy="token")), smoothquant.Options(grids_num=grids_num)
-    seen = Range(x.amin(0).clamp(max=0), x.amax(0).clamp(min=0))
-    statistic = (seen, SumState(x.T @ x, torch.tensor(len(x)))) if grids_num else seen
+    seen, squares = observed(x)
+    statistic = seen, SumState(x.T @ x, torch.tensor(len(x))) if grids_num else squares
     scale = smoothquant.common_scale(spec, options, [weight], statistic, tie)
     largest = [torch.stack([each[tie == number].max() for number in tie]) for each in amplitudes(x, weight)]
     candidates = [smoothquant.smoothing_scale(*largest, options.smooth_strength)]

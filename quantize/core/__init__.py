@@ -28,7 +28,7 @@ from quantize.core.affine import (
     to_groups,
 )
 from quantize.core.algorithms import ALGORITHMS, Algorithm, LayerSpec, Solution, awq, gptq, minmax, smoothquant
-from quantize.core.observers import Observer, channel_absmean, channel_range, gram, paired_gram, product
+from quantize.core.observers import Observer, channel_absmean, channel_range, channel_square, gram, paired_gram, product
 from quantize.core.qtensor import QParams, QTensor
 from quantize.core.scheme import Scheme
 
@@ -46,6 +46,7 @@ __all__ = [
     "budget",
     "channel_absmean",
     "channel_range",
+    "channel_square",
     "correction",
     "dequantize",
     "fake_quantize",

@@ -219,16 +219,9 @@ def _solve(
     if isinstance(statistic, observers.PairedState):
         target = refine.each(partial(correction.corrected, strength=options.asymmetric), stacked)(wide, statistic)
     rounded = refine.each(partial(affine.round_to_nearest, scheme=spec.weight), stacked)(wide)
-    if options.search_range:
-        params = ranges.search(
-            target, spec.weight, prepared.pivots, signed=options.signed_scale and spec.inputs is None
-        )
-    else:
-
-        def full(matrix: Tensor) -> tuple[Tensor, ...]:
-            return present(affine.qparams(*affine.group_ranges(matrix, spec.weight), spec.weight))
-
-        params = QParams(*refine.each(full, stacked)(target))
+    # Without a step, the search gives the full ranges.
+    steps, signed = 20 if options.search_range else 0, options.signed_scale and spec.inputs is None
+    params = ranges.search(target, spec.weight, prepared.pivots, steps=steps, signed=signed)
     q = refine.sweep(target, target, prepared.upper, params, spec.weight, prepared.order, block_size=options.block_size)
     for _ in range(options.sweeps):
         q = refine.each(refine.refit, stacked)(
