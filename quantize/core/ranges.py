@@ -63,7 +63,7 @@ def search(
     low, high = affine.group_ranges(x, scheme)
     best = affine.qparams(low, high, scheme)
     groups, weights = affine.to_groups(x, scheme), _by_group(importance, x, scheme)
-    least, _ = _fitted(groups, best, scheme, weights, keep=True)
+    least = _fitted(groups, best, scheme, weights, keep=True)[0].nan_to_num(nan=torch.inf)
     for i in range(steps):
         share = 1 - (1 - smallest) * i / max(steps - 1, 1)
         for candidate in _neighbours(low * share, high * share, scheme, signed):
