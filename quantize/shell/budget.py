@@ -86,10 +86,15 @@ def assign_formats(
         least = sizes.amin(1).sum().item() / whole
         raise refusal("limit", shown(limit), f"at least {least:.4f}, which the smallest formats take") from None
     usual = Counter(chosen).most_common(1)[0][0]
-    found = {f"*{layer.names[0]}.weights": dict(formats[place])
-             for unit, place in zip(units, chosen, strict=True) if place != usual for layer in unit}  # fmt: skip
-    # Of two names, of which one ends in the other, the longer one has to come later to win.
-    return {"weights": dict(formats[usual]), **{key: found[key] for key in sorted(found, key=len)}}
+    wanted = {layer.names[0]: place for unit, place in zip(units, chosen, strict=True) for layer in unit}
+    found: dict[str, int] = {}
+    # A pattern also matches the names that end in it, which are longer: of those, the last has its way.
+    for name in sorted(wanted, key=len):
+        given = [place for shorter, place in found.items() if name.endswith(shorter)]
+        if [usual, *given][-1] != wanted[name]:
+            found[name] = wanted[name]
+    patterns = {f"*{name}.weights": dict(formats[place]) for name, place in found.items()}
+    return {"weights": dict(formats[usual]), **patterns}
 
 
 def _costs(unit: list[CalibrationLinear], specs: list[LayerSpec]) -> list[tuple[float, int]]:
