@@ -1,5 +1,6 @@
 """The command line: the demonstration, and a tiny language model that is made here."""
 
+import ast
 import io
 import json
 import math
@@ -11,7 +12,7 @@ import sys
 import pytest
 import torch
 
-from quantize import QuantizeError
+from quantize import QuantizedLinear, QuantizeError, QuantizeWarning, quantize, report
 from quantize.__main__ import main
 from quantize.shell.cli import commandline
 from quantize.shell.cli.commandline import CONFIG
@@ -371,3 +372,22 @@ def test_what_cannot_be_written_is_one_line_too(given, monkeypatch, capsys):
 
     monkeypatch.setattr(commandline, "demonstrate", full)
     assert refused(given, capsys) == "error: no space left on this device\n"
+
+
+def test_formats_are_chosen_under_a_budget(given, tmp_path, llama, capsys):
+    from transformers import AutoModelForCausalLM
+
+    assert main([*given, "--budget", "0.2", "--out", str(tmp_path / "out")]) == 0
+    told = ast.literal_eval(capsys.readouterr().out.splitlines()[1].removeprefix("config: "))
+    model = AutoModelForCausalLM.from_pretrained(llama).eval()
+    storage.load(model, tmp_path / "out")
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    assert len({layer.record().weights for layer in layers}) > 1
+    weights = [layer.solution.weight for layer in layers]
+    bits = sum(q.codes.numel() * q.scheme.bits + 32 * q.scale.numel() for q in weights)
+    assert bits <= 0.2 * sum(32 * q.codes.numel() for q in weights)
+    # The config that is printed is the one that was used.
+    again = AutoModelForCausalLM.from_pretrained(llama).eval()
+    with pytest.warns(QuantizeWarning, match="embed_tokens"):
+        quantize(again, {**told, "algorithm": "minmax"})
+    assert [row.weights for row in report(again).rows] == [layer.record().weights for layer in layers]
