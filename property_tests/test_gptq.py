@@ -401,7 +401,8 @@ def test_quantized_inputs_are_solved_as_what_a_layer_meets(drawn, scheme, streng
     same_bits(
         (solution.weight, solution.error, solution.baseline_error), (alone.weight, alone.error, alone.baseline_error)
     )
-    same_bits(solution.notes, alone.notes)
+    gram = statistic[1].gram if paired else statistic[1]
+    same_bits(solution.notes, {**alone.notes, **rounding.loss_notes(inputs, weight, statistic[0], gram, s)})
     assert solution.inputs == inputs
     divisor = torch.ones(c, dtype=F64) if s is None else s
     assert solution.smoothing is s or torch.equal(solution.smoothing, s)

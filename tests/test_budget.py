@@ -132,3 +132,42 @@ def test_an_error_of_the_model_is_its_own_and_leaves_it():
     with pytest.raises(RuntimeError):
         qz.assign_formats(subject, lambda model: model(randn(3, 5)), 0.2)
     assert_same_snapshot(snapshot(subject), before)
+
+
+class Weighed(nn.Module):
+    """Two layers on inputs of their own; the model's output hears one of them a thousand times less."""
+
+    def __init__(self, loud):
+        super().__init__()
+        self.a, self.b = nn.Linear(64, 64), nn.Linear(64, 64)
+        self.loud = loud
+
+    def forward(self, x):
+        first, second = self.a(x[:, :64]), self.b(x[:, 64:])
+        return first + 0.001 * second if self.loud == "a" else 0.001 * first + second
+
+
+@pytest.mark.parametrize("loud", ["a", "b"])
+@pytest.mark.parametrize("form", ["scalar", "generator", "list"])
+def test_with_losses_what_the_outputs_hear_gets_the_bits(loud, form):
+    def losses(model):
+        passes = ((model(randn(100, 128, seed=seed)) * randn(100, 64, seed=seed + 9)).sum() for seed in range(2))
+        return next(passes) if form == "scalar" else passes if form == "generator" else [next(passes)]
+
+    subject = filled(Weighed(loud))
+    before = snapshot(subject)
+    entries = chosen(qz.assign_formats(subject, losses, 0.21), filled(Weighed(loud)))
+    # The squared gradients are a million times as large: no error of rounding differs by as much.
+    assert entries == {"a": CHANNEL, "b": CHANNEL} | {loud: INT8}
+    assert_same_snapshot(snapshot(subject), before)
+    assert all(p.grad is None for p in subject.parameters())
+
+
+def test_outputs_are_no_losses_and_losses_need_gradients():
+    subject = filled(Weighed("a"))
+    plain = qz.assign_formats(subject, lambda model: None if model(randn(100, 128)) is None else None, 0.21)
+    assert qz.assign_formats(subject, lambda model: model(randn(100, 128)), 0.21) == plain
+    before = snapshot(subject.requires_grad_(False))
+    with pytest.raises(qz.QuantizeError, match="calibrate: a loss without a gradient; accepted: scalars with"):
+        qz.assign_formats(subject, lambda model: model(randn(100, 128)).sum(), 0.21)
+    assert_same_snapshot(snapshot(subject), before)

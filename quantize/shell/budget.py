@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from quantize.core import LayerSpec, QTensor, affine, budget, metrics
+from quantize.core import LayerSpec, affine, budget, metrics
 from quantize.shell.calibrate import hooks
 from quantize.shell.calibrate.layer import CalibrationLinear
 from quantize.shell.calibrate.session import KEY, Session
@@ -37,21 +38,27 @@ def assign_formats(
 ) -> dict[str, Any]:
     """The ``quant_cfg`` whose weights fit into ``limit`` with the smallest errors: a format for every layer.
 
-    One calibration tells the error that GPTQ makes in every layer with every format, relative to the power of the
-    layer's outputs; :func:`quantize.core.budget.assign` chooses. Layers that read the same tensor (q, k, v; gate, up)
+    One calibration tells the error that GPTQ makes in every output of every layer with every format, and how much an
+    output matters; :func:`quantize.core.budget.assign` chooses. Layers that read the same tensor (q, k, v; gate, up)
     get one format, as servers want it. The model is left as it was.
+
+    How much an output matters: with losses, the squared error is weighted by the mean square of the gradient of the
+    loss with respect to the output, which approximates the rise of the loss (Fisher information, its diagonal). Without
+    losses, the error counts relative to the power of the layer's outputs, which is a weaker guide.
 
     Args:
         model: a float model.
-        calibrate: called with the model; runs its forward passes, in any number.
+        calibrate: called with the model; runs its forward passes, in any number. It may return losses: a scalar
+            tensor, or a generator or list with one for each pass, such as
+            ``lambda model: (model(input_ids=rows, labels=rows).loss for rows in batches)``.
         limit: bytes of codes, scales and zero points, over the bytes that the same weights take in floating point.
             Scales count in the dtype of the weight, as checkpoints hold them.
         formats: the ``weights`` entries of ``quant_cfg`` to choose from.
         skip_layers: as in the config.
 
     Raises:
-        QuantizeError: formats or a model that ``quantize`` would refuse, no forward pass, or a limit that the smallest
-            formats exceed; it says which limit they need.
+        QuantizeError: formats or a model that ``quantize`` would refuse, no forward pass, a loss without a gradient, or
+            a limit that the smallest formats exceed; it says which limit they need.
     """
     config = {"batch_num": MAX_BATCHES, "algorithm": {"gptq": {"sequential": False}}, "skip_layers": skip_layers}
     parsed = [parse({**config, "quant_cfg": {"weights": weights}}) for weights in formats]
@@ -67,12 +74,15 @@ def assign_formats(
         swap(model, planned.views)
         swap(model, layers)
         hooks.attach(model, session)
-        calibrate(model)
-        units = siblings([layer for layer in layers.values() if layer.tokens])
-        if not units:
+        powers = _gradients(model, [*layers.values()], calibrate)
+        if not any(layer.tokens for layer in layers.values()):
             raise refusal("calibrate", "no forward pass reached a layer", "a function that runs the model")
+        for layer in layers.values():
+            # What no token reached makes no error: it gets the smallest format.
+            layer.statistics = layer.statistics or layer.initial()
+        units = siblings([*layers.values()])
         with untracked(next(model.parameters()).device):
-            table = [_costs(unit, specs) for unit in progress(units, "formats", unit="group of layers")]
+            table = [_costs(unit, specs, powers) for unit in progress(units, "formats", unit="group of layers")]
     finally:
         hooks.detach(model)
         model.__dict__.pop(KEY, None)
@@ -97,10 +107,39 @@ def assign_formats(
     return {"weights": dict(formats[usual]), **patterns}
 
 
-def _costs(unit: list[CalibrationLinear], specs: list[LayerSpec]) -> list[tuple[float, int]]:
+def _gradients(
+    model: nn.Module, layers: list[CalibrationLinear], calibrate: Callable[[nn.Module], Any]
+) -> dict[CalibrationLinear, Tensor] | None:
+    """Calibrate; by layer, the squared gradients of its outputs ``[n]``, summed over tokens; None without losses."""
+    outputs: list[tuple[CalibrationLinear, Tensor]] = []
+    found: dict[CalibrationLinear, Tensor] = {}
+    with ExitStack() as stack:
+        # Of one pass at a time: what is listed keeps its graph.
+        stack.callback(model.register_forward_pre_hook(lambda *_: outputs.clear()).remove)
+        for layer in layers:
+            stack.callback(layer.register_forward_hook(lambda own, _, y: outputs.append((own, y))).remove)
+        losses = calibrate(model)
+        losses = [losses] if isinstance(losses, Tensor) and not losses.ndim else losses
+        if not isinstance(losses, (Iterator, list, tuple)):
+            return None
+        for loss in losses:
+            made = [(layer, y) for layer, y in outputs if y.requires_grad]
+            if not made or not isinstance(loss, Tensor) or loss.ndim or not loss.requires_grad:
+                told = "scalars with gradients, of a model whose parameters have requires_grad; or no losses"
+                raise refusal("calibrate", "a loss without a gradient", told)
+            gradients = torch.autograd.grad(loss, [y for _, y in made], allow_unused=True)
+            for (layer, _), gradient in zip(made, gradients, strict=True):
+                if gradient is not None:
+                    squares = gradient.to(affine.working_dtype(gradient)).square().flatten(0, -2).sum(0)
+                    found[layer] = found[layer] + squares if layer in found else squares
+    return found
+
+
+def _costs(
+    unit: list[CalibrationLinear], specs: list[LayerSpec], gradients: Mapping[CalibrationLinear, Tensor] | None
+) -> list[tuple[float, int]]:
     """The error and the bits of each format, for layers that share their statistics."""
     statistic, weights = unit[0].statistic(), [layer.float_weight() for layer in unit]
-    powers = [metrics.output_error(weight.to(affine.working_dtype(weight)), statistic.total) for weight in weights]
     found = []
     for spec in specs:
         if (spec.weight.group_size or 0) >= unit[0].in_features:
@@ -108,14 +147,16 @@ def _costs(unit: list[CalibrationLinear], specs: list[LayerSpec]) -> list[tuple[
             continue
         together = unit[0].session.config.algorithm(spec).together
         assert together is not None
-        solved = together(weights, statistic)
-        # A layer without power has no error either.
-        parts = [cast("Tensor", s.error) / torch.where(p > 0, p, 1.0) for s, p in zip(solved, powers, strict=True)]
-        sizes = [_bits(s.weight, weight) for s, weight in zip(solved, weights, strict=True)]
-        found.append((torch.stack(parts).sum().item(), sum(sizes)))
+        error, size = 0.0, 0
+        for layer, weight, solution in zip(unit, weights, together(weights, statistic), strict=True):
+            wide, q = weight.to(affine.working_dtype(weight)), solution.weight
+            rows = metrics.row_error(affine.dequantize(q) - wide, statistic.total)
+            if gradients is None:
+                power = metrics.output_error(wide, statistic.total)
+                error += (rows.sum() / torch.where(power > 0, power, 1.0)).item()
+            elif layer in gradients:
+                error += (rows @ gradients[layer].to(rows.dtype)).item() / max(layer.tokens, 1)
+            zero_points = 0 if q.zero_point is None else q.zero_point.numel() * q.scheme.bits
+            size += q.codes.numel() * q.scheme.bits + q.scale.numel() * 8 * weight.element_size() + zero_points
+        found.append((error, size))
     return found
-
-
-def _bits(q: QTensor, weight: Tensor) -> int:
-    zero_points = 0 if q.zero_point is None else q.zero_point.numel() * q.scheme.bits
-    return q.codes.numel() * q.scheme.bits + q.scale.numel() * 8 * weight.element_size() + zero_points

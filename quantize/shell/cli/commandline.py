@@ -138,7 +138,7 @@ def _run(given: argparse.Namespace) -> None:
         rows, _ = subject.split(text, config.get("batch_num", 1), given.batch_size, evaluate=evaluate)
         chosen = assign_formats(
             subject.model,
-            lambda _: [subject(each) for each in rows],
+            lambda _: subject.losses(rows),
             given.budget,
             skip_layers=config.get("skip_layers"),
         )

@@ -59,9 +59,18 @@ class Encoder(_Pretrained):
         calibration, held = (text[::2], text[1::2]) if evaluate else (text, ())
         return islice(cycle(_parts(calibration, batch)), batches), _parts(held, batch)
 
+    def losses(self, batches: Iterable[Sequence[str]]) -> Iterator[Tensor]:
+        """One for each batch, whose gradients tell how much an output matters: a random direction of the embeddings."""
+        source = torch.Generator().manual_seed(0)
+        for found in map(self._embedded, batches):
+            yield (found * torch.randn(found.shape, generator=source)).sum()
+
     @torch.no_grad()
     def __call__(self, batch: Sequence[str]) -> Tensor:
         """Embed sentences in one forward pass: ``[t, c]``, rows of length 1."""
+        return self._embedded(batch)
+
+    def _embedded(self, batch: Sequence[str]) -> Tensor:
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         tokens = self.tokenizer(list(batch), return_tensors="pt", padding=True, truncation=True, max_length=self.length)
         hidden = self.model(**tokens).last_hidden_state.float()
@@ -92,9 +101,16 @@ class Language(_Pretrained):
         calibration, held = ([torch.tensor(part) for part in _parts(each, batch)] for each in rows)
         return calibration, held
 
+    def losses(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:
+        """One for each batch, whose gradients tell how much an output matters."""
+        yield from (self._likelihood(batch).sum() for batch in batches)
+
     @torch.no_grad()
     def __call__(self, batch: Tensor) -> Tensor:
         """The mean negative log likelihood of the tokens after the first of every row: ``[t]``."""
+        return self._likelihood(batch)
+
+    def _likelihood(self, batch: Tensor) -> Tensor:
         logits = self.model(input_ids=batch, use_cache=False).logits
         # Row by row: in float32 the logits of a batch may well be larger than the model.
         losses = [cross_entropy(row[:-1].float(), tokens[1:]) for row, tokens in zip(logits, batch, strict=True)]
