@@ -25,7 +25,7 @@ def test_its_blocks_run(block):
 
 
 def test_it_has_the_blocks_that_it_promises():
-    assert len(BLOCKS) == 8
+    assert len(BLOCKS) == 9
     assert "@" not in re.sub(r"```.*?```|`[^`]*`", "", TEXT, flags=re.DOTALL)
     for name in ALGORITHMS:
         assert f"| `{name}` |" in TEXT
