@@ -19,9 +19,9 @@ from quantize.core import (
     correction,
     dequantize,
     gptq,
+    input_loss,
     metrics,
     round_to_nearest,
-    rounding,
     smoothquant,
 )
 
@@ -200,7 +200,7 @@ def test_never_worse_than_rounding_on_the_inputs_that_a_layer_meets(case, weight
     stats = statistic(algorithm, x)
     solution = algorithm.solve(weight, stats)
     scaled = weight if solution.smoothing is None else weight * solution.smoothing
-    met = rounding.met(case.spec.inputs, stats, solution.smoothing)
+    met = input_loss.met(case.spec.inputs, stats, solution.smoothing)
     strength = gptq_options(case).asymmetric
     target, gram = numpy64(correction.corrected(scaled, met, strength)), numpy64(met.gram.total)
     found = []

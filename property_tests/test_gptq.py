@@ -23,11 +23,11 @@ from quantize.core import (
     correction,
     dequantize,
     gptq,
+    input_loss,
     linear,
     ranges,
     refine,
     round_to_nearest,
-    rounding,
     shrinkage,
 )
 from quantize.core.observers import PairedState, Range, SumState
@@ -395,14 +395,14 @@ def test_quantized_inputs_are_solved_as_what_a_layer_meets(drawn, scheme, streng
     solution = assert_pure(solve, weight, statistic, s) if smoothed else assert_pure(solve, weight, statistic)
     # Scales are positive, with whichever option.
     assert (solution.weight.scale > 0).all()
-    met = rounding.met(inputs, statistic, s)
+    met = input_loss.met(inputs, statistic, s)
     unsigned = dataclasses.replace(options, signed_scale=False)
     alone = gptq.solve(LayerSpec(scheme), unsigned, weight * s if smoothed else weight, met)
     same_bits(
         (solution.weight, solution.error, solution.baseline_error), (alone.weight, alone.error, alone.baseline_error)
     )
     gram = statistic[1].gram if paired else statistic[1]
-    same_bits(solution.notes, {**alone.notes, **rounding.loss_notes(inputs, weight, statistic[0], gram, s)})
+    same_bits(solution.notes, {**alone.notes, **input_loss.loss_notes(inputs, weight, statistic[0], gram, s)})
     assert solution.inputs == inputs
     divisor = torch.ones(c, dtype=F64) if s is None else s
     assert solution.smoothing is s or torch.equal(solution.smoothing, s)
@@ -432,7 +432,7 @@ def test_errors_with_quantized_inputs_are_those_on_what_is_met(drawn, scheme, gu
     tokens, divisor = numpy64(x), numpy64(s)
     lost = lost64(inputs, tokens, divisor)
     gram = (tokens / divisor).T @ (tokens / divisor) + np.diag(lost)
-    target = numpy64(correction.corrected(weight * s, rounding.met(inputs, statistic, s), 0.5))
+    target = numpy64(correction.corrected(weight * s, input_loss.met(inputs, statistic, s), 0.5))
     found = []
     for q, stated in (
         (solution.weight, solution.error),

@@ -12,7 +12,7 @@ from torch import nn
 
 import quantize as qz
 from quantize.core import ALGORITHMS, Algorithm, Solution, channel_range, round_to_nearest
-from quantize.core.algorithms.base import BaseOptions, option
+from quantize.core.algorithms.contract import BaseOptions, option
 from quantize.shell.report import rows
 from tests.models import TENSOR, config, mlp, randn
 

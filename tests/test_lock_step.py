@@ -18,8 +18,8 @@ from torch import nn
 import quantize as qz
 from quantize.core import gptq
 from quantize.shell.calibrate.layer import calibrated as layers_of
+from quantize.shell.calibrate.lockstep import Walk
 from quantize.shell.calibrate.units import merged
-from quantize.shell.calibrate.walks import Walk
 from tests import oracle
 from tests.models import filled, randn, solutions
 from tests.shared import modes, random_states

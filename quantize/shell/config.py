@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 from quantize.core.algorithms import ALGORITHMS, Algorithm, LayerSpec
-from quantize.core.algorithms.base import BaseOptions, option
+from quantize.core.algorithms.contract import BaseOptions, option
 from quantize.core.scheme import Scheme
 
 MAX_BATCHES = 2**32 - 1

@@ -1,7 +1,7 @@
 """The registry of algorithms: a new one is a new file here and a line below."""
 
 from quantize.core.algorithms import awq, gptq, minmax, smoothquant
-from quantize.core.algorithms.base import Algorithm, AlgorithmModule, LayerSpec, Solution
+from quantize.core.algorithms.contract import Algorithm, AlgorithmModule, LayerSpec, Solution
 
 ALGORITHMS: dict[str, AlgorithmModule] = {
     "minmax": minmax,

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantize.core import affine, linear, metrics, observers, ranges, refine, rounding, shrinkage
-from quantize.core.algorithms.base import FEWEST_FOR_GRAM, Algorithm, BaseOptions, LayerSpec, Solution, option, tied
+from quantize.core import affine, input_loss, linear, metrics, observers, ranges, refine, shrinkage
+from quantize.core.algorithms.contract import FEWEST_FOR_GRAM, Algorithm, BaseOptions, LayerSpec, Solution, option, tied
 from quantize.core.qtensor import QTensor
 
 QUANTIZES_INPUTS = frozenset({False, True})
@@ -125,7 +125,7 @@ def common_scale(
     The candidates have the exponents ``0, 1/grids_num, ...`` below 1, of which the first of equals wins. A candidate
     counts by the larger of the two errors of :func:`rounded`, each relative to that of exponent 0, which is plain
     rounding or better: so the result is never worse on the tokens that were seen, and does not live on chance. The
-    errors of the weights add up, and with quantized inputs that of :func:`~quantize.core.rounding.lost_power`.
+    errors of the weights add up, and with quantized inputs that of :func:`~quantize.core.input_loss.lost_power`.
 
     Channels with the same number in ``tie`` ``[c]`` get one scale, by the mean of their magnitudes.
     """
@@ -137,7 +137,7 @@ def common_scale(
         total = torch.stack([rounded(each, scale, sums.total, spec, options, rho)[1] for each in wide]).sum(0)
         if spec.inputs is None or len(statistic) < 3:
             return total
-        lost = rounding.lost_power(spec.inputs, statistic[2], sums, scale)
+        lost = input_loss.lost_power(spec.inputs, statistic[2], sums, scale)
         return total + sum((lost * (each * scale).square()).sum() for each in wide)
 
     scales = torch.stack([candidate_scale(absmean, i / options.grids_num) for i in range(options.grids_num)])
@@ -162,7 +162,7 @@ def solve(
     plain = affine.dequantize(affine.round_to_nearest(wide, spec.weight)) - wide
     static, notes = None, dict[str, Tensor]()
     if spec.inputs is not None and spec.inputs.strategy == "tensor":
-        notes = rounding.loss_notes(spec.inputs, wide, statistic[2], sums, scale)
+        notes = input_loss.loss_notes(spec.inputs, wide, statistic[2], sums, scale)
         static = linear.static_params(statistic[2].low, statistic[2].high, spec.inputs, smoothing=scale)
     return Solution(
         quantized,

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from quantize.core import affine, correction, linear, observers, ranges, refine, rounding, shrinkage
-from quantize.core.algorithms.base import FEWEST_FOR_GRAM, Algorithm, BaseOptions, LayerSpec, Solution, option
+from quantize.core import affine, correction, input_loss, linear, observers, ranges, refine, shrinkage
+from quantize.core.algorithms.contract import FEWEST_FOR_GRAM, Algorithm, BaseOptions, LayerSpec, Solution, option
 from quantize.core.qtensor import QParams, present
 
 QUANTIZES_INPUTS = frozenset({False, True})
@@ -90,7 +90,7 @@ def solve(
     spec: LayerSpec,
     options: Options,
     weight: Tensor,
-    statistic: Statistic | rounding.Statistic,
+    statistic: Statistic | input_loss.Statistic,
     smoothing: Tensor | None = None,
 ) -> Solution:
     """Quantize ``weight`` ``[n, c]`` for inputs with the Gram matrix ``total`` ``[c, c]``.
@@ -103,7 +103,7 @@ def solve(
     A paired statistic moves the weight first, see :func:`~quantize.core.correction.corrected`; errors are then those
     against the moved weight, also the one of plain rounding, which rounds ``weight`` itself. With quantized inputs, the
     weight is fitted to the rounded inputs, divided by ``smoothing`` ``[c]`` if given, see
-    :func:`~quantize.core.rounding.met`.
+    :func:`~quantize.core.input_loss.met`.
 
     Never fails on finite arguments. Notes: ``damp``, as large as the factorization needed it; ``dead_channels``;
     ``kept_rounding``, output channels that the guard gave back; ``corrected``, the relative change of the weight.
@@ -115,7 +115,7 @@ def solve_together(
     spec: LayerSpec,
     options: Options,
     weights: Sequence[Tensor],
-    statistic: Statistic | rounding.Statistic,
+    statistic: Statistic | input_loss.Statistic,
     smoothing: Tensor | None = None,
 ) -> list[Solution]:
     """:func:`solve` for several weights ``[n_i, c]`` of one dtype that read the same inputs: one factorization.
@@ -136,7 +136,7 @@ def solve_stack(
     spec: LayerSpec,
     options: Options,
     weights: Tensor,
-    statistics: Statistic | rounding.Statistic,
+    statistics: Statistic | input_loss.Statistic,
     smoothing: Tensor | None = None,
 ) -> Solution:
     """:func:`solve` for every weight of a stack ``[e, n, c]`` at once, as the experts of a mixture are.
@@ -149,7 +149,7 @@ def solve_stack(
 
 
 def _met(
-    spec: LayerSpec, statistic: Statistic | rounding.Statistic, smoothing: Tensor | None, *, stacked: bool
+    spec: LayerSpec, statistic: Statistic | input_loss.Statistic, smoothing: Tensor | None, *, stacked: bool
 ) -> tuple[Statistic, Callable[[Solution, Tensor], Solution]]:
     """The statistic of what a layer meets, and how to say in the solution of a weight what happens to the inputs."""
     if isinstance(statistic, observers.SumState | observers.PairedState):
@@ -166,12 +166,12 @@ def _met(
 
     def finished(solution: Solution, weight: Tensor) -> Solution:
         wide = weight.to(affine.working_dtype(weight))
-        notes = refine.each(partial(rounding.loss_notes, inputs), stacked)(
+        notes = refine.each(partial(input_loss.loss_notes, inputs), stacked)(
             wide, statistic[0], observers.single(statistic[1]), *given
         )
         return replace(solution, inputs=inputs, smoothing=smoothing, static=static, notes={**solution.notes, **notes})
 
-    return refine.each(partial(rounding.met, inputs), stacked)(statistic, *given), finished
+    return refine.each(partial(input_loss.met, inputs), stacked)(statistic, *given), finished
 
 
 class _Prepared(NamedTuple):

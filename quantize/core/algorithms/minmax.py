@@ -7,8 +7,8 @@ from functools import partial
 
 from torch import Tensor
 
-from quantize.core import affine, linear, observers, rounding
-from quantize.core.algorithms.base import Algorithm, BaseOptions, LayerSpec, Solution
+from quantize.core import affine, input_loss, linear, observers
+from quantize.core.algorithms.contract import Algorithm, BaseOptions, LayerSpec, Solution
 
 QUANTIZES_INPUTS = frozenset({False, True})
 
@@ -37,12 +37,12 @@ def algorithm(spec: LayerSpec, options: Options = Options()) -> Algorithm:
 def solve(spec: LayerSpec, weight: Tensor, inputs: tuple[observers.Range, observers.SumState] | None) -> Solution:
     """Quantize ``weight`` ``[n, c]`` by its own ranges; ``inputs``: ranges and squares ``[c]`` of the input channels.
 
-    ``inputs`` is read with static inputs only. Notes for those: :func:`~quantize.core.rounding.loss_notes`.
+    ``inputs`` is read with static inputs only. Notes for those: :func:`~quantize.core.input_loss.loss_notes`.
     """
     static, notes = None, dict[str, Tensor]()
     if spec.inputs is not None and spec.inputs.strategy == "tensor":
         if inputs is None:
             raise ValueError("inputs: None; accepted: ranges and squares of the channels, with inputs of one scale")
         static = linear.static_params(*inputs[0], spec.inputs)
-        notes = rounding.loss_notes(spec.inputs, weight.to(affine.working_dtype(weight)), *inputs)
+        notes = input_loss.loss_notes(spec.inputs, weight.to(affine.working_dtype(weight)), *inputs)
     return Solution(affine.round_to_nearest(weight, spec.weight), spec.inputs, static=static, notes=notes)

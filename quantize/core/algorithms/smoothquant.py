@@ -14,15 +14,15 @@ import torch
 from einops import reduce
 from torch import Tensor
 
-from quantize.core import affine, linear, metrics, observers, refine, rounding
+from quantize.core import affine, input_loss, linear, metrics, observers, refine
 from quantize.core.algorithms import gptq
-from quantize.core.algorithms.base import Algorithm, BaseOptions, LayerSpec, Solution, option, tied
+from quantize.core.algorithms.contract import Algorithm, BaseOptions, LayerSpec, Solution, option, tied
 
 QUANTIZES_INPUTS = frozenset({True})
 
 # The ranges of the channels and the sums of their squares; for a search over strengths and for gptq, the Gram matrix or
 # the paired one in place of the squares.
-Statistic = rounding.Statistic
+Statistic = input_loss.Statistic
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def expected_error(
 
     1. The weight's part is exact: ``tr(delta H delta^T)`` with ``delta = Q(W s) / s - W``.
     2. The errors of the inputs are taken as independent of each other and of the weight's, so that of each channel, see
-       :func:`~quantize.core.rounding.lost_power`, counts ``|W s|^2`` of its column.
+       :func:`~quantize.core.input_loss.lost_power`, counts ``|W s|^2`` of its column.
 
     ``weight`` is ``[n, c]``, ``inputs`` ``[c]``, ``gram`` ``[c, c]``.
     """
@@ -91,7 +91,7 @@ def expected_error(
     exact = metrics.output_error(reached - weight, gram.total)
     if spec.inputs is None:
         return exact
-    lost = rounding.lost_power(spec.inputs, inputs, gram, smoothing)
+    lost = input_loss.lost_power(spec.inputs, inputs, gram, smoothing)
     return exact + (lost * reduce(scaled.square(), "n c -> c", "sum")).sum()
 
 
@@ -139,7 +139,7 @@ def solve(
 
     For the search over strengths and for gptq, the Gram matrix ``[c, c]`` or the paired one takes the place of the
     squares. Without ``smoothing`` ``[c]`` the divisor is :func:`common_scale`. Notes: ``dead_channels``, input channels
-    that were zero in all of the tokens; :func:`~quantize.core.rounding.loss_notes`; and those of gptq.
+    that were zero in all of the tokens; :func:`~quantize.core.input_loss.loss_notes`; and those of gptq.
     """
     wide = weight.to(affine.working_dtype(weight))
     if smoothing is None:
@@ -151,11 +151,11 @@ def solve(
         static = linear.static_params(inputs.low, inputs.high, spec.inputs, smoothing=smoothing)
     dead = (inputs.low == 0) & (inputs.high == 0)
     quantized = affine.round_to_nearest(wide * smoothing, spec.weight)
-    notes = rounding.loss_notes(spec.inputs, wide, inputs, observers.single(statistic[1]), smoothing)
+    notes = input_loss.loss_notes(spec.inputs, wide, inputs, observers.single(statistic[1]), smoothing)
     return Solution(quantized, spec.inputs, smoothing, static, notes={"dead_channels": dead.sum(), **notes})
 
 
-def solve_stack(spec: LayerSpec, options: Options, weights: Tensor, statistics: rounding.Statistic) -> Solution:
+def solve_stack(spec: LayerSpec, options: Options, weights: Tensor, statistics: input_loss.Statistic) -> Solution:
     """:func:`solve` with gptq for every weight of a stack ``[e, n, c]`` at once; all else has the leading axis, too."""
     wide = weights.to(affine.working_dtype(weights))
     smoothing = torch.func.vmap(lambda weight, its: common_scale(spec, options, [weight], its))(wide, statistics)

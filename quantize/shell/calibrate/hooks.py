@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from quantize.shell.calibrate.batches import Batch, attention_mask
 from quantize.shell.calibrate.layer import calibrated, check_states, unsolved
+from quantize.shell.calibrate.replay import Batch, attention_mask
 from quantize.shell.calibrate.session import KEY, Session
 from quantize.shell.calibrate.solving import solve_all
 from quantize.shell.calibrate.watching import Fingerprints, Statistics

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from quantize.shell import offload
 from quantize.shell.calibrate.layer import CalibrationLinear
+from quantize.shell.calibrate.lockstep import Walks
 from quantize.shell.calibrate.ranks import Ranks
 from quantize.shell.calibrate.session import Session
 from quantize.shell.calibrate.units import Inputs, Reading, Unit, units
-from quantize.shell.calibrate.walks import Walks
 from quantize.shell.calibrate.watching import check_finite, counted
 from quantize.shell.modes import same_attributes, undisturbed
 from quantize.shell.progress import layers_progress

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from quantize.shell.calibrate.batches import Batch
+from quantize.shell.calibrate.replay import Batch
 from quantize.shell.config import Config, QuantizeWarning
 from quantize.shell.plan import Plan
 

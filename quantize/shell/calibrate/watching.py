@@ -10,8 +10,8 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from quantize.shell.calibrate.batches import Batch
 from quantize.shell.calibrate.layer import CalibrationLinear
+from quantize.shell.calibrate.replay import Batch
 from quantize.shell.config import refusal
 from quantize.shell.modes import untracked
 from quantize.shell.values import tokens_of

@@ -24,8 +24,8 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from quantize.shell import offload
-from quantize.shell.calibrate.batches import Batch
 from quantize.shell.calibrate.layer import CalibrationLinear
+from quantize.shell.calibrate.replay import Batch
 from quantize.shell.calibrate.units import Inputs, Reading, Unit
 from quantize.shell.calibrate.watching import Known, fingerprint, near
 from quantize.shell.modes import fixed, snapshot

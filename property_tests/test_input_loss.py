@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from property_tests.laws import assert_pure, same_bits
 from property_tests.oracles import U64, gram64, lost64, numpy64
 from property_tests.strategies import correlated_tokens, integer_matrices, seeds
-from quantize.core import Scheme, linear, quantize, rounding
+from quantize.core import Scheme, input_loss, linear, quantize
 from quantize.core.observers import PairedState, Range, SumState
 
 F64 = torch.float64
@@ -32,7 +32,7 @@ def smoothings(c, seed):
 @given(tokens, input_schemes, st.none() | seeds)
 def test_the_lost_power_is_its_formula(x, inputs, seed):
     s = None if seed is None else smoothings(x.shape[1], seed)
-    lost = assert_pure(lambda *a: rounding.lost_power(inputs, *a, s), *statistic(x))
+    lost = assert_pure(lambda *a: input_loss.lost_power(inputs, *a, s), *statistic(x))
     expected = lost64(inputs, numpy64(x), np.ones(x.shape[1]) if s is None else numpy64(s))
     # Terms that are not negative: a sum over the tokens, and a dozen more operations, of which a square counts twice.
     assert (np.abs(numpy64(lost) - expected) <= 2 * (len(x) + 24) * U64 * expected).all()
@@ -43,14 +43,14 @@ def test_the_lost_power_is_its_formula(x, inputs, seed):
 def test_no_channel_loses_more_than_all(strategy, symmetric):
     # Powers of two. One channel of three sets a step far above the second; the third is dead.
     x = torch.tensor([[2.0**20, 1.0, 0.0], [-(2.0**20), -1.0, 0.0]], dtype=F64)
-    lost = rounding.lost_power(Scheme(8, symmetric, strategy), *statistic(x), None)
+    lost = input_loss.lost_power(Scheme(8, symmetric, strategy), *statistic(x), None)
     assert lost[1].item() == 2
     assert lost[2].item() == 0
     # The first rounds with a step of at most 2^21 / 254, and loses a twelfth of the square of that, twice.
     assert 0 < lost[0].item() <= 2 * (2.0**21 / 254) ** 2 / 12
     # No token loses nothing.
     nothing = Range(torch.zeros(3), torch.zeros(3)), SumState(torch.zeros(3, 3), torch.tensor(0))
-    assert rounding.lost_power(Scheme(8, symmetric, strategy), *nothing, None).tolist() == [0, 0, 0]
+    assert input_loss.lost_power(Scheme(8, symmetric, strategy), *nothing, None).tolist() == [0, 0, 0]
 
 
 @given(integer_matrices(n=st.integers(1, 12), c=st.integers(1, 4)), input_schemes, st.integers(-3, 3))
@@ -58,8 +58,8 @@ def test_dividing_all_channels_alike_divides_the_power(x, inputs, exponent):
     ranges, sums = statistic(x.double())
     s = torch.full((x.shape[1],), 2.0**exponent, dtype=F64)
     # Powers of two: exact.
-    same_bits(rounding.lost_power(inputs, ranges, sums, s) * 4.0**exponent,
-              rounding.lost_power(inputs, ranges, sums, None))  # fmt: skip
+    same_bits(input_loss.lost_power(inputs, ranges, sums, s) * 4.0**exponent,
+              input_loss.lost_power(inputs, ranges, sums, None))  # fmt: skip
 
 
 @pytest.mark.parametrize("paired", [False, True])
@@ -70,7 +70,7 @@ def test_what_is_met_are_the_inputs_with_independent_errors(paired, x, inputs, s
     ranges, sums = statistic(x)
     missing = np.random.default_rng(missing_seed).normal(size=(t, c)) * paired
     seen = PairedState(sums, torch.from_numpy(missing).T @ x) if paired else sums
-    met = assert_pure(lambda *a: rounding.met(inputs, *a), (ranges, seen), s)
+    met = assert_pure(lambda *a: input_loss.met(inputs, *a), (ranges, seen), s)
     divisor = np.ones(c) if s is None else numpy64(s)
     smoothed, lack = numpy64(x) / divisor, missing / divisor
     lost = lost64(inputs, numpy64(x), divisor)
@@ -110,7 +110,7 @@ def test_the_power_is_that_of_rounding_uniform_inputs():
         q = quantize(x, params, inputs)
         zero = 0 if symmetric else q.zero_point.double()
         measured = ((q.codes.double() - zero) * q.scale - x).square().sum(0)
-        lost = rounding.lost_power(inputs, ranges, sums, None)
+        lost = input_loss.lost_power(inputs, ranges, sums, None)
         slack = 5 * (144 / (180 * t)) ** 0.5 + params.scale / (3 * 3**0.5 * amplitudes)
         assert ((measured / lost - 1).abs() <= slack).all()
 
@@ -130,7 +130,7 @@ def test_what_is_met_is_what_rounding_normal_inputs_makes(symmetric):
         Range(x.amin(0), x.amax(0)),
         SumState(x.T @ x, torch.tensor(t)),
     )
-    met = rounding.met(inputs, (ranges, sums), s)
+    met = input_loss.met(inputs, (ranges, sums), s)
     params = linear.static_params(ranges.low, ranges.high, inputs, smoothing=s)
     q = quantize(x / s, params, inputs)
     arriving = (q.codes.double() - (0 if symmetric else q.zero_point.double())) * q.scale
@@ -155,7 +155,7 @@ def test_a_stack_is_met_as_each(e, inputs, seed, smoothed, paired):
     def one(tokens, smoothing, lack):
         sums = SumState(tokens.T @ tokens, torch.tensor(len(tokens)))
         seen = PairedState(sums, lack.T @ tokens) if paired else sums
-        return rounding.met(inputs, (extremes(tokens), seen), smoothing if smoothed else None)
+        return input_loss.met(inputs, (extremes(tokens), seen), smoothing if smoothed else None)
 
     mapped = torch.func.vmap(one)(x, s, missing)
     for k in range(e):
@@ -170,7 +170,7 @@ def test_losses_are_parts_of_the_power_of_the_outputs(x, n, symmetric, seed, wei
     weight = torch.from_numpy(np.random.default_rng(weight_seed).normal(size=(n, c)))
     static = Scheme(8, symmetric, "tensor")
     ranges, sums = statistic(x)
-    notes = assert_pure(lambda *a: rounding.loss_notes(static, *a, s), weight, ranges, sums)
+    notes = assert_pure(lambda *a: input_loss.loss_notes(static, *a, s), weight, ranges, sums)
     divisor = np.ones(c) if s is None else numpy64(s)
     power = sum(gram64(x)[j, j] * numpy64(weight)[i, j] ** 2 for i in range(n) for j in range(c))
     for name, strategy in (("static_loss", "tensor"), ("token_loss", "token")):
@@ -182,6 +182,6 @@ def test_losses_are_parts_of_the_power_of_the_outputs(x, n, symmetric, seed, wei
         assert 0 <= notes[name].item() <= 1 + bound
     # What of the Gram matrix is read is its diagonal.
     alone = SumState(sums.total.diagonal().clone(), sums.tokens)
-    same_bits(rounding.loss_notes(static, weight, ranges, alone, s), notes)
-    assert rounding.loss_notes(Scheme(8, symmetric, "token"), weight, ranges, sums, s) == {}
-    assert rounding.loss_notes(None, weight, ranges, sums, s) == {}
+    same_bits(input_loss.loss_notes(static, weight, ranges, alone, s), notes)
+    assert input_loss.loss_notes(Scheme(8, symmetric, "token"), weight, ranges, sums, s) == {}
+    assert input_loss.loss_notes(None, weight, ranges, sums, s) == {}
