@@ -103,7 +103,7 @@ def save_calibration(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write the ``state_dict`` of a model under calibration to ``path``: the old file or the new one, never a part.
 
     Call it between forward passes. It holds the parameters, the statistics, and what was solved already; with
-    ``sequential``, the arguments of the batches. (``CalibrationLinear.get_extra_state`` and ``Session.state`` say what.)
+    ``sequential``, the arguments of the batches: see ``CalibrationLinear.get_extra_state`` and ``Session.state``.
 
     Raises:
         QuantizeError: a model that is not under calibration.
