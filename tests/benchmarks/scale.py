@@ -24,8 +24,17 @@ import torch.multiprocessing
 
 import quantize as qz
 from tests.benchmarks import smollm2
-from tests.benchmarks.accuracy import EVALUATED, GROUP, case
 from tests.benchmarks.memory import loaded, resident
+from tests.models import WEIGHTS
+
+EVALUATED = 20
+GROUP = {**WEIGHTS, "type": "int4", "strategy": "group", "group_size": 64}
+
+
+def case(algorithm, weights, rows=32):
+    batches = rows // smollm2.BATCH
+    return {"batch_num": batches, "quant_cfg": {"weights": weights}, "algorithm": algorithm, "skip_layers": "lm_head"}
+
 
 OURS = {
     "forward": None,

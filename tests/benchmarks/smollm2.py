@@ -60,3 +60,15 @@ def perplexity(model, tokens):
         total += torch.nn.functional.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="sum").item()
         predicted += part[:, 1:].numel()
     return math.exp(total / predicted)
+
+
+@torch.no_grad()
+def divergence(model, reference, tokens):
+    """Mean of KL(reference || model) in nats a token, and its standard error over the rows."""
+    found = []
+    for row in tokens.split(1):
+        p, q = (each(input_ids=row, use_cache=False).logits[0, :-1].float().log_softmax(-1)
+                for each in (reference, model))  # fmt: skip
+        found.append((p.exp() * (p - q)).sum(-1).mean())
+    values = torch.stack(found)
+    return values.mean().item(), (values.std() / len(values) ** 0.5).item()
