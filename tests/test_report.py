@@ -106,8 +106,14 @@ def test_the_report_names_what_static_inputs_cost_and_what_would_mend_it():
     lines = str(Report(rows, (), ())).splitlines()
     place = lines.index("static inputs that cost most; what to add to quant_cfg (2)")
     form = "{'type': 'int8', 'symmetric': True, 'strategy': 'token'}"
+    worst = "the worst loses {} of its outputs' power, with a scale a token {}: "
     assert lines[place + 1 :] == [
-        f"  '*up_proj.inputs': {form}  # 1 layers; the worst loses 60.0% of its outputs' power, then 10.0%",
-        f"  '*down_proj.inputs': {form}  # 2 layers; the worst loses 50.0% of its outputs' power, then 0.2%",
+        # Loaders compute gate and up as one.
+        "  layers like 'up_proj' (1): "
+        + worst.format("60.0%", "10.0%")
+        + f"'*gate_proj.inputs': {form}, '*up_proj.inputs': {form}",
+        "  layers like 'down_proj' (2): " + worst.format("50.0%", "0.2%") + f"'*down_proj.inputs': {form}",
     ]
     assert "static inputs" not in str(Report(rows[3:], (), ()))
+    # A number is no name of a kind: it would match others that end in it.
+    assert "'*a.0.inputs': " in str(Report((loses("a.0", 0.5, 0.0),), (), ()))

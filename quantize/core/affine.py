@@ -137,8 +137,11 @@ def fake_quantize(x: Tensor, params: QParams, scheme: Scheme) -> Tensor:
     tensor([[ 0.5000, -1.0000,  1.7500]])
     """
     n, c = x.shape
-    groups = _values(_codes(to_groups(x, scheme), params, scheme), params)
-    return from_groups(groups, scheme, (n, c)).to(x.dtype)
+    values = from_groups(_values(_codes(to_groups(x, scheme), params, scheme), params), scheme, (n, c))
+    if x.dtype == torch.float16:
+        # The last step of a range may lie above the largest number of the dtype.
+        values = values.clamp(torch.finfo(x.dtype).min, torch.finfo(x.dtype).max)
+    return values.to(x.dtype)
 
 
 def round_to_nearest(x: Tensor, scheme: Scheme) -> QTensor:

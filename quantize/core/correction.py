@@ -7,7 +7,6 @@ from torch import Tensor
 
 from quantize.core import observers
 
-
 # Of the mean of the diagonal; and what keeps the ridge of a channel that is nearly nothing finite.
 _FLOOR, _MOST = 1e-4, 1e12
 

@@ -11,18 +11,15 @@ from torch import nn
 
 from quantize.presets import INT8_MINMAX_WEIGHT_QUANT_CFG
 from quantize.shell.calibrate import hooks, solving
-from quantize.shell.calibrate.layer import CalibrationLinear, calibrated
+from quantize.shell.calibrate.layer import QUANTIZED, CalibrationLinear, calibrated, check_float, check_model
 from quantize.shell.calibrate.ranks import Ranks
 from quantize.shell.calibrate.session import KEY, Session
 from quantize.shell.config import QuantizeWarning, parse, refusal, shown
 from quantize.shell.deploy import loading
-from quantize.shell.deploy.layer import QuantizedLinear
 from quantize.shell.offload import keeper
 from quantize.shell.plan import Plan, plan, swap
 from quantize.shell.report.rows import Report, share
 from quantize.shell.views import release
-
-_QUANTIZED = (CalibrationLinear, QuantizedLinear)
 
 
 def quantize(model: nn.Module, config: object = None) -> None:
@@ -43,15 +40,13 @@ def quantize(model: nn.Module, config: object = None) -> None:
         QuantizeWarning: once, with all modules left in floating point that the config did not ask to skip.
     """
     parsed = parse(INT8_MINMAX_WEIGHT_QUANT_CFG if config is None else config)
-    _check_model(model)
-    for name, module in model.named_modules():
-        if isinstance(module, _QUANTIZED):
-            raise refusal("model", f"layer {name!r} is quantized already", "a model in floating point")
+    check_float(model)
     planned = plan(model, parsed)
     _warn(planned)
     session = Session(parsed, planned)
     layers = {layer: CalibrationLinear(layer, names, session) for layer, names in planned.layers.items()}
     if all(layer.algorithm.data_free for layer in layers.values()):
+        session.sequential = False
         solving.solve_all(model, [*layers.values()])
     swap(model, planned.views)
     swap(model, layers)
@@ -72,7 +67,7 @@ def finish(model: nn.Module, *, process_group: Any = None) -> None:
     Raises:
         QuantizeError: a model not under calibration, no batch seen, or processes whose models or configs differ.
     """
-    _check_model(model)
+    check_model(model)
     if not calibrated(model) and process_group is None:
         raise refusal("model", "not under calibration", "a model after quantize(model, config)")
     solving.finish(model, Ranks(process_group))
@@ -102,7 +97,7 @@ def convert(
         QuantizeError: a model that is not calibrated to the end, a kernel that cannot serve a layer, or a state that
             does not fit; it names the layer and what is missing. The model is left as it was.
     """
-    _check_model(model)
+    check_model(model)
     loading.check_kernel(kernel)
     layers = [] if from_state is not None else calibrated(model)
     if offload not in ((True, False) if any(map(keeper, layers)) else (False,)):
@@ -136,19 +131,14 @@ def report(model: nn.Module) -> Report:
     Raises:
         QuantizeError: a model without any quantized layer.
     """
-    _check_model(model)
-    rows = tuple(module.record() for module in model.modules() if isinstance(module, _QUANTIZED))
+    check_model(model)
+    rows = tuple(module.record() for module in model.modules() if isinstance(module, QUANTIZED))
     if not rows:
         raise refusal("model", "not quantized", "a model after quantize(model, config)")
     found = [module.__dict__[KEY] for module in model.modules() if KEY in module.__dict__]
     told: dict[str, Any] = {key: tuple(chain(*(getattr(session, key) for session in found)))
                             for key in ("skipped", "unmatched", "remarks")}  # fmt: skip
     return Report(rows, **told, elements=sum(session.elements for session in found))
-
-
-def _check_model(model: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise refusal("model", shown(model), "a torch.nn.Module")
 
 
 def _warn(planned: Plan) -> None:

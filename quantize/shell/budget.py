@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -11,14 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from quantize.core import LayerSpec, affine, budget, metrics
+from quantize.shell import offload
 from quantize.shell.calibrate import hooks
-from quantize.shell.calibrate.layer import CalibrationLinear
+from quantize.shell.calibrate.layer import CalibrationLinear, check_float
 from quantize.shell.calibrate.session import KEY, Session
 from quantize.shell.calibrate.units import siblings
 from quantize.shell.config import MAX_BATCHES, parse, refusal, shown
 from quantize.shell.modes import untracked
 from quantize.shell.plan import plan, swap
 from quantize.shell.progress import progress
+from quantize.shell.report.rows import starred
 
 _INT4 = {"type": "int4", "symmetric": True}
 FORMATS: tuple[dict[str, Any], ...] = (
@@ -40,7 +44,7 @@ def assign_formats(
 
     One calibration tells the error that GPTQ makes in every output of every layer with every format, and how much an
     output matters; :func:`quantize.core.budget.assign` chooses. Layers that read the same tensor (q, k, v; gate, up)
-    get one format, as servers want it. The model is left as it was.
+    get one format, and so do the experts of a mixture, as servers want it. The model is left as it was.
 
     How much an output matters: with losses, the squared error is weighted by the mean square of the gradient of the
     loss with respect to the output, which approximates the rise of the loss (Fisher information, its diagonal). Without
@@ -60,8 +64,12 @@ def assign_formats(
         QuantizeError: formats or a model that ``quantize`` would refuse, no forward pass, a loss without a gradient, or
             a limit that the smallest formats exceed; it says which limit they need.
     """
+    check_float(model)
+    if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not 0 < limit < math.inf:
+        raise refusal("limit", shown(limit), "a number above 0, such as 0.15")
     config = {"batch_num": MAX_BATCHES, "algorithm": {"gptq": {"sequential": False}}, "skip_layers": skip_layers}
-    parsed = [parse({**config, "quant_cfg": {"weights": weights}}) for weights in formats]
+    entries = [dict(weights) for weights in formats]
+    parsed = [parse({**config, "quant_cfg": {"weights": weights}}) for weights in entries]
     specs = [spec for spec in (each.spec(("",)) for each in parsed) if spec is not None]
     if not specs:
         raise refusal("formats", shown(formats), "at least one weights entry of quant_cfg")
@@ -81,30 +89,47 @@ def assign_formats(
             # What no token reached makes no error: it gets the smallest format.
             layer.statistics = layer.statistics or layer.initial()
         units = siblings([*layers.values()])
-        with untracked(next(model.parameters()).device):
-            table = [_costs(unit, specs, powers) for unit in progress(units, "formats", unit="group of layers")]
+        table = []
+        for unit in progress(units, "formats", unit="group of layers"):
+            with untracked(offload.device(unit[0])):
+                table.append(_costs(unit, specs, powers))
     finally:
         hooks.detach(model)
         model.__dict__.pop(KEY, None)
         swap(model, {new: old for old, new in layers.items()})
         swap(model, {new: old for old, new in planned.views.items()})
-    errors, sizes = (torch.tensor([[cell[i] for cell in row] for row in table]) for i in (0, 1))
-    whole = sum(8 * layer.weight.numel() * layer.weight.element_size() for unit in units for layer in unit)
+    # The experts of a mixture get one format, too.
+    rows: dict[str, list[int]] = {}
+    for place, unit in enumerate(units):
+        name = starred(unit[0].names[0])
+        rows.setdefault(name.partition("experts.*")[0] if "experts.*" in name else unit[0].names[0], []).append(place)
+    errors, sizes = (torch.tensor([[sum(table[place][i][part] for place in places) for i in range(len(specs))]
+                                   for places in rows.values()]) for part in (0, 1))  # fmt: skip
+    whole = sum(8 * layer.weight.numel() * layer.weight.element_size() for layer in layers.values())
     try:
-        chosen = budget.assign(errors, sizes, int(limit * whole)).choice.tolist()
+        chosen = budget.assign(errors, sizes.long(), int(limit * whole)).choice.tolist()
     except ValueError:
         least = sizes.amin(1).sum().item() / whole
         raise refusal("limit", shown(limit), f"at least {least:.4f}, which the smallest formats take") from None
+    wanted = {layer.names: i for places, i in zip(rows.values(), chosen, strict=True)
+              for place in places for layer in units[place]}  # fmt: skip
     usual = Counter(chosen).most_common(1)[0][0]
-    wanted = {layer.names[0]: place for unit, place in zip(units, chosen, strict=True) for layer in unit}
+    return {"weights": entries[usual], **{key: entries[i] for key, i in _patterns(wanted, usual).items()}}
+
+
+def _patterns(wanted: Mapping[tuple[str, ...], int], usual: int) -> dict[str, int]:
+    """Keys of ``quant_cfg`` that give every layer, by its names, the format that is ``wanted`` and not the ``usual``.
+
+    A pattern also matches the names that end in it. Those are longer: their own patterns come later, and win.
+    """
     found: dict[str, int] = {}
-    # A pattern also matches the names that end in it, which are longer: of those, the last has its way.
-    for name in sorted(wanted, key=len):
-        given = [place for shorter, place in found.items() if name.endswith(shorter)]
-        if [usual, *given][-1] != wanted[name]:
-            found[name] = wanted[name]
-    patterns = {f"*{name}.weights": dict(formats[place]) for name, place in found.items()}
-    return {"weights": dict(formats[usual]), **patterns}
+    for names in sorted(wanted, key=lambda names: min(map(len, names))):
+        given = [i for ending, i in found.items() if any(name.endswith(ending) for name in names)]
+        if [usual, *given][-1] != wanted[names]:
+            # The longest name, last: nothing before it says more.
+            found.pop(longest := max(names, key=len), None)
+            found[longest] = wanted[names]
+    return {f"*{glob.escape(name)}.weights": i for name, i in found.items()}
 
 
 def _gradients(
@@ -142,7 +167,8 @@ def _costs(
     statistic, weights = unit[0].statistic(), [layer.float_weight() for layer in unit]
     found = []
     for spec in specs:
-        if (spec.weight.group_size or 0) >= unit[0].in_features:
+        # No file has a place for a last group that is shorter.
+        if unit[0].in_features % (spec.weight.group_size or 1) or spec.weight.group_size == unit[0].in_features:
             found.append((float("inf"), 2**62))
             continue
         together = unit[0].session.config.algorithm(spec).together

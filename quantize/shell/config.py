@@ -244,7 +244,7 @@ def _options(name: str, given: Any, quantizes_inputs: bool) -> tuple[Any, Schedu
     _dict(where, given, optional=own + ["sequential"] * (not usual.data_free) + ["fold"] * (usual.scale is not None))
     try:
         options = module.Options(**{key: given[key] for key in given if key in own})
-        default = {"sequential": module.algorithm(spec, options).paired is not None}
+        default = {"sequential": module.algorithm(spec, options).paired is not None and not given.get("fold")}
         return options, Schedule(**default | {key: given[key] for key in given if key not in own})
     except ValueError as error:
         raise QuantizeError(f"{where}.{error}") from None

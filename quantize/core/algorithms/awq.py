@@ -160,7 +160,14 @@ def solve(
     scale = common_scale(spec, options, [wide], statistic) if smoothing is None else smoothing
     quantized, errors = rounded(wide, scale, sums.total, spec, options, rho)
     plain = affine.dequantize(affine.round_to_nearest(wide, spec.weight)) - wide
+    error, baseline = errors[0], metrics.output_error(plain, sums.total)
     static, notes = None, dict[str, Tensor]()
+    if spec.inputs is not None:
+        # What the inputs lose counts on both sides.
+        error, baseline = (
+            each + (input_loss.lost_power(spec.inputs, statistic[2], sums, s) * (wide * s).square()).sum()
+            for each, s in ((error, scale), (baseline, torch.ones_like(scale)))
+        )
     if spec.inputs is not None and spec.inputs.strategy == "tensor":
         notes = input_loss.loss_notes(spec.inputs, wide, statistic[2], sums, scale)
         static = linear.static_params(statistic[2].low, statistic[2].high, spec.inputs, smoothing=scale)
@@ -169,7 +176,7 @@ def solve(
         spec.inputs,
         smoothing=scale,
         static=static,
-        error=errors[0],
-        baseline_error=metrics.output_error(plain, sums.total),
+        error=error,
+        baseline_error=baseline,
         notes={"dead_channels": (absmean == 0).sum(), **notes},
     )

@@ -153,6 +153,8 @@ def _met(
 ) -> tuple[Statistic, Callable[[Solution, Tensor], Solution]]:
     """The statistic of what a layer meets, and how to say in the solution of a weight what happens to the inputs."""
     if isinstance(statistic, observers.SumState | observers.PairedState):
+        if spec.inputs is not None:
+            raise ValueError("statistic: without ranges; accepted: that of algorithm(spec), with quantized inputs")
         return statistic, lambda solution, weight: solution
     assert spec.inputs is not None
     inputs, given = spec.inputs, () if smoothing is None else (smoothing,)

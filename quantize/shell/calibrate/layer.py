@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.utils._pytree as pytree
@@ -14,7 +14,7 @@ from torch.nn import functional
 from quantize.core import Algorithm, LayerSpec, Observer, Scheme, Solution, affine, linear, metrics
 from quantize.shell import offload
 from quantize.shell.calibrate.session import Session
-from quantize.shell.config import refusal
+from quantize.shell.config import refusal, shown
 from quantize.shell.deploy import layer as deployment
 from quantize.shell.deploy import state as saved
 from quantize.shell.deploy.kernels import Layout
@@ -188,11 +188,8 @@ class CalibrationLinear(Foldable):
 
     def format(self) -> str:
         """Algorithm, schemes and options: what a saved state must agree in."""
-        config = self.session.config
-        return (
-            f"{config.name}, weights {self.spec.weight}, inputs {self.spec.inputs or 'float'}, "
-            f"{config.options}, {config.schedule}"
-        )
+        config, (weight, inputs) = self.session.config, (self.spec.weight, self.spec.inputs or "float")
+        return f"{config.name}, weights {weight}, inputs {inputs}, {config.options}, {config.schedule}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CalibrationLinear:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call] # torch leaves it bare
@@ -217,6 +214,23 @@ def check_states(model: nn.Module, state: Mapping[str, Any], prefix: str = "") -
         key = f"{prefix}{name}.{saved.EXTRA}"
         if isinstance(module, CalibrationLinear) and key in state:
             module.check(state[key])
+
+
+QUANTIZED = (CalibrationLinear, deployment.QuantizedLinear)
+
+
+def check_model(model: object) -> None:
+    """Refuse what is no module."""
+    if not isinstance(model, nn.Module):
+        raise refusal("model", shown(model), "a torch.nn.Module")
+
+
+def check_float(model: object) -> None:
+    """Refuse what is no model in floating point."""
+    check_model(model)
+    for name, module in cast("nn.Module", model).named_modules():
+        if isinstance(module, QUANTIZED):
+            raise refusal("model", f"layer {name!r} is quantized already", "a model in floating point")
 
 
 def calibrated(model: nn.Module) -> list[CalibrationLinear]:

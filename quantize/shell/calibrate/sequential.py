@@ -113,5 +113,6 @@ def _statistics(layer: CalibrationLinear, inputs: list[Inputs]) -> tuple[Any, in
             pair = [counted(y, mask).reshape(-1, layer.in_features) for y in originals[call : call + 1] if paired]
             state = layer.updated(state, arrived, *pair)
             tokens += arrived.numel() // layer.in_features
-        check_finite(layer, state, number + 1)
+        if tokens:
+            check_finite(layer, state, number + 1)
     return state, tokens

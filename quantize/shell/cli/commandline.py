@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from quantize.shell import api
-from quantize.shell.budget import assign_formats
+from quantize.shell.budget import FORMATS, assign_formats
 from quantize.shell.calibrate.layer import CalibrationLinear
 from quantize.shell.cli.subjects import Language, Subject, subject_in
 from quantize.shell.config import QuantizeError, QuantizeWarning, parse, refusal
@@ -80,8 +80,8 @@ def _parser() -> argparse.ArgumentParser:
          "model, else a sentence encoder")  # fmt: skip
     what("--config", type=Path, metavar="FILE.json", help="the config of the README as JSON, where a list or a string "
          "stands for a set (default: minmax, int8 channel weights, int8 token inputs, 4 batches)")  # fmt: skip
-    what("--budget", type=float, metavar="SHARE", help="choose the format of every layer so that the weights fit into "
-         "this share of their bytes with the smallest errors; replaces quant_cfg")  # fmt: skip
+    what("--budget", type=_share, metavar="SHARE", help="choose the format of every layer so that the weights fit into "
+         "this share of their bytes with the smallest errors; in place of quant_cfg (default: gptq)")  # fmt: skip
     calibration = parser.add_argument_group("calibration").add_argument
     calibration("--text", type=Path, metavar="FILE", help="UTF-8 text; a language model needs one, unless nothing is "
                 "calibrated or measured, and takes lines from the first on, joined into rows; for an encoder every "
@@ -101,6 +101,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}; accepted: a number between 0 and 1")
+    return share
+
+
 def _integer(least: int) -> Callable[[str], int]:
     def integer(text: str) -> int:
         if not text.isdecimal() or int(text) < least:
@@ -113,6 +123,8 @@ def _integer(least: int) -> Callable[[str], int]:
 def _run(given: argparse.Namespace) -> None:
     # All that can be refused at once is refused here, before a model is read or hours are spent.
     config = CONFIG if given.config is None else _read("--config", given.config, json.loads, "a JSON file")
+    if given.budget is not None:
+        config = _budgeted(config if given.config is not None else {"batch_num": 4, "algorithm": "gptq"})
     data_free = parse(config).data_free and given.budget is None
     if given.plot is not None:
         picture.check(given.plot)
@@ -136,12 +148,8 @@ def _run(given: argparse.Namespace) -> None:
     text = [line.strip() for line in lines if line.strip()]
     if given.budget is not None:
         rows, _ = subject.split(text, config.get("batch_num", 1), given.batch_size, evaluate=evaluate)
-        chosen = assign_formats(
-            subject.model,
-            lambda _: subject.losses(rows),
-            given.budget,
-            skip_layers=config.get("skip_layers"),
-        )
+        skipped = config.get("skip_layers")
+        chosen = assign_formats(subject.model, lambda _: subject.losses(rows), given.budget, skip_layers=skipped)
         config = {**config, "quant_cfg": chosen}
     outcome = demonstrate(subject, config, text, batch=given.batch_size, evaluate=evaluate, write=given.out and write)
     print(f"model: {subject.directory.resolve()}\nconfig: {config}\n{outcome}", flush=True)
@@ -154,6 +162,14 @@ def _read(option: str, file: Path, reader: Callable[[str], Any], accepted: str) 
         return reader(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise refusal(option, str(file), f"{accepted} ({error})") from None
+
+
+def _budgeted(config: Any) -> Any:
+    """``config`` for weights alone, with one of the formats that a budget chooses from; they replace its own."""
+    given = config.get("quant_cfg") if isinstance(config, Mapping) else None
+    if isinstance(given, Mapping) and (found := [key for key in given if key != "weights"]):
+        raise refusal("--budget", f"with quant_cfg.{found[0]!r} in the config", "a config for weights alone")
+    return {**config, "quant_cfg": {"weights": FORMATS[0]}} if isinstance(config, Mapping) else config
 
 
 def _check_out(directory: Path, format: str | None, config: Any) -> None:  # noqa: A002 - as in export

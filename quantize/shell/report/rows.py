@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -129,18 +130,27 @@ class Report:
 _COSTLY = 0.01
 
 
+# Loaders compute these as one: they need one format.
+_TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
 def _mends(rows: Iterable[Row]) -> list[str]:
     """The entries of ``quant_cfg`` that give tokens scales of their own where static inputs cost most; worst first."""
     losses: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         static, token = row.notes.get("static_loss", 0.0), row.notes.get("token_loss", 0.0)
         if static > max(_COSTLY, 4 * token):
-            losses.setdefault(row.name.rpartition(".")[2], []).append((static, token))
-    return [
-        f"'*{last}.inputs': {{'type': 'int8', 'symmetric': True, 'strategy': 'token'}}  "
-        f"# {len(found)} layers; the worst loses {max(found)[0]:.1%} of its outputs' power, then {max(found)[1]:.1%}"
-        for last, found in sorted(losses.items(), key=lambda item: -max(item[1])[0])
-    ]
+            last = row.name.rpartition(".")[2]
+            # A number alone would match the ends of others.
+            losses.setdefault(row.name if last.isdigit() else last, []).append((static, token))
+    mends = []
+    for name, found in sorted(losses.items(), key=lambda item: -max(item[1])[0]):
+        keys = next((group for group in _TOGETHER if name in group), (name,))
+        form = "{'type': 'int8', 'symmetric': True, 'strategy': 'token'}"
+        entries = ", ".join(f"'*{glob.escape(key)}.inputs': {form}" for key in keys)
+        told = f"layers like {name!r} ({len(found)}): the worst loses {max(found)[0]:.1%} of its outputs' power"
+        mends.append(f"{told}, with a scale a token {max(found)[1]:.1%}: {entries}")
+    return mends
 
 
 def table(rows: Iterable[Row]) -> list[str]:
