@@ -215,3 +215,14 @@ def test_infinities_clip():
 def test_a_scheme_that_means_nothing_is_refused(arguments, text):
     with pytest.raises(ValueError, match=text):
         Scheme(**arguments)
+
+
+def test_a_range_up_to_the_largest_half_stays_finite():
+    # The step is 374.5 and the zero point -48: the code 127 stands for 65540, which is above the largest half, 65504.
+    x = torch.tensor([[65504.0, -30000.0]], dtype=torch.float16)
+    scheme = Scheme(8, symmetric=False, strategy="tensor")
+    params = qparams(*group_ranges(x, scheme), scheme)
+    made = fake_quantize(x, params, scheme)
+    assert made.dtype == torch.float16
+    assert torch.isfinite(made).all()
+    assert (made.double() - x.double()).abs().max() <= params.scale.item()

@@ -175,3 +175,82 @@ def test_outputs_are_no_losses_and_losses_need_gradients():
     with pytest.raises(qz.QuantizeError, match="calibrate: a loss without a gradient; accepted: scalars with"):
         qz.assign_formats(subject, lambda model: model(randn(100, 128)).sum(), 0.21)
     assert_same_snapshot(snapshot(subject), before)
+
+
+def test_a_second_name_that_ends_in_another_layers_name_keeps_its_own_format():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.x, self.y = nn.Linear(64, 256), nn.Module()
+            self.y.fc, self.fc, self.z = self.x, nn.Linear(256, 64), nn.Linear(64, 256)
+
+        def forward(self, x):
+            return self.z(self.fc(self.y.fc(x)))
+
+    for limit in (0.15, 0.18, 0.23):
+        subject = filled(Shared())
+        found = qz.assign_formats(subject, lambda model: model(randn(256, 64)), limit)
+        entries = chosen(found, filled(Shared()))
+        assert entries.keys() == {"x", "fc", "z"}
+        used = sum(bits(entries[name], subject.get_submodule(name)) for name in entries)
+        assert used <= limit * 3 * 32 * 64 * 256
+
+
+def test_names_may_have_brackets():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.add_module("a[0]", nn.Linear(64, 64))
+            self.b = nn.Linear(64, 64)
+
+        def forward(self, x):
+            return self.get_submodule("a[0]")(x[:, :64]) + 0.001 * self.b(x[:, 64:])
+
+    found = qz.assign_formats(filled(Odd()), lambda model: [model(randn(99, 128)).square().sum()], 0.21)
+    assert chosen(found, filled(Odd())) == {"a[0]": INT8, "b": CHANNEL}
+
+
+def test_a_mixture_of_experts_gets_one_format_and_no_group_is_shorter():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MixtralConfig(
+        hidden_size=96, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        num_local_experts=4, vocab_size=128, use_cache=False)  # fmt: skip
+    ids = torch.randint(0, 128, (4, 32), generator=torch.Generator().manual_seed(0))
+    subject = transformers.MixtralForCausalLM(config)
+    mixed = set()
+    for limit in (0.15, 0.18, 0.2):
+        found = qz.assign_formats(subject, lambda model: model(ids), limit, skip_layers="lm_head")
+        fresh = transformers.MixtralForCausalLM(config)
+        with pytest.warns(qz.QuantizeWarning, match="embed_tokens"):
+            qz.quantize(fresh, {"quant_cfg": found, "algorithm": "minmax", "skip_layers": "lm_head"})
+        rows = qz.report(fresh).rows
+        for block in "01":
+            formats = {row.weights for row in rows if row.name.startswith(f"model.layers.{block}.mlp.experts")}
+            assert len(formats) == 1
+        assert all(row.shape[1] % (row.weights.group_size or 1) == 0 for row in rows)
+        mixed |= {row.weights for row in rows}
+    assert len(mixed) > 1
+
+
+def test_offloaded_models_get_the_formats_of_those_in_memory():
+    accelerate = pytest.importorskip("accelerate")
+    kept = accelerate.cpu_offload(model(), torch.device("cpu"))
+    assert qz.assign_formats(kept, calibrate, 0.18) == qz.assign_formats(model(), calibrate, 0.18)
+
+
+def test_a_model_that_is_being_quantized_is_refused_and_goes_on():
+    subject = model()
+    qz.quantize(subject, {"quant_cfg": {"weights": INT8}, "algorithm": "gptq", "skip_layers": "0."})
+    with pytest.raises(qz.QuantizeError, match=r"layer '1\.q' is quantized already; accepted: a model in floating"):
+        qz.assign_formats(subject, calibrate, 0.5)
+    subject(randn(100, 128))
+    assert {row.stage for row in qz.report(subject).rows} == {"quantized"}
+
+
+@pytest.mark.parametrize("limit", [float("inf"), float("nan"), None, "0.2", 0, -1, True])
+def test_limits_that_are_none_are_refused_before_anything_runs(limit):
+    def never(model):
+        raise AssertionError
+
+    with pytest.raises(qz.QuantizeError, match=r"limit: .*; accepted: a number above 0"):
+        qz.assign_formats(model(), never, limit)

@@ -6,9 +6,10 @@ import weakref
 import pytest
 import torch
 import torch.utils._pytree as pytree
+from torch import nn
 
 import quantize as qz
-from tests.models import solutions
+from tests.models import TENSOR, TOKEN, config, filled, randn, solutions
 from tests.zoo.sequential import TOKENS, C, Chain, batches, given, made
 
 
@@ -154,3 +155,42 @@ def test_one_tensor_under_several_names_stays_one():
     # The user's own pass, and others.
     assert len(seen) > 1
     assert set(seen) == {(True, True, True)}
+
+
+@pytest.mark.parametrize(("algorithm", "inputs"), [
+    *itertools.product(["gptq", {"awq": {"sequential": True}}], [None, TENSOR, TOKEN]),
+    # Of weights alone, minmax needs no batch.
+    *itertools.product([{"minmax": {"sequential": True}}], [TENSOR, TOKEN]),
+])  # fmt: skip
+def test_a_batch_without_a_token_counts_and_brings_nothing(algorithm, inputs):
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Sequential(nn.Linear(64, 64))
+
+        def forward(self, x, attention_mask=None):
+            return self.inner(x)
+
+    def solved(batches):
+        model = filled(Masked())
+        qz.quantize(model, config(algorithm, inputs=inputs, batch_num=len(batches)))
+        for x, mask in batches:
+            model(x, attention_mask=mask)
+        (row,) = qz.report(model).rows
+        assert (row.stage, row.tokens) == ("quantized", 40)
+        return model.inner[0].solution
+
+    hidden = randn(1, 40, 64, seed=1), torch.zeros(1, 40, dtype=torch.int64)
+    seen = randn(1, 40, 64, seed=2), torch.ones(1, 40, dtype=torch.int64)
+    alone, after = solved([seen]), solved([hidden, seen])
+    assert torch.equal(alone.weight.codes, after.weight.codes)
+    assert torch.equal(alone.weight.scale, after.weight.scale)
+
+
+def test_weights_alone_that_need_no_batch_are_solved_at_once_whatever_the_schedule():
+    model = filled(nn.Sequential(nn.Linear(64, 64)))
+    given = config({"minmax": {"sequential": True}})
+    given["quant_cfg"]["*nope.inputs"] = TENSOR
+    with pytest.warns(qz.QuantizeWarning, match=r"'\*nope.inputs' of skip_layers or quant_cfg matched nothing"):
+        qz.quantize(model, given)
+    assert qz.report(model).rows[0].stage == "quantized"

@@ -120,15 +120,13 @@ def assign_formats(
 def _patterns(wanted: Mapping[tuple[str, ...], int], usual: int) -> dict[str, int]:
     """Keys of ``quant_cfg`` that give every layer, by its names, the format that is ``wanted`` and not the ``usual``.
 
-    A pattern also matches the names that end in it. Those are longer: their own patterns come later, and win.
+    A pattern also matches the names that end in it. By its longest name, no layer is matched by what comes after it.
     """
     found: dict[str, int] = {}
-    for names in sorted(wanted, key=lambda names: min(map(len, names))):
+    for names in sorted(wanted, key=lambda names: max(map(len, names))):
         given = [i for ending, i in found.items() if any(name.endswith(ending) for name in names)]
         if [usual, *given][-1] != wanted[names]:
-            # The longest name, last: nothing before it says more.
-            found.pop(longest := max(names, key=len), None)
-            found[longest] = wanted[names]
+            found[max(names, key=len)] = wanted[names]
     return {f"*{glob.escape(name)}.weights": i for name, i in found.items()}
 
 
@@ -169,7 +167,7 @@ def _costs(
     for spec in specs:
         # No file has a place for a last group that is shorter.
         if unit[0].in_features % (spec.weight.group_size or 1) or spec.weight.group_size == unit[0].in_features:
-            found.append((float("inf"), 2**62))
+            found.append((math.inf, 2**50))
             continue
         together = unit[0].session.config.algorithm(spec).together
         assert together is not None
