@@ -37,7 +37,7 @@ def corrected(weight: Tensor, statistic: observers.PairedState, strength: float)
     unit = torch.where(diagonal > 0, diagonal, 1.0).rsqrt()
     # Divided first, and multiplied twice: neither sums nor squares leave the range.
     least = (_FLOOR * (diagonal / len(diagonal))).sum()
-    ridge = torch.maximum(cross.diagonal().abs(), least).mul(unit).mul_(unit).clamp_(min=1, max=_MOST)
+    ridge = (torch.maximum(cross.diagonal().abs(), least) * unit * unit).clamp(min=1, max=_MOST)
     scaled = (gram * unit).mul_(unit[:, None])
     scaled.diagonal().add_(ridge)
     lower, _ = torch.linalg.cholesky_ex(scaled)
