@@ -9,7 +9,7 @@ in float32 (float64 for float64 models): sums in bfloat16 stall after a few hund
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -219,8 +219,9 @@ def _product_finalize(observers: tuple[Observer, ...], state: tuple[Any, ...]) -
     return tuple(o.finalize(s) for o, s in zip(observers, state, strict=True))
 
 
+@cache
 def product(*observers: Observer) -> Observer:
-    """Several observers as one: states and statistics are tuples, in the order given.
+    """Several observers as one: states and statistics are tuples, in the order given. The same ones give one object.
 
     >>> both = product(channel_range, channel_absmean)
     >>> ranges, absmean = both.finalize(both.update(both.init(2), torch.tensor([[1., -2.], [3., 0.]])))

@@ -163,6 +163,8 @@ def _costs(
 ) -> list[tuple[float, int]]:
     """The error and the bits of each format, for layers that share their statistics."""
     statistic, weights = unit[0].statistic(), [layer.float_weight() for layer in unit]
+    wide = [weight.to(affine.working_dtype(weight)) for weight in weights]
+    powers = [metrics.output_error(weight, statistic.total) for weight in wide] if gradients is None else []
     found = []
     for spec in specs:
         # No file has a place for a last group that is shorter.
@@ -172,15 +174,15 @@ def _costs(
         together = unit[0].session.config.algorithm(spec).together
         assert together is not None
         error, size = 0.0, 0
-        for layer, weight, solution in zip(unit, weights, together(weights, statistic), strict=True):
-            wide, q = weight.to(affine.working_dtype(weight)), solution.weight
-            rows = metrics.row_error(affine.dequantize(q) - wide, statistic.total)
+        for i, (layer, solution) in enumerate(zip(unit, together(weights, statistic), strict=True)):
+            q = solution.weight
+            rows = metrics.row_error(affine.dequantize(q) - wide[i], statistic.total)
             if gradients is None:
-                power = metrics.output_error(wide, statistic.total)
+                power = powers[i]
                 error += (rows.sum() / torch.where(power > 0, power, 1.0)).item()
             elif layer in gradients:
                 error += (rows @ gradients[layer].to(rows.dtype)).item() / max(layer.tokens, 1)
             zero_points = 0 if q.zero_point is None else q.zero_point.numel() * q.scheme.bits
-            size += q.codes.numel() * q.scheme.bits + q.scale.numel() * 8 * weight.element_size() + zero_points
+            size += q.codes.numel() * q.scheme.bits + q.scale.numel() * 8 * weights[i].element_size() + zero_points
         found.append((error, size))
     return found

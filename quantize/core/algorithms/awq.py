@@ -48,18 +48,14 @@ class Options(BaseOptions):
 _STEPS = 8
 
 
-# One object each for all layers, so that those which read one tensor share what is learned of it.
-_OBSERVED = observers.product(observers.channel_absmean, observers.gram)
-_WITH_RANGES = observers.product(observers.channel_absmean, observers.gram, observers.channel_range)
-
-
 def algorithm(spec: LayerSpec, options: Options = Options()) -> Algorithm:
     """AWQ; remembers the mean magnitude of the input channels and their Gram matrix.
 
     With quantized inputs it remembers their ranges, too.
     """
+    observed = [observers.channel_absmean, observers.gram, *[observers.channel_range] * (spec.inputs is not None)]
     return Algorithm(
-        _OBSERVED if spec.inputs is None else _WITH_RANGES,
+        observers.product(*observed),
         partial(solve, spec, options),
         fewest=FEWEST_FOR_GRAM,
         scale=partial(common_scale, spec, options),
@@ -168,9 +164,9 @@ def solve(
             each + (input_loss.lost_power(spec.inputs, statistic[2], sums, s) * (wide * s).square()).sum()
             for each, s in ((error, scale), (baseline, torch.ones_like(scale)))
         )
-    if spec.inputs is not None and spec.inputs.strategy == "tensor":
-        notes = input_loss.loss_notes(spec.inputs, wide, statistic[2], sums, scale)
-        static = linear.static_params(statistic[2].low, statistic[2].high, spec.inputs, smoothing=scale)
+        if spec.inputs.strategy == "tensor":
+            notes = input_loss.loss_notes(spec.inputs, wide, statistic[2], sums, scale)
+            static = linear.static_params(statistic[2].low, statistic[2].high, spec.inputs, smoothing=scale)
     return Solution(
         quantized,
         spec.inputs,

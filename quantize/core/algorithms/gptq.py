@@ -60,11 +60,6 @@ tokens cannot tell apart.
 """
 
 
-# One object for all layers, so that those which read one tensor share what is learned of it.
-_WITH_RANGES = observers.product(observers.channel_range, observers.gram)
-_PAIRED_WITH_RANGES = observers.product(observers.channel_range, observers.paired_gram)
-
-
 def algorithm(spec: LayerSpec, options: Options = Options()) -> Algorithm:
     """GPTQ; remembers the Gram matrix of the inputs, and to correct, what they lack of the float model's.
 
@@ -72,7 +67,7 @@ def algorithm(spec: LayerSpec, options: Options = Options()) -> Algorithm:
     """
     observer, paired = observers.gram, observers.paired_gram
     if spec.inputs is not None:
-        observer, paired = _WITH_RANGES, _PAIRED_WITH_RANGES
+        observer, paired = (observers.product(observers.channel_range, each) for each in (observer, paired))
     return Algorithm(
         observer,
         partial(solve, spec, options),

@@ -18,10 +18,6 @@ class Options(BaseOptions):
     """minmax has no options."""
 
 
-# One object for all layers, so that those which read one tensor share what is learned of it.
-_OBSERVED = observers.product(observers.channel_range, observers.channel_square)
-
-
 def algorithm(spec: LayerSpec, options: Options = Options()) -> Algorithm:
     """Round to nearest. Weights need no data; inputs with strategy ``tensor`` take the range of the tokens seen.
 
@@ -31,7 +27,8 @@ def algorithm(spec: LayerSpec, options: Options = Options()) -> Algorithm:
     >>> solve(torch.tensor([[0.7, -0.2]]), None).weight.codes.tolist()
     [[7, -2]]
     """
-    return Algorithm(_OBSERVED, partial(solve, spec), data_free=spec.inputs is None)
+    observer = observers.product(observers.channel_range, observers.channel_square)
+    return Algorithm(observer, partial(solve, spec), data_free=spec.inputs is None)
 
 
 def solve(spec: LayerSpec, weight: Tensor, inputs: tuple[observers.Range, observers.SumState] | None) -> Solution:

@@ -40,11 +40,6 @@ class Options(BaseOptions):
     rounding: str = option("nearest", "'nearest' or 'gptq'", lambda value: value in ("nearest", "gptq"))
 
 
-# One object each for all layers, so that those which read one tensor share what is learned of it.
-_OBSERVED = observers.product(observers.channel_range, observers.channel_square)
-_WITH_GRAM = observers.product(observers.channel_range, observers.gram)
-
-
 def algorithm(spec: LayerSpec, options: Options = Options()) -> Algorithm:
     """SmoothQuant; remembers ranges and squares of the input channels, which give static inputs their scale as well.
 
@@ -55,7 +50,8 @@ def algorithm(spec: LayerSpec, options: Options = Options()) -> Algorithm:
         inner = gptq.algorithm(spec)
         stack = partial(solve_stack, spec, options)
         return Algorithm(inner.observer, bound, fewest=inner.fewest, paired=inner.paired, scale=scale, stack=stack)
-    return Algorithm(_WITH_GRAM if options.grids_num else _OBSERVED, bound, scale=scale)
+    second = observers.gram if options.grids_num else observers.channel_square
+    return Algorithm(observers.product(observers.channel_range, second), bound, scale=scale)
 
 
 def smoothing_scale(input_amax: Tensor, weight_amax: Tensor, strength: float) -> Tensor:

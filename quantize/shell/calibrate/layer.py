@@ -109,8 +109,8 @@ class CalibrationLinear(Foldable):
     @property
     def observer(self) -> Observer:
         """What is learned of the inputs."""
-        paired = self.algorithm.paired
-        return self.algorithm.observer if paired is None or not self.session.sequential else paired
+        algorithm = self.algorithm
+        return algorithm.observer if algorithm.paired is None or not self.session.sequential else algorithm.paired
 
     @property
     def fell_back(self) -> bool:

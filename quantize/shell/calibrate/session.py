@@ -22,6 +22,7 @@ class Session:
     """The config, what was left out, and how far calibration is. It holds no module, so it copies with the model.
 
     - ``specs``: the format of every layer, by its first name.
+    - ``paired``: whether a layer has a use for the inputs that it has in the float model.
     - ``seen``: forward passes that were counted.
     - ``batches``: what will run again was called with: all batches with ``sequential``, the first with ``fold``.
     - ``remarks``: what was not done as asked.
@@ -31,15 +32,11 @@ class Session:
     def __init__(self, config: Config, plan: Plan) -> None:
         self.config, self.skipped, self.unmatched = config, plan.skipped, plan.unmatched
         self.specs, self.elements, self.sequential = plan.specs, plan.elements, config.schedule.sequential
+        self.paired = any(config.algorithm(spec).paired is not None for spec in set(plan.specs.values()))
         self.seen, self.batches = 0, list[Batch]()
         self.remarks: tuple[str, ...] = ()
         self.watching: Watching | None = None
         self.solving = False
-
-    @property
-    def paired(self) -> bool:
-        """Whether a layer has a use for the inputs that it has in the float model."""
-        return any(self.config.algorithm(spec).paired is not None for spec in self.specs.values())
 
     def remark(self, *told: str, prefix: str = "") -> None:
         """Put what was not done as asked into the report and into one warning."""

@@ -16,10 +16,9 @@ from torch import Tensor, nn
 
 from quantize.shell import api
 from quantize.shell.budget import FORMATS, assign_formats
-from quantize.shell.calibrate.layer import CalibrationLinear
+from quantize.shell.calibrate.layer import QUANTIZED
 from quantize.shell.cli.subjects import Language, Subject, subject_in
 from quantize.shell.config import QuantizeError, QuantizeWarning, parse, refusal
-from quantize.shell.deploy.layer import QuantizedLinear
 from quantize.shell.disk import export, files, storage
 from quantize.shell.disk.parts import Parts
 from quantize.shell.progress import progress
@@ -175,9 +174,10 @@ def _budgeted(config: Any) -> Any:
 def _check_out(directory: Path, format: str | None, config: Any) -> None:  # noqa: A002 - as in export
     """Refuse a directory that cannot be written, and a config that the format cannot hold: one layer goes ahead."""
     files.check_new(directory)
-    spec = parse(config).spec(("",))
+    parsed = parse(config)
+    spec = parsed.spec(("",))
     # Which layers have the formats of patterns is known once the model is.
-    if format not in export.FORMATS or spec is None or any("*" in key for key in config["quant_cfg"]):
+    if format not in export.FORMATS or spec is None or any(each.pattern for each in parsed.formats):
         return
     size = 2 * (spec.weight.group_size or 32)
     # A model in float32 may be refused where one of this dtype is not.
@@ -243,6 +243,6 @@ def _measured(subject: Subject, held: Sequence[Any], what: str) -> list[Tensor]:
 
 
 def _sizes(model: nn.Module) -> dict[str, int]:
-    layers = nn.ModuleList(each for each in model.modules() if isinstance(each, (CalibrationLinear, QuantizedLinear)))
+    layers = nn.ModuleList(each for each in model.modules() if isinstance(each, QUANTIZED))
     return {what: sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
             for what, module in (("quantized layers", layers), ("whole model", model))}  # fmt: skip

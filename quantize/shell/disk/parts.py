@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from quantize.shell import offload
-from quantize.shell.calibrate.layer import CalibrationLinear
-from quantize.shell.config import refusal, shown
+from quantize.shell.calibrate.layer import CalibrationLinear, check_model
+from quantize.shell.config import refusal
 from quantize.shell.deploy.layer import QuantizedLinear
 from quantize.shell.deploy.state import Outline
 from quantize.shell.disk.files import as_json
@@ -28,10 +28,9 @@ _MERGED = (
 _FLOAT = "floating point"
 
 
-def quantized(model: object) -> dict[str, QuantizedLinear]:
+def quantized(model: nn.Module) -> dict[str, QuantizedLinear]:
     """The quantized layers of a converted model, under all of their names; a QuantizeError for any other model."""
-    if not isinstance(model, nn.Module):
-        raise refusal("model", shown(model), "a torch.nn.Module")
+    check_model(model)
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, module in modules.items():
         if isinstance(module, CalibrationLinear):
