@@ -23,16 +23,18 @@ SCALED = {
     "weight_scale": (lambda n, c: (n, 1), None),
     "weight_offset": (lambda n, c: (n, 1), None),
 }
+STATIC = {
+    **SCALED,
+    "input_scale": (lambda n, c: (1,), None),
+    "input_offset": (lambda n, c: (1,), torch.int8),
+    "quant_bias": (lambda n, c: (n,), torch.int32),
+    "deq_scale": (lambda n, c: (n,), {torch.bfloat16: torch.float32, torch.float16: torch.int64}),
+}
 PARAMETERS = {
     "W8A16": SCALED,
     "W8A8_DYNAMIC": SCALED,
-    "W8A8": {
-        **SCALED,
-        "input_scale": (lambda n, c: (1,), None),
-        "input_offset": (lambda n, c: (1,), torch.int8),
-        "quant_bias": (lambda n, c: (n,), torch.int32),
-        "deq_scale": (lambda n, c: (n,), {torch.bfloat16: torch.float32, torch.float16: torch.int64}),
-    },
+    "W8A8": STATIC,
+    "W8A8_MIX": STATIC,
     "FLOAT": {"weight": (lambda n, c: (n, c), None)},
 }
 # Those may be computed or not used: the loader does not ask for them.
@@ -43,10 +45,11 @@ CODES = {torch.float16: 5, torch.bfloat16: 15}
 class Loader:
     """The layers of a checkpoint in ``path``, made when they are asked for; all that was read is in ``read``.
 
-    ``dtype`` is that of the config, if there is one.
+    ``dtype`` is that of the config, if there is one. ``decodes``: whether the instance receives KV caches from others.
     """
 
-    def __init__(self, path, dtype=None):
+    def __init__(self, path, dtype=None, *, decodes=False):
+        self.decodes = decodes
         dtype = dtype or getattr(torch, json.loads((path / "config.json").read_text())["dtype"])
         # "auto": models in float32 are computed in bfloat16.
         self.dtype = torch.bfloat16 if dtype == torch.float32 else dtype
@@ -67,7 +70,10 @@ class Loader:
         kind = self.type(names)
         # Its weight is taken apart, as a matrix of floats.
         assert kind == "FLOAT" or not names[0].endswith("kv_b_proj")
-        return Layer(kind, self._parameters(kind, names), self.dtype)
+        made = self._parameters(kind, names)
+        if kind == "W8A8_MIX":
+            kind = "W8A8" if self.decodes else "W8A8_DYNAMIC"
+        return Layer(kind, made, self.dtype)
 
     def expert(self, name):
         """The functions of an expert: gate and up as one, and down."""

@@ -138,7 +138,8 @@ def test_help_says_what_the_options_do():
     # In a process of its own, which says nothing else.
     result = subprocess.run([sys.executable, "-m", "quantize", "--help"], capture_output=True, text=True, check=True)
     for option in ("--model DIR", "--config FILE.json", "--text FILE", "--out DIR", "--batch-size N", "--length N",
-                   "--format {quantize,compressed-tensors,ascendv1}", "--plot FILE", "--evaluate"):  # fmt: skip
+                   "--budget SHARE", "--plot FILE", "--evaluate",
+                   "--format {quantize,compressed-tensors,ascendv1,ascendv1-mix}"):  # fmt: skip
         assert option in result.stdout
     assert "exit status:\n  0    done\n  2    " in result.stdout
     assert result.stderr == ""

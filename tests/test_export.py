@@ -35,7 +35,7 @@ def named(w, inputs=None):
     return f"{w['type']}-{w['strategy']}{w.get('group_size', '')}-{w['symmetric']}{entered}"
 
 
-GRIDS = [("tensor", None), ("channel", None), ("group", 32), ("group", 64)]
+GRIDS = [("tensor", None), ("channel", None), ("group", 32), ("group", 64), ("group", 128)]
 INPUTS = [None, TENSOR, {**TENSOR, "symmetric": False}, TOKEN, {**TOKEN, "symmetric": False}]
 # All that a config may ask for: groups stand alone.
 PRODUCT = {
@@ -45,11 +45,12 @@ PRODUCT = {
     if i is None or "group_size" not in w
 }
 BOTH = ("compressed-tensors", "ascendv1")
+ALL = (*BOTH, "ascendv1-mix")
 
 
 def held_by(form, w, inputs):
     """Whether a loader of the format has a layer of such weights and inputs, for a model in bfloat16."""
-    if form == "ascendv1":
+    if form != "compressed-tensors":
         tokens = inputs is None or inputs["strategy"] == "tensor" or inputs["symmetric"]
         return w["type"] == "int8" and w["symmetric"] and w["strategy"] != "group" and tokens
     return inputs is None or (w["symmetric"] and (w["type"] == "int8" or inputs["strategy"] == "token"))
@@ -58,11 +59,11 @@ def held_by(form, w, inputs):
 SCHEMES = {name: given for name, given in PRODUCT.items() if held_by(BOTH[0], *given)}
 
 
-def llama(dtype=torch.float32, *, tied=False, blocks=2):
+def llama(dtype=torch.float32, *, tied=False, blocks=2, sizes=(128, 192)):
     """Biases in attention, and a head that reads the embedding of the current token back."""
     given = LlamaConfig(
-        vocab_size=128, hidden_size=128, intermediate_size=192, num_hidden_layers=blocks, num_attention_heads=4,
-        num_key_value_heads=2, attention_bias=True, tie_word_embeddings=tied, bos_token_id=1, eos_token_id=None,
+        vocab_size=128, hidden_size=sizes[0], intermediate_size=sizes[1], num_hidden_layers=blocks,
+        num_attention_heads=4, num_key_value_heads=2, attention_bias=True, tie_word_embeddings=tied, bos_token_id=1, eos_token_id=None,
     )  # fmt: skip
     model, source = LlamaForCausalLM(given), generator(1)
     with torch.no_grad():
@@ -223,7 +224,9 @@ def assert_loaded(model, theirs):
 @DTYPES
 @pytest.mark.parametrize(("w", "inputs"), SCHEMES.values(), ids=SCHEMES.keys())
 def test_transformers_loads_the_model(w, inputs, dtype, tmp_path):
-    model = converted(w, inputs, dtype, blocks=1)
+    # Groups of 128 are for wider layers.
+    sizes = {"sizes": (256, 256)} if w.get("group_size") == 128 else {}
+    model = converted(w, inputs, dtype, blocks=1, **sizes)
     assert_loaded(model, loaded(exported(model, tmp_path / "out"), w["symmetric"]))
 
 
@@ -362,7 +365,7 @@ APART = {
 @pytest.mark.parametrize(("given", "one", "other"), APART.values(), ids=APART.keys())
 def test_layers_that_loaders_compute_as_one_have_one_format(given, one, other, tmp_path):
     model = mixed(torch.bfloat16, **given)
-    for form in BOTH:
+    for form in ALL:
         found = rf"layers '[^']*{one}[^']*', '[^']*{other}[^']*': .* and .*, but loaders compute these layers as one"
         with pytest.raises(qz.QuantizeError, match=f"^{found}; accepted: one format for .*, or all in skip_layers$"):
             exported(model, tmp_path / "out", form)
@@ -378,29 +381,34 @@ def test_formats_of_weights_that_differ_are_apart_too(tmp_path):
 
 
 def flat(w, inputs, dtype=torch.bfloat16):
-    model = mlp(c=128, hidden=128).to(dtype)
+    model = mlp(c=256, hidden=256).to(dtype)
     qz.quantize(model, config(weights=w, inputs=inputs))
     with torch.no_grad():
-        model(randn(16, 128, dtype=dtype))
+        model(randn(16, 256, dtype=dtype))
     qz.convert(model, kernel="reference")
     return model
 
 
-def test_every_format_is_held_or_refused_in_one_sentence(tmp_path):
-    assert len(PRODUCT) == 2 * 2 * (4 + 2 * 4)
-    told = dict.fromkeys(BOTH, 0)
-    for (name, given), form in itertools.product(PRODUCT.items(), BOTH):
-        model, path = flat(*given), tmp_path / f"{name}-{form}"
-        if held_by(form, *given):
+@pytest.mark.parametrize(("w", "inputs"), PRODUCT.values(), ids=PRODUCT.keys())
+def test_every_format_is_held_or_refused_in_one_sentence(w, inputs, tmp_path):
+    """What is held is read where the loaders are: above, and in ``test_export_ascend.py``."""
+    model = flat(w, inputs)
+    for form in ALL:
+        path = tmp_path / form
+        if held_by(form, w, inputs):
             exported(model, path, form)
             continue
         with pytest.raises(qz.QuantizeError) as caught:
             exported(model, path, form)
         assert re.fullmatch(r"layer '0': [^;.]*; accepted: [^;.]*", str(caught.value)), caught.value
         assert not path.exists()
-        told[form] += 1
+
+
+def test_the_formats_are_all_that_there_are():
+    assert len(PRODUCT) == 2 * 2 * (5 + 2 * 4)
+    refused = {form: sum(not held_by(form, *given) for given in PRODUCT.values()) for form in ALL}
     # compressed-tensors: with inputs, zero points of weights, or int4 with static ones.
-    assert told == {BOTH[0]: 2 * 2 * 4 + 2 * 2, BOTH[1]: 48 - 2 * 4}
+    assert refused == {ALL[0]: 2 * 2 * 4 + 2 * 2, ALL[1]: 52 - 2 * 4, ALL[2]: 52 - 2 * 4}
 
 
 @pytest.mark.parametrize("algorithm", ["gptq", "awq"])
@@ -535,19 +543,19 @@ REFUSED = {
     "float": (mlp, BOTH, r"model: no converted layer .*; accepted: a model after convert\(model\)"),
     "calibrating": (calibrating, BOTH, r"layer '0': under calibration; accepted: a model after convert\(model\)"),
     "no module": (lambda: 3, BOTH, r"model: 3; accepted: a torch.nn.Module"),
-    "smoothing": (smoothed, BOTH, r"layer '0': its inputs are smoothed .*'smoothquant': \{'fold': True\}"),
+    "smoothing": (smoothed, ALL, r"layer '0': its inputs are smoothed .*'smoothquant': \{'fold': True\}"),
     "extra state": (with_extra_state, BOTH, r"'1._extra_state' in the state: a dict; accepted: tensors only"),
     "ragged": (ragged, BOTH[:1], r"layer 'model.layers.0.mlp.down_proj': in_features 192 in groups of 128"),
-    "scale": (small_weights, BOTH, r"layer '0': a scale too small for torch.float16, in .*; accepted: a model in bfl"),
-    "input scale": (small_inputs, BOTH[1:], r"layer '0': scales too small for torch.float16, .*; accepted: a model in"),
-    "float32": (alone(WEIGHTS, TENSOR), BOTH[1:], r"q_proj': static inputs of a model in torch.float32, .*'token'$"),
-    "latent": (latent, BOTH[1:], r"kv_b_proj': .* do not dequantize; accepted: 'kv_b_proj' in skip_layers, or format"),
+    "scale": (small_weights, ALL, r"layer '0': a scale too small for torch.float16, in .*; accepted: a model in bfl"),
+    "input scale": (small_inputs, ALL[1:], r"layer '0': scales too small for torch.float16, .*; accepted: a model in"),
+    "float32": (alone(WEIGHTS, TENSOR), ALL[1:], r"q_proj': static inputs of a model in torch.float32, .*'token'$"),
+    "latent": (latent, ALL[1:], r"kv_b_proj': .* do not dequantize; accepted: 'kv_b_proj' in skip_layers, or format"),
     "experts": (
         expert,
-        BOTH[1:],
+        ALL[1:],
         r"0.gate_proj': an expert of type W8A16, but .*; accepted: .*'token', the experts in",
     ),
-    "bias": (big_bias, BOTH[1:], r"layer '0': a bias too large for int32.*; accepted: the layer in skip_layers, or"),
+    "bias": (big_bias, ALL[1:], r"layer '0': a bias too large for int32.*; accepted: the layer in skip_layers, or"),
 }
 
 
@@ -563,7 +571,7 @@ def test_what_a_format_cannot_hold_is_refused_before_anything_is_written(make, f
 
 def test_other_words_for_a_format_are_refused(tmp_path):
     for word in ("gguf", None, ["ascendv1"]):
-        with pytest.raises(qz.QuantizeError, match=r"format: .*; accepted: one of 'compressed-tensors', 'ascendv1'"):
+        with pytest.raises(qz.QuantizeError, match=r"format: .*; accepted: one of 'compressed-tensors', 'ascendv1', "):
             exported(smoothed(), tmp_path / "out", word)
     assert not listed(tmp_path)
 

@@ -15,7 +15,7 @@ from tests import ascend
 from tests.ascend_loader import Loader, fused
 from tests.bounds import V, matmul_bound, unit
 from tests.models import TENSOR, TOKEN, WEIGHTS, config, filled, mlp, randn
-from tests.test_export import converted, listed, llama, mixed, moved, quantized
+from tests.test_export import PRODUCT, converted, flat, held_by, listed, llama, mixed, moved, quantized
 from tests.zoo import experts
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*stay in floating point", "ignore:fewer than 16 tokens")
@@ -100,7 +100,7 @@ def floats(deq):
 def assert_computes(theirs, layers, seed):
     """``theirs`` is the loader's one layer for all of ``layers``."""
     x = randn(24, layers[0].in_features, seed=seed, dtype=theirs.dtype)
-    deq, wide = floats(theirs.p.get("deq_scale")), theirs(x).double()
+    deq, wide = floats(theirs.p.get("deq_scale") if theirs.kind == "W8A8" else None), theirs(x).double()
     sizes = [layer.out_features for layer in layers]
     parts = [None] * len(layers) if deq is None else deq.split(sizes)
     for layer, y, part in zip(layers, wide.split(sizes, 1), parts, strict=True):
@@ -132,6 +132,54 @@ def test_the_loader_computes_what_we_compute(kind, given, attention, last, dtype
         assert torch.equal(loader.held[key], model.state_dict()[key]) or dtype == FP32, key
     assert loader.types["model_quant_type"] == ("W8A8" if "W8A8" in (attention, last) else attention)
     assert {key for key, t in loader.held.items() if key.endswith(".bias") and t.dtype != FP32} == set()
+
+
+HELD = {name: given for name, given in PRODUCT.items() if held_by("ascendv1", *given)}
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize(("w", "inputs"), HELD.values(), ids=HELD.keys())
+def test_every_format_that_is_held_is_computed(w, inputs, dtype, tmp_path):
+    model = flat(w, inputs, dtype)
+    for form, decodes in (("ascendv1", False), ("ascendv1-mix", True)):
+        qz.export(model, tmp_path / form, format=form)
+        loader = Loader(tmp_path / form, dtype, decodes=decodes)
+        for name, layer in quantized(model).items():
+            assert_computes(loader.layer(name), [layer], 0)
+
+
+# As the format lists them; a bias beside them is in floating point.
+MIX = {"weight", "weight_scale", "weight_offset", "input_scale", "input_offset", "deq_scale", "quant_bias"}
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize("kind", [*DENSE, "qwen3_moe"])
+@pytest.mark.parametrize("inputs", [TENSOR, ASYMMETRIC], ids=["symmetric", "asymmetric"])
+def test_a_mixed_layer_is_static_where_the_loader_decodes_and_by_token_elsewhere(inputs, kind, dtype, tmp_path):
+    rest = {"make": MODELS[kind], "down_proj.inputs": TOKEN, **({"mlp.*.inputs": TOKEN} if kind in MIXTURES else {})}
+    model = mixed(dtype, inputs=inputs, **rest)
+    # The same weights: rounding looks at no inputs.
+    tokens = mixed(dtype, inputs=TOKEN, make=MODELS[kind])
+    qz.export(model, tmp_path / "out", format="ascendv1-mix")
+    count = 0
+    for decodes, ours in ((True, quantized(model)), (False, quantized(tokens))):
+        loader = Loader(tmp_path / "out", decodes=decodes)
+        assert loader.types["model_quant_type"] == "W8A8_MIX"
+        for seed, names in enumerate(fused(name for name in ours if ".experts." not in name)):
+            dynamic = "down_proj" in names[0] or (kind in MIXTURES and "mlp" in names[0])
+            assert loader.type(names) == ("W8A8_DYNAMIC" if dynamic else "W8A8_MIX"), names
+            assert_computes(loader.layer(*names), [ours[name] for name in names], seed)
+            for name in names if not dynamic else ():
+                told = {key.removeprefix(f"{name}."): value for key, value in loader.types.items()
+                        if key.startswith(f"{name}.")}  # fmt: skip
+                assert told == dict.fromkeys(MIX, "W8A8_MIX") | ({"bias": "FLOAT"} if "bias" in told else {})
+                assert {f"{name}.{key}" for key in told} <= loader.held.keys()
+                count += "bias" in told
+        for name in {name.rpartition(".")[0] for name in ours if ".experts." in name}:
+            for theirs, parts in zip(loader.expert(name), (("gate_proj", "up_proj"), ("down_proj",)), strict=True):
+                assert_computes(theirs, [ours[f"{name}.{part}"] for part in parts], 1)
+    # Qwen2 has them for q, k and v, our Llama for all of attention.
+    assert (count > 0) == (kind in ("llama", "qwen2"))
 
 
 def test_fused_layers_of_the_families_are_fused():

@@ -1,7 +1,10 @@
 """AscendV1, the format of msModelSlim, as vLLM on Ascend and MindIE load it.
 
+With ``mix``, static layers are of type W8A8_MIX: loaders quantize their inputs by token where they read prompts, and
+with the static scale where they only decode. One weight serves both, so the layer has the tensors of both types.
+
 Source: msModelSlim, "AscendV1 Format Description" and ``ascendv1.py``; vllm-ascend, ``modelslim_config.py``,
-``methods/w8a8_static.py``, ``w8a8_dynamic.py`` and ``w8a16.py``.
+``methods/w8a8_static.py``, ``w8a8_dynamic.py``, ``w8a8_pdmix.py`` and ``w8a16.py``.
 """
 
 from __future__ import annotations
@@ -21,26 +24,28 @@ from quantize.shell.views import Experts
 
 FILE, LIMIT = "quant_model_weights.safetensors", 4 * 2**30
 _SCALED = ("weight", "weight_scale", "weight_offset")
-_STATIC = ("weight", "input_scale", "input_offset", "deq_scale", "quant_bias")
+_STATIC = ("input_scale", "input_offset", "deq_scale", "quant_bias")
 # The types of layers and their tensors; the last type in a model names the whole model.
-_TYPES = {"W8A16": _SCALED, "W8A8_DYNAMIC": _SCALED, "W8A8": _STATIC}
+_TYPES = {"W8A16": _SCALED, "W8A8_DYNAMIC": _SCALED, "W8A8": ("weight", *_STATIC), "W8A8_MIX": (*_SCALED, *_STATIC)}
 _OTHER = "or format 'compressed-tensors'"
 
 
-def tensors(layer: QuantizedLinear, bias: Tensor | None) -> dict[str, Tensor]:
+def tensors(layer: QuantizedLinear, bias: Tensor | None, *, mix: bool = False) -> dict[str, Tensor]:
     """What the checkpoint holds of a layer."""
     solved, dtype = layer.solution, layer.layout.dtype
     weight, static = solved.weight, solved.static
-    held = {} if bias is None else {"bias": bias.float()}
+    held = {"weight": weight.codes} if bias is None else {"weight": weight.codes, "bias": bias.float()}
+    if mix or static is None:
+        scale = weight.scale.expand(len(weight.codes), -1).float()
+        held |= {"weight_scale": scale, "weight_offset": torch.zeros_like(scale)}
     if static is not None:
         offset = torch.zeros_like(static.scale) if static.zero_point is None else static.zero_point
         deq, total = _integer(weight, static, bias, dtype)
         # With float16 the operator takes the bits of a float32 in an int64.
         bits = deq.view(torch.int32).to(torch.int64) if dtype == torch.float16 else deq
-        parts = (weight.codes, static.scale[0].float(), offset[0].float(), bits, total.to(torch.int32))
-        return held | dict(zip(_STATIC, parts, strict=True))
-    scale = weight.scale.expand(len(weight.codes), -1).float()
-    return held | dict(zip(_SCALED, (weight.codes, scale, torch.zeros_like(scale)), strict=True))
+        parts = (static.scale[0].float(), offset[0].float(), bits, total.to(torch.int32))
+        held |= dict(zip(_STATIC, parts, strict=True))
+    return held
 
 
 def _integer(weight: QTensor, static: QParams, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -58,19 +63,19 @@ def _integer(weight: QTensor, static: QParams, bias: Tensor | None, dtype: torch
     return deq[:, 0].expand(len(weight.codes)), integer_bias(replace(weight, scale=deq), unit, bias)
 
 
-def texts(parts: Parts) -> dict[str, str]:
+def texts(parts: Parts, *, mix: bool = False) -> dict[str, str]:
     """The type of every tensor, and the ``config.json`` of the model.
 
     Raises:
         QuantizeError: a layer that the format, or its loaders, have no type for.
     """
     mixtures = [name for name, m in parts.model.named_modules(remove_duplicate=False) if isinstance(m, Experts)]
-    kinds = {name: _type(name, layer.layout.spec) for name, layer in parts.layers.items()}
+    kinds = {name: _type(name, layer.layout.spec, mix=mix) for name, layer in parts.layers.items()}
     alike = dict(kinds)
     for name, layer in parts.layers.items():
-        if kinds[name] == "W8A8":
+        if "input_scale" in _TYPES[kinds[name]]:
             alike[name] += _static(name, layer, parts.biases.get(name))
-        else:
+        if "weight_scale" in _TYPES[kinds[name]]:
             check_scale(name, layer)
         if name.endswith("kv_b_proj"):
             found = "loaders multiply with parts of its weight, which they do not dequantize"
@@ -87,7 +92,7 @@ def texts(parts: Parts) -> dict[str, str]:
     return {"quant_model_description.json": as_json("description", {**told, **general}), **parts.configs()}
 
 
-def _type(name: str, spec: LayerSpec) -> str:
+def _type(name: str, spec: LayerSpec, *, mix: bool) -> str:
     weight, inputs = spec.weight, spec.inputs
     if weight.bits != 8:
         found, wanted = f"int{weight.bits} weights: loaders have no dense layer of them", "weights of type 'int8'"
@@ -98,7 +103,7 @@ def _type(name: str, spec: LayerSpec) -> str:
     elif weight.strategy == "group":
         found, wanted = "weights in groups: the loaders read one scale for a channel", "strategy 'channel' or 'tensor'"
     elif inputs is None or inputs.strategy == "tensor":
-        return "W8A16" if inputs is None else "W8A8"
+        return "W8A16" if inputs is None else "W8A8_MIX" if mix else "W8A8"
     elif inputs.symmetric:
         return "W8A8_DYNAMIC"
     else:

@@ -7,12 +7,12 @@ import os
 from torch import nn
 
 from quantize.shell.config import refusal, shown
-from quantize.shell.disk import ascendv1, compressed_tensors, files
+from quantize.shell.disk import ascendv1, ascendv1_mix, compressed_tensors, files
 from quantize.shell.disk.parts import Parts, pairs
 
 # Each has FILE, the name of the file of tensors, and LIMIT, the bytes of one where none are given; ``texts``, the other
 # files by name, which refuses layers that have no place in the format; and ``tensors`` of a layer and its bias.
-FORMATS = {"compressed-tensors": compressed_tensors, "ascendv1": ascendv1}
+FORMATS = {"compressed-tensors": compressed_tensors, "ascendv1": ascendv1, "ascendv1-mix": ascendv1_mix}
 
 
 def export(
@@ -35,6 +35,9 @@ def export(
     - ``'ascendv1'``: for vLLM on Ascend and MindIE. ``quant_model_weights.safetensors``, in parts of 4 GiB, and
       ``quant_model_description.json``. Symmetric int8 weights by tensor or channel, inputs as they are, static (not in
       float32), or symmetric by token; experts by token only, and ``kv_b_proj`` not at all.
+    - ``'ascendv1-mix'``: the same, but static layers also have what it takes to quantize their inputs by token. MindIE
+      does that in prefill, and vLLM on all instances but those that receive KV caches from others; they decode with the
+      static scale.
 
     Layers may have different formats, except those that loaders compute as one: ``q_proj``, ``k_proj`` and ``v_proj``,
     ``gate_proj`` and ``up_proj``, the experts of a mixture, and so on.
