@@ -63,7 +63,8 @@ def llama(dtype=torch.float32, *, tied=False, blocks=2, sizes=(128, 192)):
     """Biases in attention, and a head that reads the embedding of the current token back."""
     given = LlamaConfig(
         vocab_size=128, hidden_size=sizes[0], intermediate_size=sizes[1], num_hidden_layers=blocks,
-        num_attention_heads=4, num_key_value_heads=2, attention_bias=True, tie_word_embeddings=tied, bos_token_id=1, eos_token_id=None,
+        num_attention_heads=4, num_key_value_heads=2, attention_bias=True, tie_word_embeddings=tied, bos_token_id=1,
+        eos_token_id=None,
     )  # fmt: skip
     model, source = LlamaForCausalLM(given), generator(1)
     with torch.no_grad():
