@@ -19,6 +19,7 @@ from quantize.shell.cli.commandline import CONFIG
 from quantize.shell.cli.subjects import Encoder, Language
 from quantize.shell.disk import storage
 from quantize.shell.progress import progress
+from tests.ascend_loader import Loader
 
 INT4 = {"type": "int4", "symmetric": True, "strategy": "group", "group_size": 32}
 GPTQ = {"batch_num": 2, "quant_cfg": {"weights": INT4}, "algorithm": "gptq", "skip_layers": "lm_head"}
@@ -234,6 +235,111 @@ def test_other_programs_get_their_files_and_a_tokenizer(given, tmp_path, name, c
     own = {"compressed-tensors": "model.safetensors", "ascendv1": "quant_model_weights.safetensors"}[name]
     assert {own, "config.json", "tokenizer.json", "tokenizer_config.json"} <= found
     assert "perplexity" not in capsys.readouterr().out
+
+
+CHAT = "{% for message in messages %}<s> {{ message['content'] }} {% endfor %}"
+# What stands beside the weights of models that are served, and what does not belong to them, or is no longer true.
+BESIDE = {
+    "preprocessor_config.json": '{"size": 3}',
+    "code.py": "KEPT = 1\n",
+    "LICENSE": "kept",
+    "1_Pooling/config.json": '{"pooling_mode_mean_tokens": true}',
+    "2_Dense/model.safetensors": "kept",
+}
+ELSEWHERE = (
+    "pytorch_model.bin",
+    "model.safetensors.index.json",
+    "onnx/model.onnx",
+    ".cache/kept",
+    "original/params.json",
+)
+
+
+@pytest.fixture(scope="module")
+def served(llama, tmp_path_factory):
+    """A directory with all that servers read: tied embeddings, two chat templates, a generation config, code."""
+    from transformers import AutoTokenizer, GenerationConfig, LlamaConfig
+
+    config = LlamaConfig.from_pretrained(llama, tie_word_embeddings=True, eos_token_id=5)
+    path = saved(tmp_path_factory.mktemp("served"), "LlamaForCausalLM", config)
+    told = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(
+        json.dumps({**told, "auto_map": {"AutoModel": "code.Model"}, "dtype": "bfloat16"})
+    )
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    tokenizer.add_special_tokens({"eos_token": "w3", "additional_special_tokens": ["w7"]})
+    tokenizer.chat_template = {"default": CHAT, "tool_use": "tools"}
+    tokenizer.save_pretrained(path)
+    GenerationConfig(temperature=0.25, top_k=7, do_sample=True, eos_token_id=[5, 9], bos_token_id=1).save_pretrained(
+        path
+    )
+    for name, content in {**BESIDE, **dict.fromkeys(ELSEWHERE, "{}")}.items():
+        (path / name).parent.mkdir(exist_ok=True)
+        (path / name).write_text(content)
+    (path / "code.py").chmod(0o600)
+    return path
+
+
+@pytest.mark.filterwarnings("ignore:You are using the default legacy behaviour")
+@pytest.mark.parametrize("name", ["quantize", "compressed-tensors", "ascendv1"])
+def test_a_directory_serves_alone(given, served, lines, tmp_path, name):
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    out = tmp_path / "out"
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "batch_num": 1, "skip_layers": "lm_head"}))
+    assert main([*given, "--model", str(served), "--out", str(out), "--format", name]) == 0
+    # Nothing of the model is needed.
+    theirs, ours = (AutoTokenizer.from_pretrained(path) for path in (served, out))
+    assert ours(lines).input_ids == theirs(lines).input_ids
+    assert ours.special_tokens_map == theirs.special_tokens_map
+    assert ours.eos_token == "w3"
+    assert ours.pad_token == theirs.pad_token
+    assert ours.chat_template == theirs.chat_template == {"default": CHAT, "tool_use": "tools"}
+    chat = [{"role": "user", "content": "w4 w5"}]
+    assert ours.apply_chat_template(chat, tokenize=False) == "<s> w4 w5 "
+    assert (
+        GenerationConfig.from_pretrained(out).to_diff_dict() == GenerationConfig.from_pretrained(served).to_diff_dict()
+    )
+    assert GenerationConfig.from_pretrained(out).eos_token_id == [5, 9]
+    config = AutoConfig.from_pretrained(out)
+    assert (config.tie_word_embeddings, config.dtype, config.auto_map) == (
+        True,
+        torch.bfloat16,
+        {"AutoModel": "code.Model"},
+    )
+    for file, content in BESIDE.items():
+        assert (out / file).read_text() == content
+    assert (out / "code.py").stat().st_mode == (out / "config.json").stat().st_mode
+    assert not [file for file in ELSEWHERE if (out / file).exists()]
+    if name == "compressed-tensors":
+        model, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+        assert not any(info.values()), info
+        assert model.generation_config.top_k == 7
+    else:
+        # No program takes them for floating point.
+        with pytest.raises((OSError, ValueError)):
+            AutoModelForCausalLM.from_pretrained(out)
+        model = AutoModelForCausalLM.from_config(config).eval()
+    if name == "quantize":
+        storage.load(model, out)
+    if name == "ascendv1":
+        loader = Loader(out)
+        layer = "model.layers.0.mlp.down_proj"
+        assert loader.layer(layer).kind == "W8A8_DYNAMIC"
+        assert torch.equal(
+            loader.held["model.embed_tokens.weight"], AutoModelForCausalLM.from_pretrained(served).lm_head.weight
+        )
+        return
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    with torch.no_grad():
+        # The first call decompresses the weights.
+        model(torch.tensor([ours(lines[0]).input_ids]))
+    for key, layer in AutoModelForCausalLM.from_pretrained(served).model.named_modules():
+        if isinstance(layer, torch.nn.Linear):
+            w, u = layer.weight.double(), torch.finfo(torch.bfloat16).eps / 2
+            # Half a step; the scale and its product with a code are rounded.
+            bound = w.abs().amax(1, keepdim=True) / 127 * (0.5 + 128 * 2 * u)
+            assert ((model.model.get_submodule(key).weight - w).abs() <= bound).all(), key
 
 
 def test_what_needs_no_text_asks_for_none(given, tmp_path, capsys):

@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,10 +18,10 @@ from torch import Tensor, nn
 from quantize.shell import api
 from quantize.shell.budget import FORMATS, assign_formats
 from quantize.shell.calibrate.layer import QUANTIZED
+from quantize.shell.cli import output
 from quantize.shell.cli.subjects import Language, Subject, subject_in
 from quantize.shell.config import QuantizeError, QuantizeWarning, parse, refusal
-from quantize.shell.disk import export, files, storage
-from quantize.shell.disk.parts import Parts
+from quantize.shell.disk import export
 from quantize.shell.progress import progress
 from quantize.shell.report import picture
 from quantize.shell.report.rows import Report
@@ -93,9 +94,11 @@ def _parser() -> argparse.ArgumentParser:
     results("--evaluate", action="store_true", help="measure before and after: the perplexity on the lines after those "
             "that calibrate, or the cosine of sentence embeddings on every second line, while the others calibrate "
             "(default: in the demonstration only)")  # fmt: skip
-    results("--out", type=Path, metavar="DIR", help="write the quantized model and its tokenizer here: new, or empty")
+    results("--out", type=Path, metavar="DIR", help="write the quantized model here, and all files "
+            "that stand beside its weights, such as tokenizer and chat template: new, or empty")  # fmt: skip
     results("--format", choices=("quantize", *export.FORMATS),
-            help="of the files in --out; quantize: for quantize.load (default: quantize)")  # fmt: skip
+            help="of the files in --out; quantize: for quantize.load, onto "
+            "AutoModel... .from_config(AutoConfig.from_pretrained(DIR)) (default: quantize)")  # fmt: skip
     results("--plot", type=Path, metavar="FILE", help=f"draw the layers into this file: {', '.join(picture.SUFFIXES)}")
     return parser
 
@@ -128,7 +131,7 @@ def _run(given: argparse.Namespace) -> None:
     if given.plot is not None:
         picture.check(given.plot)
     if given.out is not None:
-        _check_out(given.out, given.format, config)
+        output.check(given.out, given.format, config, given.model)
     elif given.format is not None:
         raise refusal("--format", f"{given.format!r} without --out", "--out DIR, or no format")
     lines = _read("--text", given.text or SENTENCES, str.splitlines, "a UTF-8 text file")
@@ -137,20 +140,18 @@ def _run(given: argparse.Namespace) -> None:
     if isinstance(subject, Language) and given.text is None and (evaluate or not data_free):
         raise refusal("--text", "not given", "a file, to calibrate or measure a language model")
 
-    def write(model: nn.Module) -> None:
-        if given.format in export.FORMATS:
-            export.export(model, given.out, format=given.format)
-        else:
-            storage.save(model, given.out)
-        subject.tokenizer.save_pretrained(given.out)
-
     text = [line.strip() for line in lines if line.strip()]
     if given.budget is not None:
         rows, _ = subject.split(text, config.get("batch_num", 1), given.batch_size, evaluate=evaluate)
         skipped = config.get("skip_layers")
         chosen = assign_formats(subject.model, lambda _: subject.losses(rows), given.budget, skip_layers=skipped)
         config = {**config, "quant_cfg": chosen}
-    outcome = demonstrate(subject, config, text, batch=given.batch_size, evaluate=evaluate, write=given.out and write)
+    write = None
+    if given.format in export.FORMATS:
+        output.check_layers(subject.model, given.format, config)
+    if given.out is not None:
+        write = partial(output.write, directory=given.out, format=given.format, source=subject.directory)
+    outcome = demonstrate(subject, config, text, batch=given.batch_size, evaluate=evaluate, write=write)
     print(f"model: {subject.directory.resolve()}\nconfig: {config}\n{outcome}", flush=True)
     if given.plot is not None:
         outcome.report.plot(given.plot)
@@ -169,27 +170,6 @@ def _budgeted(config: Any) -> Any:
     if isinstance(given, Mapping) and (found := [key for key in given if key != "weights"]):
         raise refusal("--budget", f"with quant_cfg.{found[0]!r} in the config", "a config for weights alone")
     return {**config, "quant_cfg": {"weights": FORMATS[0]}} if isinstance(config, Mapping) else config
-
-
-def _check_out(directory: Path, format: str | None, config: Any) -> None:  # noqa: A002 - as in export
-    """Refuse a directory that cannot be written, and a config that the format cannot hold: one layer goes ahead."""
-    files.check_new(directory)
-    parsed = parse(config)
-    spec = parsed.spec(("",))
-    # Which layers have the formats of patterns is known once the model is.
-    if format not in export.FORMATS or spec is None or any(each.pattern for each in parsed.formats):
-        return
-    size = 2 * (spec.weight.group_size or 32)
-    # A model in float32 may be refused where one of this dtype is not.
-    model = nn.Sequential(nn.LayerNorm(size), nn.Linear(size, 8)).bfloat16()
-    with torch.no_grad(), warnings.catch_warnings(action="ignore", category=QuantizeWarning):
-        api.quantize(model, {**config, "batch_num": 1, "skip_layers": None})
-        model(torch.randn(32, size, generator=torch.Generator().manual_seed(0)).bfloat16())
-        api.convert(model)
-    try:
-        export.FORMATS[format].texts(Parts(model))
-    except QuantizeError as error:
-        raise QuantizeError(f"--format {format}: " + str(error).removeprefix("layer '1': ")) from None
 
 
 @dataclass(frozen=True)

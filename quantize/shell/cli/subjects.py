@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import cached_property
 from itertools import cycle, islice
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
 from quantize.shell.config import refusal
+from quantize.shell.disk import files
 
 # Batches to calibrate with, and batches to measure.
 _Split = tuple[Iterable[Any], Sequence[Any]]
@@ -140,19 +142,40 @@ Subject = Encoder | Language
 def subject_in(directory: Path | None, *, length: int | None = None) -> Subject:
     """The model in ``directory``; None means :func:`packaged`. What cannot be read or quantized is refused here."""
     directory = packaged() if directory is None else directory
-    try:
-        told = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        architectures, most = told.get("architectures") or (), told.get("max_position_embeddings")
-    except (OSError, ValueError, AttributeError) as error:
-        accepted = "a directory with config.json (a JSON file, a config of transformers), weights and a tokenizer"
-        raise refusal("--model", str(directory), f"{accepted} ({error})") from None
-    if "quantization_config" in told:
-        raise refusal("--model", f"{directory}, which is quantized already", "a model in floating point")
+    told = described(directory)
+    architectures, most = told.get("architectures") or (), told.get("max_position_embeddings")
     if length and most and length > most:
         raise refusal("--length", str(length), f"at most {most}, the positions of the model")
     causal = _extra("transformers").models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     kind: type[Subject] = Encoder if set(architectures).isdisjoint(causal) else Language
     return kind(directory, length=length or min(kind.length, most or kind.length))
+
+
+def described(directory: Path) -> dict[str, Any]:
+    """The ``config.json`` of a model in floating point."""
+    try:
+        told: dict[str, Any] = dict(json.loads((directory / "config.json").read_text(encoding="utf-8")).items())
+    except (OSError, ValueError, AttributeError) as error:
+        accepted = "a directory with config.json (a JSON file, a config of transformers), weights and a tokenizer"
+        raise refusal("--model", str(directory), f"{accepted} ({error})") from None
+    if "quantization_config" in told:
+        raise refusal("--model", f"{directory}, which is quantized already", "a model in floating point")
+    return told
+
+
+def dtype_in(directory: Path | None) -> torch.dtype:
+    """The dtype in which transformers makes the model: that of its config, else of its first weight."""
+    directory = packaged() if directory is None else directory
+    told = described(directory)
+    found = getattr(torch, str(told.get("dtype") or told.get("torch_dtype")), None)
+    if found is None:
+        # What cannot be read is refused where the model is read.
+        with suppress(OSError, ValueError, files.safetensors().SafetensorError):
+            first = min(file.name for file in directory.glob("*.safetensors"))
+            tensors, _ = files.read(directory, first)
+            found = next((tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), None)
+    # In float32 a model may be refused that is not in bfloat16.
+    return found if found in (torch.float16, torch.float32) else torch.bfloat16
 
 
 def packaged() -> Path:

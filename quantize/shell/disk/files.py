@@ -122,7 +122,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as beside:
         made = Path(beside, target.name)
         yield made
-        for written in (*made.glob("*"), made):
+        for written in (*made.rglob("*"), made):
             _sync(written)
         made.replace(target)
     _sync(target.parent)

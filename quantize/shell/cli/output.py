@@ -1,0 +1,113 @@
+"""What ``--out`` gets: a config that its format can hold, and a directory that other programs need nothing beside."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantize.shell import api
+from quantize.shell.cli.subjects import described, dtype_in
+from quantize.shell.config import QuantizeError, QuantizeWarning, parse
+from quantize.shell.disk import export, files, storage
+from quantize.shell.disk.parts import Parts
+from quantize.shell.plan import plan
+
+# Of weights, and of what training leaves; their indexes would name files that are not there.
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".gguf", ".onnx", ".index.json")
+
+
+def check(directory: Path, format: str | None, config: Any, source: Path | None) -> None:  # noqa: A002 - as in export
+    """Refuse a directory that cannot be written, and a config that the format cannot hold: one layer goes ahead.
+
+    ``source``: the directory of the model, whose dtype the layer has.
+    """
+    files.check_new(directory)
+    parsed = parse(config)
+    spec = parsed.spec(("",))
+    # Which layers have the formats of patterns is known once the model is.
+    if format not in export.FORMATS or spec is None or any(each.pattern for each in parsed.formats):
+        return
+    size = 2 * (spec.weight.group_size or 32)
+    model = nn.Sequential(nn.LayerNorm(size), nn.Linear(size, 8)).to(dtype_in(source))
+    _try(model, size, format, {**config, "skip_layers": None})
+
+
+def check_layers(model: nn.Module, format: str, config: Any) -> None:  # noqa: A002
+    """Refuse formats of layers that the format cannot hold, before any is calibrated: small ones go ahead.
+
+    They have the names of those in ``model``. Which of their inputs are smoothed is not tried.
+    """
+    planned, tree = plan(model, parse(config)), _Tree()
+    size = 2 * max(spec.weight.group_size or 32 for spec in planned.specs.values())
+    for layer, names in planned.layers.items():
+        small = nn.Linear(size, 8, dtype=layer.weight.dtype)
+        for name in names:
+            tree.put(name, small)
+    for skipped in planned.skipped:
+        tree.put(skipped.name, nn.Identity())
+    _try(tree, size, format, {**config, "algorithm": "minmax"})
+
+
+class _Tree(nn.Module):
+    """Layers under any names, which all read the same inputs."""
+
+    def put(self, name: str, layer: nn.Module) -> None:
+        head, _, rest = name.partition(".")
+        if not rest:
+            self._modules.setdefault(head, layer)
+        elif isinstance(below := self._modules.setdefault(head, _Tree()), _Tree):
+            below.put(rest, layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for child in self.children():
+            child(x)
+        return x
+
+
+def _try(model: nn.Module, size: int, format: str, config: Any) -> None:  # noqa: A002
+    x = torch.randn(32, size, generator=torch.Generator().manual_seed(0)).to(next(model.parameters()).dtype)
+    with torch.no_grad(), warnings.catch_warnings(action="ignore", category=QuantizeWarning):
+        api.quantize(model, {**config, "batch_num": 1})
+        model(x)
+        api.convert(model)
+    try:
+        export.FORMATS[format].texts(Parts(model))
+    except QuantizeError as error:
+        raise QuantizeError(f"--format {format}: " + str(error).removeprefix("layer '1': ")) from None
+
+
+def write(model: nn.Module, directory: Path, format: str | None, source: Path) -> None:  # noqa: A002
+    """Write a converted model, and the files of ``source`` beside its weights: tokenizer, chat template, code, ...
+
+    ``directory`` is there whole, or as it was.
+    """
+    with files.replacing(directory) as made:
+        if format in export.FORMATS:
+            export.export(model, made, format=format)
+        else:
+            storage.save(model, made)
+            # Without a quant_method: transformers would make random weights of what it does not know.
+            told = {**described(source), "quantization_config": {"read_by": "quantize.load"}}
+            (made / "config.json").write_text(files.as_json("config.json", told), encoding="utf-8")
+        for file in _beside(source):
+            target = made / file.relative_to(source)
+            if not target.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                # Not the mode: that is for the umask.
+                shutil.copyfile(file, target)
+
+
+def _beside(source: Path) -> Iterator[Path]:
+    """All files but weights and hidden ones, and the folders of chat templates and of sentence-transformers."""
+    for entry in sorted(source.iterdir()):
+        if entry.is_file() and not entry.name.startswith(".") and not entry.name.endswith(_WEIGHTS):
+            yield entry
+        elif entry.is_dir() and re.fullmatch(r"additional_chat_templates|\d+_\w+", entry.name):
+            yield from (file for file in sorted(entry.rglob("*")) if file.is_file())
