@@ -6,6 +6,7 @@ import json
 import math
 import random
 import re
+import shutil
 import subprocess
 import sys
 
@@ -14,7 +15,7 @@ import torch
 
 from quantize import QuantizedLinear, QuantizeError, QuantizeWarning, quantize, report
 from quantize.__main__ import main
-from quantize.shell.cli import commandline
+from quantize.shell.cli import commandline, output
 from quantize.shell.cli.commandline import CONFIG
 from quantize.shell.cli.subjects import Encoder, Language
 from quantize.shell.disk import storage
@@ -435,6 +436,79 @@ def test_a_format_that_cannot_hold_the_config_is_refused_at_once(given, tmp_path
     (tmp_path / "config.json").write_text(json.dumps({**SMOOTHQUANT, "algorithm": {"smoothquant": {"fold": True}}}))
     with pytest.raises(pytest.fail.Exception, match="AutoTokenizer was read"):
         main(arguments)
+
+
+INT8, STATIC, TOKEN = (
+    {"type": "int8", "symmetric": True, "strategy": strategy} for strategy in ("channel", "tensor", "token")
+)
+
+
+def formats(**patterns):
+    return {**MINMAX, "quant_cfg": {"weights": INT8, **{f"*{key}": value for key, value in patterns.items()}}}
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize("told", ["dtype", "torch_dtype", None])
+@pytest.mark.parametrize("name", ["ascendv1", "ascendv1-mix"])
+def test_a_format_is_tried_in_the_dtype_of_the_model(given, tmp_path, llama, name, told, capsys):
+    model = shutil.copytree(llama, tmp_path / "model")
+    described = json.loads((model / "config.json").read_text())
+    assert described.pop("dtype") == "float32"
+    (model / "config.json").write_text(json.dumps(described if told is None else {**described, told: "float32"}))
+    (tmp_path / "config.json").write_text(json.dumps({**MINMAX, "quant_cfg": {"weights": INT8, "inputs": STATIC}}))
+    arguments = [*given, "--model", str(model), "--out", str(tmp_path / "out"), "--format", name]
+    text = f"error: --format {name}: static inputs of a model in torch.float32, which loaders cast; accepted: the model"
+    assert refused(arguments, capsys).startswith(text)
+    # Loaded in 16 bits, the model is next to be read.
+    for dtype in ("bfloat16", "float16"):
+        (model / "config.json").write_text(json.dumps({**described, told or "dtype": dtype}))
+        with pytest.raises(pytest.fail.Exception, match="AutoTokenizer was read"):
+            main(arguments)
+
+
+LAYERS = {
+    "pattern": ("ascendv1", formats(**{"down_proj.weights": INT4}), "layer 'model.layers.0.mlp.down_proj': int4 weigh"),
+    "static": (
+        "ascendv1",
+        formats(**{"mlp*.inputs": STATIC}),
+        "layer 'model.layers.0.mlp.gate_proj': static inputs of",
+    ),
+    "skipped": ("ascendv1", {**formats(), "skip_layers": ["k_proj"]}, "layers 'model.layers.0.self_attn.q_proj', "),
+    "named": (
+        "compressed-tensors",
+        {**formats(), "skip_layers": "1.mlp.up_proj"},
+        "layers 'model.layers.1.mlp.gate_proj', ",
+    ),
+    "apart": ("compressed-tensors", formats(**{"k_proj.inputs": TOKEN}), "layers 'model.layers.0.self_attn.q_proj', "),
+}
+
+
+@pytest.mark.parametrize(("name", "config", "text"), LAYERS.values(), ids=LAYERS.keys())
+def test_formats_of_layers_are_tried_before_anything_is_calibrated(
+    given, tmp_path, name, config, text, monkeypatch, capsys
+):
+    monkeypatch.setattr(commandline, "demonstrate", lambda *_, **__: pytest.fail("it goes on"))
+    arguments = [*given, "--out", str(tmp_path / "out"), "--format", name]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert refused(arguments, capsys).startswith(f"error: --format {name}: {text}")
+    assert not (tmp_path / "out").exists()
+    # All of them alike are no reason.
+    (tmp_path / "config.json").write_text(json.dumps(formats(**{"mlp*.inputs": TOKEN}) | {"skip_layers": ["_head"]}))
+    with pytest.raises(pytest.fail.Exception, match="it goes on"):
+        main(arguments)
+
+
+def test_layers_are_tried_in_dtypes_of_their_own():
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(64, 64).bfloat16() for name in ("q_proj", "router", "o_proj")})
+    config = {"algorithm": "minmax", "quant_cfg": {"weights": INT8, "inputs": STATIC}}
+    model["router"].float()
+    with pytest.raises(QuantizeError, match=r"^--format ascendv1: layer 'router': static inputs of .* torch.float32,"):
+        output.check_layers(model, "ascendv1", config)
+    output.check_layers(model, "ascendv1", {**config, "skip_layers": "router"})
+    # Nothing was done to the model, and one more name of a layer is the same layer.
+    model["v_proj"] = model["q_proj"]
+    output.check_layers(model, "compressed-tensors", config)
+    assert all(type(layer) is torch.nn.Linear for layer in model.values())
 
 
 def test_text_is_counted_before_the_model_is_read(given, tmp_path, lines, monkeypatch, capsys):

@@ -51,12 +51,12 @@ def check_layers(model: nn.Module, format: str, config: Any) -> None:  # noqa: A
         for name in names:
             tree.put(name, small)
     for skipped in planned.skipped:
-        tree.put(skipped.name, nn.Identity())
+        tree.put(skipped.name, _Tree())
     _try(tree, size, format, {**config, "algorithm": "minmax"})
 
 
 class _Tree(nn.Module):
-    """Layers under any names, which all read the same inputs."""
+    """Layers under any names, which all read the same inputs; one without any is a layer in floating point."""
 
     def put(self, name: str, layer: nn.Module) -> None:
         head, _, rest = name.partition(".")
@@ -67,7 +67,7 @@ class _Tree(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for child in self.children():
-            child(x)
+            child(x if isinstance(child, _Tree) else x.to(child.get_parameter("weight").dtype))
         return x
 
 
