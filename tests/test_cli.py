@@ -343,6 +343,20 @@ def test_a_directory_serves_alone(given, served, lines, tmp_path, name):
             assert ((model.model.get_submodule(key).weight - w).abs() <= bound).all(), key
 
 
+@pytest.mark.parametrize("name", ["quantize", "compressed-tensors"])
+def test_a_directory_is_there_whole_or_not_at_all(given, tmp_path, name, monkeypatch, capsys):
+    def full(source, target):
+        assert target.parent.joinpath("model.safetensors").exists()
+        raise OSError(f"no space left for {source.name}")
+
+    (tmp_path / "config.json").write_text(json.dumps(MINMAX))
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr(shutil, "copyfile", full)
+    text = refused([*given[:4], "--out", str(tmp_path / "out"), "--format", name], capsys)
+    assert text == f"error: no space left for {'generation_config' if name == 'quantize' else 'tokenizer'}.json\n"
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_what_needs_no_text_asks_for_none(given, tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(MINMAX))
     assert main(given[:4]) == 0
