@@ -97,8 +97,8 @@ def _parser() -> argparse.ArgumentParser:
     results("--out", type=Path, metavar="DIR", help="write the quantized model here, and all files "
             "that stand beside its weights, such as tokenizer and chat template: new, or empty")  # fmt: skip
     results("--format", choices=("quantize", *export.FORMATS),
-            help="of the files in --out; quantize: for quantize.load, onto "
-            "AutoModel... .from_config(AutoConfig.from_pretrained(DIR)) (default: quantize)")  # fmt: skip
+            help="of the files in --out; quantize: for quantize.load into "
+            "a model of transformers made with from_config (default: quantize)")  # fmt: skip
     results("--plot", type=Path, metavar="FILE", help=f"draw the layers into this file: {', '.join(picture.SUFFIXES)}")
     return parser
 

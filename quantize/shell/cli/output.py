@@ -94,7 +94,8 @@ def write(model: nn.Module, directory: Path, format: str | None, source: Path) -
         else:
             storage.save(model, made)
             # Without a quant_method: transformers would make random weights of what it does not know.
-            told = {**described(source), "quantization_config": {"read_by": "quantize.load"}}
+            told = {"dtype": str(model.dtype).removeprefix("torch."), **described(source)}
+            told["quantization_config"] = {"read_by": "quantize.load"}
             (made / "config.json").write_text(files.as_json("config.json", told), encoding="utf-8")
         for file in _beside(source):
             target = made / file.relative_to(source)

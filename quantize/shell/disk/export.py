@@ -42,7 +42,7 @@ def export(
     Layers may have different formats, except those that loaders compute as one: ``q_proj``, ``k_proj`` and ``v_proj``,
     ``gate_proj`` and ``up_proj``, the experts of a mixture, and so on.
 
-    Neither holds a layer that smooths its inputs at run time. Scales by token are the loader's own: an input may take
+    None holds a layer that smooths its inputs at run time. Scales by token are the loader's own: an input may take
     the next code.
 
     Args:
