@@ -16,9 +16,9 @@ def lost_power(inputs: Scheme, ranges: observers.Range, gram: observers.SumState
 
     1. Rounding with step ``a`` makes an error of variance ``a^2 / 12``. A channel whose mean square is below that loses
        its whole signal instead.
-    2. Static ``inputs`` have one step, that of the whole range. Dynamic ones have a step for each token. It is estimated
-       with the largest root mean square of a channel as the longer tail of the token's range. Without symmetry, the
-       ratio of the shorter tail to it is taken from the ranges of all tokens.
+    2. Static ``inputs`` have one step, that of the whole range. Dynamic ones have a step for each token: its estimate
+       takes the largest root mean square of a channel as the longer tail of the token's range. Without symmetry, the
+       ratio of the shorter tail to the longer one is that of the ranges of all tokens.
 
     ``ranges`` ``[c]`` and ``gram`` belong to the inputs before the division by ``smoothing`` ``[c]``. Only the diagonal
     of ``gram`` is read, so its ``total`` may be ``[c]`` instead of ``[c, c]``.
