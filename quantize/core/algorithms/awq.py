@@ -178,7 +178,8 @@ def solve(
 
     >>> from quantize.core import Scheme
     >>> statistic = torch.ones(2), observers.SumState(16 * torch.eye(2), torch.tensor(16))
-    >>> solve(LayerSpec(Scheme(bits=4)), Options(clip=False), torch.tensor([[7., 2.4]]), statistic).weight.codes.tolist()
+    >>> spec = LayerSpec(Scheme(bits=4))
+    >>> solve(spec, Options(clip=False), torch.tensor([[7., 2.4]]), statistic).weight.codes.tolist()
     [[7, 2]]
     """
     absmean, sums = statistic[:2]
