@@ -53,7 +53,7 @@ def _begin(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> No
         return
     odd = [each for each in (*args, *kwargs.values()) if not keepable(each)]
     if odd and session.sequential:
-        told = f"an argument of type {type(odd[0]).__name__}, which may not be given twice"
+        told = f"an argument of type {type(odd[0]).__name__}, which cannot be copied and passed again"
         if session.batches:
             raise refusal("model", told, "arguments like those of the batches before: tensors and plain values")
         session.sequential = False

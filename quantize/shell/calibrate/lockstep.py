@@ -73,7 +73,7 @@ class Walk:
             self._switch(self.greenlet.switch)
         except Exception as error:
             # Its own, or because of another batch: a pass of its own will tell.
-            self._walks.tell(f"{type(error).__name__} where batches run side by side: {error}")
+            self._walks.tell(f"{type(error).__name__} when batches run side by side: {error}")
 
     def unwind(self) -> None:
         """End where it stands."""
@@ -108,10 +108,10 @@ class Walk:
         tensor, before = self._known.get(x, object), self._read.setdefault(unit, [])
         if call < len(before):
             if before[call] is not tensor:
-                tell(f"layer {layer.names[0]!r} read another tensor than the layers that it shares with")
+                tell(f"layer {layer.names[0]!r} reads another tensor than the layers that had the same inputs")
             return
         if unit.solved or place < self._place:
-            tell(f"layer {layer.names[0]!r} is called where it was not called in floating point")
+            tell(f"layer {layer.names[0]!r} is called at another point of the pass than in floating point")
             return
         numbers = self._batch.reads.get(layer.names[0], [])
         last = call + 1 >= len(numbers)
@@ -121,9 +121,9 @@ class Walk:
         self.tokens.setdefault(unit, []).append(x if last else kept(x))
         seen = self._batch.prints[numbers[call]] if self.floating and call < len(numbers) else None
         if seen is not None and not near(seen, fingerprint(x, self._batch.mask).tolist()):
-            tell(f"layer {layer.names[0]!r} reads something else where batches run side by side")
+            tell(f"layer {layer.names[0]!r} reads other inputs when batches run side by side")
         elif last and fixed() != self._walks.fixed:
-            tell(f"layer {layer.names[0]!r} is called inside of a mode of torch that cannot be put back")
+            tell(f"layer {layer.names[0]!r} is called inside a mode of torch that cannot be restored")
         elif last:
             self.parked = True
             try:

@@ -52,7 +52,7 @@ class Ranks:
             raise failure
         for rank, message in enumerate(told):
             if message is not None:
-                raise QuantizeError(f"rank {rank}: {message}; accepted: ranks that all go on")
+                raise QuantizeError(f"rank {rank}: {message}; accepted: no failure on any rank")
         return result
 
     def agree(self, layers: list[CalibrationLinear], mode: str) -> None:

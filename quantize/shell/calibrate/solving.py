@@ -32,11 +32,11 @@ def finish(model: nn.Module, ranks: Ranks) -> None:
     if not any(everyone):
         # Ranks that finished together hold equal codes; ranks that finished alone do not.
         if any(each != solved[0] for each in solved):
-            raise refusal("model", "solved on every process alone", "batch_num above what any process runs")
+            raise refusal("model", "every process quantized its layers alone", "a larger batch_num, and finish on all")
         return
     for rank, theirs in enumerate(everyone):
         if not theirs:
-            raise refusal(f"rank {rank}", "solved already, alone", "batch_num above what any process runs")
+            raise refusal(f"rank {rank}", "quantized its layers already, alone", "a larger batch_num, and finish on all")
     # By place: parts that were quantized apart may have layers of one name.
     for (name, seen), *others in zip(*everyone, strict=False):
         if not (seen or any(number for _, number in others)):
@@ -109,7 +109,7 @@ def _fold(root: nn.Module, session: Session, layers: list[CalibrationLinear]) ->
         found: Tensor = scale([layer.float_weight() for layer in readers], readers[0].statistic(), rows)
         return found
 
-    told = ["all scales at run time: the model was called with what may not be given twice"]
+    told = ["all scales at run time: the model's arguments cannot be copied and passed again"]
     if session.batches:
         with undisturbed(root):
             told = folding.fold(root, siblings(rest), partial(session.batches[0].run, root), common)

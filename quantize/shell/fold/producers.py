@@ -51,7 +51,7 @@ class Readers:
     sums: Tensor
     producers: list[nn.Module]
     origin: _Origin | None
-    reason: str = "no module before makes each channel of the inputs, and nothing else, larger"
+    reason: str = "no preceding module scales each channel of the inputs, and nothing else"
 
 
 def magnitudes(x: Tensor) -> Tensor:
@@ -119,8 +119,8 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch leaves 
         reasons = {
             "no token of the first batch reached it": not found.sums.any(),
             "it is called more than once": any(self._calls[layer] > 1 for layer in layers),
-            "the inputs are those of the model, or are changed in between": None in origins or len(origins) > 1,
-            "no module before has a weight for each channel of the inputs": not found.producers,
+            "the inputs come from the caller, or are changed in between": None in origins or len(origins) > 1,
+            "no preceding module has a weight for each channel of the inputs": not found.producers,
             f"a {kind} that is called more than once makes the inputs": often,
             f"{''.join(others[:1])} reads the inputs as well": others,
             f"the {kind} that makes the inputs shares its parameters": tied.intersection(found.producers),
