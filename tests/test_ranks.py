@@ -79,6 +79,6 @@ def test_what_differs_is_refused_on_every_rank(found):
         assert "layer 'blocks.1.up': rank" in told["broken"]
         assert "RuntimeError: out of memory" in told["broken"]
         assert "model: every process quantized its layers alone; accepted: a larger batch_num" in told["alone"]
-        assert "rank 0: quantized its layers already, alone" in told["one alone"]
+        assert "rank 0: has quantized its layers alone" in told["one alone"]
         assert "layer 'head': a weight with NaN or inf" in told["weight"]
         assert "out of memory" in told["replay"]

@@ -86,7 +86,7 @@ def _read(module: nn.Module, name: str, key: str) -> Tensor | None:
 
 
 class Away(NamedTuple):
-    """The storage of offloaded tensors, files in ``folder`` or host memory, and the ``device`` that computes with them."""
+    """The storage of offloaded tensors, in ``folder`` or host memory, and the ``device`` that computes with them."""
 
     device: torch.device
     folder: str | None
@@ -126,7 +126,7 @@ def _source(kept: Any, key: str) -> tuple[Any, str, Any]:
 
 
 def ties(root: nn.Module) -> dict[nn.Parameter, nn.Parameter]:
-    """By offloaded parameter, the one that it is tied to: accelerate copies tied parameters, transformers names them."""
+    """By offloaded parameter, the one it is tied to: accelerate copies tied parameters, transformers names them."""
     told: dict[str, str] = getattr(root, "all_tied_weights_keys", None) or {}
     named = dict(root.named_parameters(remove_duplicate=False))
     return {p: named.get(told[key], p) for key, p in named.items() if key in told and p.is_meta}

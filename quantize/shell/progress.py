@@ -1,4 +1,4 @@
-"""One progress bar for everything that takes long."""
+"""The progress bar of all slow steps."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ T = TypeVar("T")
 
 
 def progress(items: Iterable[T], what: str, *, unit: str, total: int | None = None, delay: float = 0) -> Iterable[T]:
-    """``items`` behind a bar on stderr, which vanishes at the end; as they are without tqdm or without a terminal.
+    """``items`` with a progress bar on stderr, which vanishes at the end; without a bar if tqdm or a terminal is missing.
 
-    ``total``: how many there are, where ``items`` has no length. ``delay``: seconds until the bar appears.
+    ``total``: the number of ``items``, if they have no length. ``delay``: seconds until the bar appears.
     """
-    # A pipe or a log file cannot move a cursor back.
+    # A bar would fill a pipe or a log file with lines.
     if sys.stderr is None or not sys.stderr.isatty():
         return items
     try:
@@ -26,5 +26,5 @@ def progress(items: Iterable[T], what: str, *, unit: str, total: int | None = No
     return bar
 
 
-# Over what is solved.
+# The bar over layers that are being quantized.
 layers_progress = partial(progress, what="quantize", unit="layer", delay=1)

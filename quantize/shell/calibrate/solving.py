@@ -36,7 +36,7 @@ def finish(model: nn.Module, ranks: Ranks) -> None:
         return
     for rank, theirs in enumerate(everyone):
         if not theirs:
-            raise refusal(f"rank {rank}", "quantized its layers already, alone", "a larger batch_num, and finish on all")
+            raise refusal(f"rank {rank}", "has quantized its layers alone", "a larger batch_num, and finish on all")
     # By place: parts that were quantized apart may have layers of one name.
     for (name, seen), *others in zip(*everyone, strict=False):
         if not (seen or any(number for _, number in others)):
