@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 def progress(items: Iterable[T], what: str, *, unit: str, total: int | None = None, delay: float = 0) -> Iterable[T]:
-    """``items`` with a progress bar on stderr, which vanishes at the end; without a bar if tqdm or a terminal is missing.
+    """``items`` with a progress bar on stderr, which vanishes at the end; no bar without tqdm or without a terminal.
 
     ``total``: the number of ``items``, if they have no length. ``delay``: seconds until the bar appears.
     """

@@ -139,7 +139,7 @@ class Experts(nn.Module):
         offload.follow(self, original, {key: key for key in self._parameters}, lambda _, tensor: tensor)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Run each token of ``[t, h]`` through its experts ``[t, k]``, and add their outputs times the weights ``[t, k]``.
+        """Run each token of ``[t, h]`` through its experts ``[t, k]``, and sum the outputs weighted by ``[t, k]``.
 
         The index ``num_experts`` means no expert, as in transformers.
 

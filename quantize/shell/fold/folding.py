@@ -89,7 +89,7 @@ class Fold:
         raise _Refuted
 
     def _arrangements(self) -> Sequence[Tensor | None]:
-        """Candidates for :attr:`rows`: heads of any width, each read several times in succession; a head may span all rows."""
+        """Candidates for :attr:`rows`: heads of any width, each read several times in succession, or all as one."""
         rows, c = width(self.producer), len(self.readers.sums)
         if self.rows is not None or rows == c:
             return [self.rows]
