@@ -57,7 +57,7 @@ def static_params(low: Tensor, high: Tensor, scheme: Scheme, *, smoothing: Tenso
 
 
 def input_params(x: Tensor, scheme: Scheme, static: QParams | None = None) -> QParams:
-    """Scale and zero point for the tokens ``x`` ``[t, c]``: ``static`` where given, else from the ranges of ``x``.
+    """Scale and zero point in ``scheme`` for tokens ``x`` ``[t, c]``: ``static`` if given, else from their ranges.
 
     >>> input_params(torch.tensor([[127.0], [-64.0]]), Scheme(strategy="token")).scale.tolist()
     [[1.0], [0.5]]

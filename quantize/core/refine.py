@@ -109,7 +109,7 @@ def factor(gram: Tensor, damp: float) -> tuple[Tensor, Tensor, Tensor]:
         damped = gram.flip(-2, -1)
         damped.diagonal(dim1=-2, dim2=-1).add_(((used * mean)[..., None] + dead).flip(-1))
         lower, failed = torch.linalg.cholesky_ex(damped)
-        # A pivot depends on all numbers in its row, so it shows whether they are finite.
+        # A pivot is made of all numbers in its row.
         failed = (failed != 0) | ~torch.isfinite(lower.diagonal(dim1=-2, dim2=-1)).all(-1)
         if not failed.any():
             break

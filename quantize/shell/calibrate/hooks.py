@@ -84,7 +84,7 @@ def _end(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _output
     if session.seen == session.config.batch_num:
         # The compiler cannot trace a pass that pauses. If it was never imported, nothing is compiled.
         compiling = "torch._dynamo" in sys.modules
-        solve = torch.compiler.disable(solve_all) if compiling else solve_all  # type: ignore[no-untyped-call] # as above
+        solve = torch.compiler.disable(solve_all) if compiling else solve_all  # type: ignore[no-untyped-call] # bare
         solve(root, unsolved(root, session))
 
 

@@ -140,7 +140,7 @@ def near(first: list[float], second: list[float]) -> bool:
 
 
 def check_finite(layer: CalibrationLinear, found: Any, number: int) -> None:
-    """Refuse NaN or inf in ``found``, a tree of tensors computed from the inputs of ``layer`` in batch ``number``."""
+    """Refuse NaN or inf in ``found``, a tree of tensors that is made of what ``layer`` read in batch ``number``."""
     leaves = [leaf for leaf in pytree.tree_leaves(found) if leaf.is_floating_point()]
     if not all(bool(torch.isfinite(leaf).all()) for leaf in leaves):
         told = f"NaN or inf in batch {number}"
