@@ -26,7 +26,7 @@ class Observer(NamedTuple):
     - ``update(state, x) -> state``: adds ``x`` ``[..., c]``, of any float dtype; leading axes, if any, are tokens.
     - ``merge(state, state) -> state``: associative and commutative; bit for bit, unless it sums.
     - ``finalize(state) -> statistic``.
-    - ``paired``: whether ``update`` also takes ``original=None``, the inputs ``[t, c]`` of the float model at that call.
+    - ``paired``: whether ``update`` also takes ``original=None``, the inputs ``[t, c]`` of the float model.
 
     >>> channel_range.finalize(channel_range.update(channel_range.init(2), torch.tensor([[1., -2.]]))).low
     tensor([ 0., -2.])

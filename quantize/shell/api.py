@@ -143,7 +143,7 @@ def convert(
                 wanted = f"{missing} more forward passes of the whole model, or finish(model)"
             raise refusal(f"layer {layer.names[0]!r}", told, wanted)
     if model in layers:
-        raise refusal("model", "the layer itself: it has no parent module", "a model that contains the layer")
+        raise refusal("model", "the layer itself: nothing holds it", "a model that contains the layer")
     deployed = {layer: layer.deployed(kernel, kept=offload) for layer in layers}
     loading.check_served(deployed.values(), kernel)
     swap(model, deployed)

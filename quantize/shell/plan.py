@@ -47,9 +47,9 @@ class Plan:
 
 
 def plan(model: nn.Module, config: Config) -> Plan:
-    """Decide for every module with a weight matrix whether it is quantized; the model is not changed.
+    """Decide for every module with a weight matrix; nothing is changed.
 
-    It refuses a model with nothing to quantize, and the layers that :func:`check_parameters` refuses.
+    Refuses a model without anything to quantize, and layers as :func:`check_parameters`.
     """
     names: dict[nn.Module, list[str]] = {}
     views: dict[nn.Module, nn.Module] = {}

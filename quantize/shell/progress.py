@@ -1,4 +1,4 @@
-"""The progress bar of all slow steps."""
+"""One progress bar for everything that takes long."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ T = TypeVar("T")
 
 
 def progress(items: Iterable[T], what: str, *, unit: str, total: int | None = None, delay: float = 0) -> Iterable[T]:
-    """``items`` with a progress bar on stderr, which vanishes at the end; no bar without tqdm or without a terminal.
+    """``items`` behind a bar on stderr, which vanishes at the end; as they are without tqdm or without a terminal.
 
-    ``total``: the number of ``items``, if they have no length. ``delay``: seconds until the bar appears.
+    ``total``: how many there are, where ``items`` has no length. ``delay``: seconds until the bar appears.
     """
-    # A bar would fill a pipe or a log file with lines.
+    # A pipe or a log file cannot move a cursor back.
     if sys.stderr is None or not sys.stderr.isatty():
         return items
     try:
@@ -26,5 +26,5 @@ def progress(items: Iterable[T], what: str, *, unit: str, total: int | None = No
     return bar
 
 
-# The bar over layers that are being quantized.
+# Over what is solved.
 layers_progress = partial(progress, what="quantize", unit="layer", delay=1)
