@@ -6,6 +6,7 @@ import functools
 import importlib
 import inspect
 import pkgutil
+import pydoc
 import re
 import textwrap
 
@@ -45,9 +46,8 @@ def arguments(thing):
     """The names that a caller writes, with their annotations: parameters, or the fields of a value."""
     if not inspect.isclass(thing):
         return {name: str(each.annotation) for name, each in inspect.signature(thing).parameters.items()}
-    if dataclasses.is_dataclass(thing):
-        return {field.name: str(field.type) for field in dataclasses.fields(thing)}
-    return dict.fromkeys(getattr(thing, "_fields", ()), "")
+    fields = [field.name for field in dataclasses.fields(thing)] if dataclasses.is_dataclass(thing) else ()
+    return {name: str(thing.__annotations__[name]) for name in getattr(thing, "_fields", fields)}
 
 
 @functools.cache
@@ -116,6 +116,11 @@ def has_shape(sentence, name):
 @pytest.mark.parametrize("name", THINGS)
 def test_docstrings_are_complete(name):
     assert not list(faults(THINGS[name], THINGS[name].__doc__))
+
+
+@pytest.mark.parametrize("name", THINGS)
+def test_pydoc_finds_them(name):
+    assert THINGS[name].__doc__.split("\n")[0] in pydoc.plain(pydoc.render_doc(name))
 
 
 @pytest.mark.parametrize("name", THINGS)

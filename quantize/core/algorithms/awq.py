@@ -135,10 +135,10 @@ def common_scale(
     """The best scale ``[c]`` for all ``weights`` ``[n, c]`` together.
 
     ``spec`` and ``options`` are those of :func:`algorithm`, and ``statistic`` is as for :func:`solve`. The candidates
-    have the exponents ``0, 1/grids_num, ...`` below 1. Each candidate has the two errors of :func:`rounded`, summed
-    over the weights, and for quantized inputs with that of :func:`~quantize.core.input_loss.lost_power`. Both are
-    divided by those of exponent 0, which is plain rounding or better. The candidate with the smallest larger one wins,
-    and the first of equals. So the result is never worse than plain rounding on the tokens seen, and does not rely on
+    have the exponents ``0, 1/grids_num, ...`` below 1. A candidate has the two errors of :func:`rounded`, summed over the
+    weights; quantized inputs add their :func:`~quantize.core.input_loss.lost_power`. Each error is divided by the one
+    of exponent 0, which is plain rounding or better, and the larger quotient counts. The first candidate with the
+    smallest one wins. So the result is never worse than plain rounding on the tokens seen, and does not rely on
     correlations that chance explains.
 
     Channels with the same number in ``tie`` ``[c]`` get one scale, from the mean of their magnitudes.

@@ -20,7 +20,7 @@ from quantize.shell.values import copied
 class Batch:
     """One forward pass: its arguments, the global state of torch, and the tensors that the layers read.
 
-    - ``dtype``, ``device``: those of the model at that time. Arguments with the same ones follow the model later.
+    - ``dtype``, ``device``: the model's at that time. Arguments with the same dtype or device follow the model later.
     - ``buffers``: the buffers of the model before the pass; only in the first batch.
     - ``reads``: by layer, the numbers of the tensors that it read at its calls; in the order of the first calls.
     - ``prints``: the fingerprints of these tensors.

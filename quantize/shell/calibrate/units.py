@@ -54,7 +54,7 @@ def units(layers: list[CalibrationLinear], passes: Sequence[Mapping[str, list[in
     A layer that was never called, such as an idle expert, is a unit of its own, behind the layer before it in the
     model. A pass through the quantized layers may take another route and call it there.
     """
-    # The number of a unit is that of its first layer in the model.
+    # A unit has the number of its first layer in the model.
     unit_of: dict[str, int] = {}
     first: dict[object, int] = {}
     for number, (name, *_) in enumerate(layer.names for layer in layers):
@@ -110,7 +110,7 @@ def solve_stack(units: list[list[CalibrationLinear]]) -> None:
 
 
 def _solution(layer: CalibrationLinear) -> Solution:
-    """The solution of one layer from its statistics; with too few tokens, that of minmax with dynamic inputs."""
+    """The solution of one layer from its statistics; with too few tokens, the one of minmax with dynamic inputs."""
     algorithm, spec, weight = layer.algorithm, layer.spec, layer.float_weight()
     if layer.fell_back:
         return minmax.algorithm(replace(spec, inputs=dynamic(spec.inputs))).solve(weight, None)
