@@ -10,7 +10,7 @@ from quantize.core.qtensor import QParams, present
 from quantize.core.scheme import Scheme
 
 # How many elements are searched at once: more would not fit the cache.
-_TOGETHER = 2**18
+_MOST_ELEMENTS = 2**18
 
 
 def weighted_error(x: Tensor, params: QParams, scheme: Scheme, importance: Tensor) -> Tensor:
@@ -22,7 +22,7 @@ def weighted_error(x: Tensor, params: QParams, scheme: Scheme, importance: Tenso
     >>> weighted_error(torch.tensor([[0.6, 1.4]]), QParams(torch.ones(1, 1)), Scheme(), torch.tensor([1., 2.]))
     tensor([[0.4800]])
     """
-    return _fitted(affine.to_groups(x, scheme), params, scheme, _by_group(importance, x, scheme), keep=True)[0]
+    return _rounding_error(affine.to_groups(x, scheme), params, scheme, _grouped(importance, x, scheme), keep=True)[0]
 
 
 def search(
@@ -53,7 +53,7 @@ def search(
             for each, its in zip(x, importance, strict=True)
         ]
         return QParams(*map(torch.stack, zip(*map(present, found), strict=True)))
-    rows = max(1, _TOGETHER // max(1, x.shape[1]))
+    rows = max(1, _MOST_ELEMENTS // max(1, x.shape[1]))
     if scheme.strategy != "tensor" and len(x) > rows:
         parts = [
             search(part, scheme, importance, steps=steps, smallest=smallest, signed=signed)
@@ -62,19 +62,19 @@ def search(
         return QParams(*map(torch.cat, zip(*map(present, parts), strict=True)))
     low, high = affine.group_ranges(x, scheme)
     best = affine.qparams(low, high, scheme)
-    groups, weights = affine.to_groups(x, scheme), _by_group(importance, x, scheme)
-    least = _fitted(groups, best, scheme, weights, keep=True)[0].nan_to_num(nan=torch.inf)
+    groups, weights = affine.to_groups(x, scheme), _grouped(importance, x, scheme)
+    least = _rounding_error(groups, best, scheme, weights, keep=True)[0].nan_to_num(nan=torch.inf)
     for i in range(steps):
         share = 1 - (1 - smallest) * i / max(steps - 1, 1)
-        for candidate in _neighbours(low * share, high * share, scheme, signed):
-            error, fitted = _fitted(groups, candidate, scheme, weights)
+        for candidate in _candidates(low * share, high * share, scheme, signed):
+            error, fitted = _rounding_error(groups, candidate, scheme, weights)
             # The error of a candidate that overflows is NaN or inf, so it is never better.
             better = error < least
             best, least = affine.select(better, fitted, best), torch.where(better, error, least)
     return best
 
 
-def _neighbours(low: Tensor, high: Tensor, scheme: Scheme, signed: bool) -> list[QParams]:
+def _candidates(low: Tensor, high: Tensor, scheme: Scheme, signed: bool) -> list[QParams]:
     """The parameters to try for the range ``[low, high]``."""
     usual = affine.qparams(low, high, scheme)
     if usual.zero_point is None:
@@ -84,13 +84,13 @@ def _neighbours(low: Tensor, high: Tensor, scheme: Scheme, signed: bool) -> list
     return [QParams(usual.scale, zero.to(torch.int8)) for zero in zeros]
 
 
-def _by_group(importance: Tensor, x: Tensor, scheme: Scheme) -> Tensor:
+def _grouped(importance: Tensor, x: Tensor, scheme: Scheme) -> Tensor:
     rows = x.shape[0] if scheme.strategy == "tensor" else 1
     # The elements of a diagonal are far apart in memory, which is slow.
     return affine.to_groups(importance.contiguous().expand(rows, -1), scheme)
 
 
-def _fitted(
+def _rounding_error(
     groups: Tensor, params: QParams, scheme: Scheme, importance: Tensor, *, keep: bool = False
 ) -> tuple[Tensor, QParams]:
     """The error ``[p, g]`` of rounding ``groups`` ``[p, g, k]`` with ``params``, and the ``params`` used.

@@ -121,7 +121,7 @@ def away(layer: nn.Module) -> Away | None:
 def _source(kept: Any, key: str) -> tuple[Any, str, Any]:
     """For ``key`` in ``kept``, the map of a module: the map of the model behind it, the key there, its file if any."""
     while (whole := getattr(kept, "dataset", None)) is not None:
-        kept, key = whole, kept.names.get(key, key) if isinstance(kept, _Changed) else kept.prefix + key
+        kept, key = whole, kept.names.get(key, key) if isinstance(kept, _MapView) else kept.prefix + key
     return kept, key, None if key in getattr(kept, "state_dict", ()) else getattr(kept, "index", {}).get(key)
 
 
@@ -153,7 +153,7 @@ def follow(new: nn.Module, old: nn.Module, names: Mapping[str, str], part: Chang
         return
     if kept is not None:
         devices = {key: at[name] for key, name in names.items() if name in (at := kept.original_devices)}
-        hook = _altered(hook, kept, weights_map=_Changed(kept.weights_map, names, part), original_devices=devices)
+        hook = _copied(hook, kept, weights_map=_MapView(kept.weights_map, names, part), original_devices=devices)
     forward = functools.update_wrapper(functools.partial(old.__dict__["forward"].func, new), new.forward)
     new.__dict__.update({_HOOK: hook, _FORWARD: new.forward, "forward": forward})
     settle(new)
@@ -162,7 +162,7 @@ def follow(new: nn.Module, old: nn.Module, names: Mapping[str, str], part: Chang
 def settle(module: nn.Module) -> None:
     """Turn off offloading in the hook of ``module``, unless a parameter is on the meta device."""
     if _HOOK in module.__dict__ and not any(p.is_meta for p in module.parameters(recurse=False)):
-        module.__dict__[_HOOK] = _altered(module.__dict__[_HOOK], keeper(module), offload=False, weights_map=None)
+        module.__dict__[_HOOK] = _copied(module.__dict__[_HOOK], keeper(module), offload=False, weights_map=None)
 
 
 def hooked(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -173,7 +173,7 @@ def hooked(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
         # With an old forward, accelerate has replaced that of this instance, and has already called the hook.
         if _HOOK not in module.__dict__ or _FORWARD in module.__dict__:
             return forward(module, *args, **kwargs)
-        hook = _altered(module.__dict__[_HOOK], keeper(module), offload=False, weights_map=None)
+        hook = _copied(module.__dict__[_HOOK], keeper(module), offload=False, weights_map=None)
         args, kwargs = hook.pre_forward(module, *args, **kwargs)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not getattr(hook, "no_grad", False)):
             output = forward(module, *args, **kwargs)
@@ -182,7 +182,7 @@ def hooked(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return called
 
 
-class _Changed:
+class _MapView:
     """The map of a hook in which a function changes the tensors ``names`` whenever they are read."""
 
     def __init__(self, kept: Any, names: Mapping[str, str], function: Change, *, folded: bool = False) -> None:
@@ -197,7 +197,7 @@ class _Changed:
 def _mapped(kept: Any, key: str) -> Any:
     """The tensor ``key`` of the map of a module. A tensor in a file is mapped, so that only the used part is read."""
     whole, name, entry = _source(kept, key)
-    if entry is None or isinstance(kept, _Changed):
+    if entry is None or isinstance(kept, _MapView):
         return kept[key]
     if entry.get("safetensors_file"):
         # A map without a device: accelerate's would copy the whole tensor to the device that computes.
@@ -216,8 +216,8 @@ def change(module: nn.Module, keys: Collection[str], function: Change) -> Callab
         after = {key: nn.Parameter(function(key, p.detach()), p.requires_grad) for key, p in before.items()}
         module._parameters.update(after)
         return functools.partial(module._parameters.update, before)
-    old, values = module.__dict__[_HOOK], _Changed(hook.weights_map, {key: key for key in keys}, function, folded=True)
-    module.__dict__[_HOOK] = _altered(old, hook, weights_map=values)
+    old, values = module.__dict__[_HOOK], _MapView(hook.weights_map, {key: key for key in keys}, function, folded=True)
+    module.__dict__[_HOOK] = _copied(old, hook, weights_map=values)
     return functools.partial(module.__dict__.__setitem__, _HOOK, old)
 
 
@@ -237,12 +237,12 @@ def changed(root: nn.Module) -> bool:
     return any(getattr(getattr(keeper(each), "weights_map", None), "folded", False) for each in root.modules())
 
 
-def _altered(hook: Any, kept: Any, **values: Any) -> Any:
+def _copied(hook: Any, kept: Any, **values: Any) -> Any:
     """``hook``; if it is or contains ``kept``, a copy with new attributes ``values`` and without tied parameters."""
     if hook is kept:
         values |= {"tied_params_map": None, "tied_params_names": set()}
     elif hasattr(hook, "hooks"):
-        values = {"hooks": tuple(_altered(each, kept, **values) for each in hook.hooks)}
+        values = {"hooks": tuple(_copied(each, kept, **values) for each in hook.hooks)}
     else:
         return hook
     new = copy.copy(hook)

@@ -48,7 +48,7 @@ class Options(BaseOptions):
 
 
 # How many clipping ranges are tried for each exponent.
-_STEPS = 8
+_CLIPPING_RANGES = 8
 
 
 def algorithm(spec: LayerSpec, options: Options = Options()) -> Algorithm:
@@ -117,7 +117,7 @@ def rounded(
     if not options.clip:
         return plain, found.sum(1)
     signed = options.signed_scale and spec.inputs is None
-    params = ranges.search(scaled, spec.weight, diagonal / scale.square(), steps=_STEPS, signed=signed)
+    params = ranges.search(scaled, spec.weight, diagonal / scale.square(), steps=_CLIPPING_RANGES, signed=signed)
     searched = affine.quantize(scaled, params, spec.weight)
     others = errors(searched)
     if spec.weight.strategy == "tensor":
@@ -135,8 +135,8 @@ def common_scale(
     """The best scale ``[c]`` for all ``weights`` ``[n, c]`` together.
 
     ``spec`` and ``options`` are those of :func:`algorithm`, and ``statistic`` is as for :func:`solve`. The candidates
-    have the exponents ``0, 1/grids_num, ...`` below 1. A candidate has the two errors of :func:`rounded`, summed over the
-    weights; quantized inputs add their :func:`~quantize.core.input_loss.lost_power`. Each error is divided by the one
+    have the exponents ``0, 1/grids_num, ...`` below 1. A candidate has the two errors of :func:`rounded`, summed over
+    the weights; quantized inputs add their :func:`~quantize.core.input_loss.lost_power`. Each error is divided by the one
     of exponent 0, which is plain rounding or better, and the larger quotient counts. The first candidate with the
     smallest one wins. So the result is never worse than plain rounding on the tokens seen, and does not rely on
     correlations that chance explains.

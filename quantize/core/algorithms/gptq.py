@@ -123,7 +123,7 @@ def solve_together(
     >>> len(solve_together(LayerSpec(Scheme()), Options(), [weight, weight], statistic))
     2
     """
-    met, finished = _met(spec, statistic, smoothing, stacked=False)
+    met, finished = _after_rounding(spec, statistic, smoothing, stacked=False)
     prepared = _prepare(options, met)
     if spec.weight.strategy == "tensor":
         solutions = [_solve(spec, options, weight, met, prepared, smoothing)[0] for weight in weights]
@@ -146,11 +146,11 @@ def solve_stack(
     >>> solve_stack(LayerSpec(Scheme(4)), PAPER, torch.tensor([[[7.0, 2.4]]]), statistics).weight.codes.tolist()
     [[[7, 2]]]
     """
-    met, finished = _met(spec, statistics, smoothing, stacked=True)
+    met, finished = _after_rounding(spec, statistics, smoothing, stacked=True)
     return finished(_solve(spec, options, weights, met, _prepare(options, met), smoothing)[0], weights)
 
 
-def _met(
+def _after_rounding(
     spec: LayerSpec, statistic: Observed, smoothing: Tensor | None, *, stacked: bool
 ) -> tuple[Statistic, Callable[[Solution, Tensor], Solution]]:
     """The statistic of the inputs after smoothing and rounding, and a function that adds those to a solution."""

@@ -154,7 +154,7 @@ class Walks:
         # The place of the first unsolved unit that a quantized walk has read.
         self.first: int | None = None
         self.order = {unit: place for place, unit in enumerate(units)}
-        self._of = {layer: unit for unit in units for layer in unit.layers}
+        self._unit_of = {layer: unit for unit in units for layer in unit.layers}
         # Float walks come first, so that they reach a layer before the quantized walks.
         ways = [(number, True) for number in range(floats)] + [(number, False) for number in range(len(batches))]
         self._walks = [Walk(self, number, floating=way) for number, way in ways]
@@ -162,7 +162,7 @@ class Walks:
 
     def __call__(self, layer: CalibrationLinear, x: Tensor) -> bool:
         """Record a call of ``layer`` with ``x`` ``[..., c]``; returns whether the layer computes as quantized."""
-        walk, unit = self.current, self._of[layer]
+        walk, unit = self.current, self._unit_of[layer]
         # The call comes from another thread, or from a greenlet of the model.
         if walk is None or getcurrent() is not walk.greenlet:
             self.tell(f"layer {layer.names[0]!r} is called from another thread")

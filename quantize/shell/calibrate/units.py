@@ -17,7 +17,7 @@ from quantize.shell.calibrate.layer import CalibrationLinear, dynamic
 from quantize.shell.report.rows import starred
 
 # On the CPU, solving one after the other is as fast. Larger stacks than this are no faster, and take more memory.
-_ALONE, _MOST = frozenset({"cpu"}), 16
+_ONE_BY_ONE, _LARGEST = frozenset({"cpu"}), 16
 
 
 class Inputs(NamedTuple):
@@ -126,11 +126,11 @@ def stacks(units: list[list[CalibrationLinear]]) -> list[list[list[CalibrationLi
     for unit in units:
         first, device = unit[0], offload.device(unit[0])
         name = starred(first.names[0])
-        alone = name == first.names[0] or device.type in _ALONE or first.algorithm.data_free
+        alone = name == first.names[0] or device.type in _ONE_BY_ONE or first.algorithm.data_free
         alone = alone or first.fell_back or any(layer.folded is not None for layer in unit)
         shapes = tuple((layer.weight.shape, layer.weight.dtype, layer.spec) for layer in unit)
         found.setdefault(id(unit) if alone else (first.session, name, device, shapes), []).append(unit)
-    return [stack[start : start + _MOST] for stack in found.values() for start in range(0, len(stack), _MOST)]
+    return [stack[start : start + _LARGEST] for stack in found.values() for start in range(0, len(stack), _LARGEST)]
 
 
 def siblings(layers: list[CalibrationLinear], *, alike: bool = False) -> list[list[CalibrationLinear]]:

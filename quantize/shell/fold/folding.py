@@ -60,12 +60,12 @@ class Fold:
             wide, new = (each.to(given.dtype) + self.one_plus for each in (old, divided("weight", old)))
             self._divisor = torch.where(torch.isfinite(wide / new) & (wide / new > 0), wide / new, given)
         with ExitStack() as undo:
-            undo.callback(self._hand, None)
+            undo.callback(self._set_folded, None)
             undo.callback(offload.change(self.producer, ("weight", "bias"), divided))
-            self._hand(self._divisor)
+            self._set_folded(self._divisor)
             return undo.pop_all().close
 
-    def _hand(self, divisor: Tensor | None) -> None:
+    def _set_folded(self, divisor: Tensor | None) -> None:
         for layer in self.readers.layers:
             layer.folded = divisor if divisor is None or self.rows is None else divisor[self.rows]
 
@@ -85,7 +85,7 @@ class Fold:
             # 1 + weight is rounded, so a small error is accepted; an undivided channel is off by a factor of two.
             if ((sums * scale - expected).abs() <= expected * self.one_plus / 4).all():
                 self.rows = rows
-                return self._hand(self._divisor)
+                return self._set_folded(self._divisor)
         raise _Refuted
 
     def _arrangements(self) -> Sequence[Tensor | None]:
@@ -117,7 +117,7 @@ def fold(root: nn.Module, units: Sequence[Sequence[Foldable]], run: Run, scale: 
             if each.rows is not None:
                 wanted = wanted.new_ones(width(each.producer)).scatter(0, each.rows, wanted)
             undo.callback(each.apply(wanted))
-        kept = not folds or outputs.near(_tried(run, []), sum(map(len, units)))
+        kept = not folds or outputs.near(_probed_outputs(run, []), sum(map(len, units)))
         for each in folds:
             each.readers.reason = "" if kept else "the model's outputs would change"
         if kept:
@@ -146,13 +146,13 @@ def _proven(root: nn.Module, found: list[Readers], outputs: Outputs, run: Run) -
                 new.append(each)
         # Inexact proposals are tried alone, because their errors would hide those of others.
         folds = new if one_plus else [*(each for each in proven if not each.one_plus), *new]
-        if new and (after := _tried(run, folds)) is not None:
+        if new and (after := _probed_outputs(run, folds)) is not None:
             near = one_plus and outputs.near(after, sum(len(each.readers.layers) for each in folds))
             proven += new if near or outputs.bits == after.bits else []
     return proven
 
 
-def _tried(run: Run, folds: Sequence[Fold]) -> Outputs | None:
+def _probed_outputs(run: Run, folds: Sequence[Fold]) -> Outputs | None:
     """The outputs of the model while ``folds`` are probed; None if the inputs of a reader are wrong or it fails."""
     with ExitStack() as undo:
         for each in folds:

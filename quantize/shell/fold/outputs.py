@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 # How many numbers of a tensor are compared if its bits may change.
-_NUMBERS = 4096
+_SAMPLES = 4096
 
 
 class Outputs(pickle.Pickler):
@@ -40,7 +40,7 @@ class Outputs(pickle.Pickler):
             return value.__qualname__ if isinstance(value, (type, FunctionType)) else None
         flat = value.detach().resolve_conj().resolve_neg().contiguous().flatten()
         # A step that is coprime to the length samples every channel.
-        steps = itertools.count(max(1, len(flat) // _NUMBERS))
+        steps = itertools.count(max(1, len(flat) // _SAMPLES))
         self.numbers.append(flat[:: next(step for step in steps if math.gcd(step, len(flat)) == 1)].clone())
         digest = hashlib.sha256(flat.cpu().view(torch.uint8).numpy().data).hexdigest()
         return f"{value.shape} {value.dtype} {digest}"

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from quantize.shell import offload
 
 # How many preceding linear layers are considered as producers, and how many of those of each width are tried.
-_NEAR, _TRIED = 8, 3
+_CONSIDERED, _TRIED = 8, 3
 
 # A function that runs the model again on one batch, under the given modes, and returns its outputs.
 Run = Callable[..., Any]
@@ -135,7 +135,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch leaves 
         if isinstance(module, Foldable) and module not in self._inputs:
             x = args[0] if args else kwargs["input"]
             linears = (each for each in reversed(self._calls) if type(each) is nn.Linear or isinstance(each, Foldable))
-            producers: list[nn.Module] = [*islice(linears, _NEAR)]
+            producers: list[nn.Module] = [*islice(linears, _CONSIDERED)]
             origin = self._origins.get(x.untyped_storage())
             self._inputs[module] = Readers([module], x.dtype, magnitudes(x), producers, origin)
         self._calls[module] += 1
