@@ -69,7 +69,7 @@ def raised(thing):
 
 
 def is_array(annotation):
-    return re.search(r"\bTensor\b", annotation) and not annotation.startswith("Callable")
+    return re.search(r"\bTensor\b", annotation) and "Callable" not in annotation
 
 
 def is_check(name):
@@ -89,7 +89,7 @@ def faults(thing, doc):
     spans = " ".join(CODE.findall(text))
     described = re.search(r"^Args:\n((?: .*\n?|\n)*)", text, re.MULTILINE)
     spans += " " + " ".join(re.findall(r"^    (\w+):", described[1], re.MULTILINE) if described else ())
-    # A sentence, or an entry of a list.
+    # Sentences, and entries of lists.
     sentences = [" ".join(each.split()) for each in re.split(r"(?<=\.)\s|\n- |\n\n", text)]
     if not first.endswith("."):
         yield "the first line is no sentence"
@@ -109,10 +109,9 @@ def faults(thing, doc):
 
 
 def has_shape(sentence, name):
-    """Whether a sentence names an argument and a shape, or says where the shape is told."""
-    codes = CODE.findall(sentence)
-    shaped = any(SHAPE.fullmatch(code) or SHAPE.search(code) for code in codes) or "as for :" in sentence
-    return shaped and any(re.search(rf"\b{name}\b", code) for code in codes)
+    """Whether a sentence names an argument and soon after it a shape, or the function where the shape is told."""
+    found = re.search(rf"``{name}``(.*)", sentence)
+    return found and re.match(rf".{{0,70}}?``{SHAPE.pattern}|.*\bas (for|there)\b", found[1])
 
 
 @pytest.mark.parametrize("name", CHECKED)

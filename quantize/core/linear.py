@@ -20,7 +20,7 @@ _EXACT_LENGTH = 1024
 
 
 def int_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b.T`` of int8 matrices ``[t, c]`` and ``[n, c]``, accumulated in int32: ``[t, n]``, exact.
+    """``a @ b.T`` of int8 matrices ``a`` ``[t, c]`` and ``b`` ``[n, c]``, exact in int32: ``[t, n]``.
 
     It uses the float32 matmul of any device, in slices of ``c`` short enough that no sum is rounded. TF32 and HF32
     hold int8 values exactly, too. The result fits int32 for ``c < 2^17``.
@@ -35,7 +35,7 @@ def int_matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 def smooth(x: Tensor, smoothing: Tensor | None) -> Tensor:
-    """``x / smoothing`` for ``x`` ``[..., c]``, in the wider dtype of the two; None leaves ``x`` unchanged.
+    """``x`` ``[..., c]`` divided by ``smoothing`` ``[c]``, in the wider dtype of the two; None leaves ``x`` unchanged.
 
     >>> smooth(torch.tensor([[2.0, 3.0]]), torch.tensor([2.0, 1.0]))
     tensor([[1., 3.]])
