@@ -41,7 +41,7 @@ def assign(errors: Tensor, sizes: Tensor, limit: int) -> Assignment:
     3. Later steps that still fit are taken as well, in the order of each layer.
 
     Raises:
-        ValueError: a layer accepts no format, or the smallest formats exceed ``limit``.
+        ValueError: a layer has no finite error, or the smallest formats exceed ``limit``.
 
     >>> errors, sizes = torch.tensor([[8.0, 0.0], [4.0, 0.0]]), torch.tensor([[4, 8], [4, 8]])
     >>> assign(errors, sizes, 12)

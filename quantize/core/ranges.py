@@ -37,8 +37,8 @@ def search(
        a symmetric scheme is negative where the upper tail is longer. The longer tail then always reaches the code
        ``-2^(b-1)``, and the step is smaller by ``1 / 2^(b-1)``. Without symmetry, both integers next to the exact zero
        point are tried.
-    3. Each candidate of step 2 with the best scale for its codes ``k`` (after subtracting the zero point). The error is
-       a parabola in the scale, with its minimum at ``sum(importance x k) / sum(importance k^2)``.
+    3. Each candidate of step 2 then takes the best scale for its codes ``k``, from which the zero point is subtracted.
+       The error is a parabola in the scale, with its minimum at ``sum(importance x k) / sum(importance k^2)``.
 
     For a stack ``[e, n, c]``, ``importance`` is ``[e, c]``.
 

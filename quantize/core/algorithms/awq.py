@@ -138,7 +138,7 @@ def common_scale(
     have the exponents ``0, 1/grids_num, ...`` below 1. A candidate has the two errors of :func:`rounded`, summed over
     the weights; quantized inputs add their :func:`~quantize.core.input_loss.lost_power`. Each error is divided by that
     of exponent 0, which is plain rounding or better, and the larger quotient counts. The first candidate with the
-    smallest one wins. So the result is never worse than plain rounding on the tokens seen, and does not rely on
+    smallest quotient wins. So the result is never worse than plain rounding on the tokens seen, and does not rely on
     correlations that chance explains.
 
     Channels with the same number in ``tie`` ``[c]`` get one scale, from the mean of their magnitudes.

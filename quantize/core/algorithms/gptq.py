@@ -27,7 +27,7 @@ class Options(BaseOptions):
     """The paper's algorithm, and improvements in the same deployed format. In brackets: default; accepted values.
 
     - ``act_order`` (True): quantize channels with large inputs first.
-    - ``damp`` (0.01; a number from 0 to 1): fraction of the mean diagonal of the Gram matrix that is added to it.
+    - ``damp`` (0.01; a number from 0 to 1): this fraction of the Gram matrix's mean diagonal is added to its diagonal.
     - ``block_size`` (128; an int, at least 1): columns between two large matmuls. It affects the speed only.
     - ``search_range`` (True): search clipping ranges, weighted by the pivots of the factorization.
     - ``signed_scale`` (True): allow negative symmetric scales (:func:`~quantize.core.ranges.search`). Ignored with
@@ -90,7 +90,7 @@ def solve(
 
     ``spec`` and ``options`` are those of :func:`algorithm`. In the order of processing, column ``j`` becomes
     ``q_j = Q(w_j + sum over i < j of (w_i - q_i) U_ij)`` with ``U`` and ``d`` of :func:`~quantize.core.refine.factor`.
-    Then ``(w - q) H (w - q)^T = sum of d_j r_j^2`` with the rounding errors ``r``: ``d`` weighs the search of ranges.
+    Then ``(w - q) H (w - q)^T = sum of d_j r_j^2`` with rounding errors ``r``; the range search weighs them by ``d``.
 
     A paired statistic moves the weight first, see :func:`~quantize.core.correction.corrected`. All errors are then
     measured from the moved weight; plain rounding still rounds ``weight`` itself. For quantized inputs, the weight is
