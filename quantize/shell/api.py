@@ -153,7 +153,7 @@ def convert(
 
 
 def report(model: nn.Module) -> Report:
-    """How every layer of ``model`` was quantized, and which modules were skipped: a value that prints as a table.
+    """What was done to every layer of ``model``, and what was left out: a value that prints as a table.
 
     Raises:
         QuantizeError: the model has no quantized layer.
