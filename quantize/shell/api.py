@@ -18,6 +18,7 @@ from quantize.shell.config import QuantizeWarning, parse, refusal, shown
 from quantize.shell.deploy import loading
 from quantize.shell.offload import keeper
 from quantize.shell.plan import Plan, plan, swap
+from quantize.shell.progress import progress
 from quantize.shell.report.rows import Report, share
 from quantize.shell.views import release
 
@@ -117,7 +118,7 @@ def convert(
             raise refusal(f"layer {layer.names[0]!r}", told, wanted)
     if model in layers:
         raise refusal("model", "the layer itself: nothing holds it", "a model that contains the layer")
-    deployed = {layer: layer.deployed(kernel, kept=offload) for layer in layers}
+    deployed = {layer: layer.deployed(kernel, kept=offload) for layer in progress(layers, "convert", unit="layer")}
     loading.check_served(deployed.values(), kernel)
     swap(model, deployed)
     release(model)
