@@ -92,10 +92,11 @@ def _run(given: argparse.Namespace) -> dict[str, Any]:
     calibration, held = ([], []) if lacking else subject.split(text, batches, given.batch_size, evaluate=evaluate)
 
     model = subject.outline() if given.dry_run else subject.model
+    _check_layers(given, model, config)
     about: dict[str, Any] = {"directory": str(subject.directory.resolve()), "class": type(model).__name__}
     about |= {"parameters": sum(p.numel() for p in model.parameters()), "dtype": str(model.dtype).partition(".")[2]}
     say: _Say = (lambda _: None) if given.json else partial(print, flush=True)
-    say("model: {directory}: {class}, {parameters:,} parameters in {dtype}".format(**about))
+    say("model: {directory}\n  {class}, {parameters:,} parameters in {dtype}".format(**about))
     # The formats are not known yet.
     shown = {key: config[key] for key in config if key != "quant_cfg" or given.budget is None}
     say(_config(shown, given))
@@ -112,10 +113,8 @@ def _run(given: argparse.Namespace) -> dict[str, Any]:
 
 def _plan(given: argparse.Namespace, model: nn.Module, config: Any, tokens: int, say: _Say) -> dict[str, Any]:
     """What a run would do with ``model``, which is an outline."""
-    planned = plan(model, parse(config), outline=True)
-    if given.format in export.FORMATS:
-        output.check_layers(planned, given.format, config)
-    found = forecast(model, planned, parse(config), tokens, budget=given.budget)
+    parsed = parse(config)
+    found = forecast(model, plan(model, parsed, outline=True), parsed, tokens, budget=given.budget)
     say("\n".join([*_table(found.report, given), str(found)]))
     if given.format in export.FORMATS:
         say(f"format: {given.format} can hold these layers")
@@ -131,8 +130,7 @@ def _quantize(
         skipped = config.get("skip_layers")
         chosen = assign_formats(subject.model, lambda _: subject.losses(rows), given.budget, skip_layers=skipped)
         config = {**config, "quant_cfg": chosen}
-    if given.format in export.FORMATS:
-        output.check_layers(plan(subject.model, parse(config), outline=True), given.format, config)
+        _check_layers(given, subject.model, config)
     write = None
     if given.out is not None:
         write = partial(output.write, directory=given.out, format=given.format, source=subject.directory)
@@ -161,6 +159,11 @@ def _table(report: Report, given: argparse.Namespace) -> list[str]:
     """All layers, if they are asked for."""
     table = getattr(report, "table", None)
     return [table(), ""] if given.verbose and table is not None else []
+
+
+def _check_layers(given: argparse.Namespace, model: nn.Module, config: Any) -> None:
+    if given.format in export.FORMATS:
+        output.check_layers(plan(model, parse(config), outline=True), given.format, config)
 
 
 def _read(option: str, file: Path, reader: Callable[[str], Any], accepted: str) -> Any:

@@ -127,4 +127,5 @@ def _reasons(skipped: Iterable[Skipped]) -> list[str]:
 
 
 def _size(count: int) -> str:
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+    unit, step = next((each for each in (("GiB", 2**30), ("MiB", 2**20)) if count >= each[1]), ("KiB", 2**10))
+    return f"{count / step:.1f} {unit}"
