@@ -15,8 +15,8 @@ _EPILOG = """\
 examples:
   python -m quantize
   python -m quantize --model DIR --config int4.json --dry-run
-  python -m quantize --model DIR --config int4.json --text prose.txt --evaluate \\
-      --out NEW --format compressed-tensors
+  python -m quantize --model DIR --config int4.json --text prose.txt \\
+      --evaluate --out NEW --format compressed-tensors
 
   where int4.json, for a language model by GPTQ, may hold:
     {"batch_num": 32, "algorithm": "gptq", "skip_layers": ["lm_head"],
