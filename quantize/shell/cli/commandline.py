@@ -126,9 +126,12 @@ def _quantize(
 ) -> dict[str, Any]:
     """What a run does."""
     if given.budget is not None:
-        rows = progress(calibration, "calibrate for the formats", unit="batch")
-        skipped = config.get("skip_layers")
-        chosen = assign_formats(subject.model, lambda _: subject.losses(rows), given.budget, skip_layers=skipped)
+        chosen = assign_formats(
+            subject.model,
+            lambda _: subject.losses(progress(calibration, "calibrate for the formats", unit="batch")),
+            given.budget,
+            skip_layers=config.get("skip_layers"),
+        )
         config = {**config, "quant_cfg": chosen}
         _check_layers(given, subject.model, config)
     write = None
