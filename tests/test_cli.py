@@ -707,6 +707,7 @@ def test_a_plan_needs_no_weights_and_no_text(given, outline, capsys):
     out = capsys.readouterr().out.splitlines()
     assert out[1] == "  LlamaForCausalLM, 73,536 parameters in float32"
     assert f"calibration: 6 rows of {LENGTH} tokens, in 2 batches of 3, of a text, which is not given" in out
+    assert "evaluation: all rows after those, at least one" in out
     assert "14 layers: int4 group 32 symmetric weights, float inputs, gptq" in out
     assert "  lm_head: skip_layers: 'lm_head'" in out
     # The same is refused as in a run.
@@ -739,7 +740,7 @@ def test_a_plan_estimates_the_memory_of_calibration(given, outline, tmp_path, ca
     (tmp_path / "config.json").write_text(json.dumps(MINMAX))
     assert told(arguments, capsys)["memory"]["bytes"] == 0
     assert main(arguments) == 0
-    assert "memory of calibration: no calibration" in capsys.readouterr().out
+    assert "memory of calibration: none\n" in capsys.readouterr().out
 
 
 def test_a_plan_under_a_budget_says_what_it_may_be_at_most(given, capsys):

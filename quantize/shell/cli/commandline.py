@@ -102,6 +102,8 @@ def _run(given: argparse.Namespace) -> dict[str, Any]:
     say(_config(shown, given))
     source = "a text, which is not given" if lacking else given.text or "sentences of its own"
     say(f"calibration: {subject.needs(batches, given.batch_size)}, of {source}" if batches else "calibration: none")
+    if evaluate:
+        say(f"evaluation: {subject.held}")
     needs = {"batches": batches, "batch_size": given.batch_size, "length": subject.length}
     told = {"model": about, "config": shown, "budget": given.budget, "calibration": needs, "format": given.format}
     told |= {option: path and str(path) for option, path in (("out", given.out), ("plot", given.plot))}

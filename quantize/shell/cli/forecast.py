@@ -51,7 +51,7 @@ class Forecast:
         lines += [f"matched nothing: {word!r}" for word in self.report.unmatched]
         lines += sizes.told(self.before, self.after)
         lines += [f"  at most: {self.most}"] * bool(self.most)
-        memory = f"about {_size(self.memory)} above the model and a forward pass" if self.memory else "no calibration"
+        memory = f"about {_size(self.memory)} above the model and a forward pass" if self.memory else "none"
         return "\n".join([*lines, f"memory of calibration: {memory}", *[f"  {self.how}"] * bool(self.how)])
 
     def as_dict(self) -> dict[str, Any]:

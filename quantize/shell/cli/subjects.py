@@ -26,11 +26,12 @@ _Split = tuple[Sequence[Any], Sequence[Any]]
 class _Pretrained:
     """A model of transformers in a directory, which is read when it is first used, and its tokenizer.
 
-    ``rows``: what the text becomes, in words.
+    ``rows``: what the text becomes; ``held``: what of it measures, in words.
     """
 
     kind: str
     rows: str
+    held: str
     length: int
 
     def __init__(self, directory: Path, *, length: int | None = None) -> None:
@@ -70,6 +71,7 @@ class Encoder(_Pretrained):
     """Sentences to unit vectors: mean of the last hidden states, as sentence-transformers pools them."""
 
     kind, length, rows = "AutoModel", 256, "sentences of at most {} tokens"
+    held = "every second sentence, while the others calibrate"
 
     def split(self, text: Sequence[str], batches: int, batch: int, *, evaluate: bool) -> _Split:
         """All sentences, as often as it takes; with ``evaluate`` the even ones calibrate, and the odd are measured."""
@@ -108,6 +110,7 @@ class Language(_Pretrained):
     """A causal language model on rows of ``length`` tokens; the first lines calibrate, and the rest is measured."""
 
     kind, length, rows = "AutoModelForCausalLM", 512, "rows of {} tokens"
+    held = "all rows after those, at least one"
 
     def split(self, text: Sequence[str], batches: int, batch: int, *, evaluate: bool) -> _Split:
         """Batches ``[t, length]`` of tokens: what is measured starts with the line after the last that calibrates."""
