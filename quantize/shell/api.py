@@ -18,7 +18,8 @@ from quantize.shell.config import QuantizeWarning, parse, refusal, shown
 from quantize.shell.deploy import loading
 from quantize.shell.offload import keeper
 from quantize.shell.plan import Plan, plan, swap
-from quantize.shell.report.rows import Report, share
+from quantize.shell.report.report import Report
+from quantize.shell.report.rows import reasons, share
 from quantize.shell.views import release
 
 
@@ -142,7 +143,7 @@ def report(model: nn.Module) -> Report:
 
 
 def _warn(planned: Plan) -> None:
-    left = [f"{skipped.name!r} ({skipped.reason})" for skipped in planned.skipped if not skipped.asked]
+    left = reasons(skipped for skipped in planned.skipped if not skipped.asked)
     left += [f"{word!r} of skip_layers or quant_cfg matched nothing" for word in planned.unmatched]
     if left:
         told = share(sum(skipped.elements for skipped in planned.skipped), planned.elements)

@@ -23,7 +23,7 @@ from quantize.shell.disk import export, files, storage
 from quantize.shell.disk.parts import Parts
 from quantize.shell.progress import progress
 from quantize.shell.report import picture
-from quantize.shell.report.rows import Report
+from quantize.shell.report.report import Report
 
 SENTENCES = Path(__file__).with_name("sentences.txt")
 _INT8 = {"type": "int8", "symmetric": True}
