@@ -143,7 +143,7 @@ def report(model: nn.Module) -> Report:
 
 
 def _warn(planned: Plan) -> None:
-    left = reasons(skipped for skipped in planned.skipped if not skipped.asked)
+    left = [*map(": ".join, reasons(skipped for skipped in planned.skipped if not skipped.asked))]
     left += [f"{word!r} of skip_layers or quant_cfg matched nothing" for word in planned.unmatched]
     if left:
         told = share(sum(skipped.elements for skipped in planned.skipped), planned.elements)

@@ -8,7 +8,7 @@ from typing import Any
 
 from quantize.shell.config import refusal
 from quantize.shell.report import picture, text
-from quantize.shell.report.rows import Row, Skipped, folded, plain
+from quantize.shell.report.rows import Row, Skipped, plain
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Report:
             QuantizeError: another suffix, a file that cannot be written, no layer solved yet, or no matplotlib.
         """
         path = picture.check(path)
-        figure = picture.draw(folded(self.rows), self.skipped)
+        figure = picture.draw(self.rows, self.skipped)
         try:
             figure.savefig(path, dpi=150)
         except OSError as error:

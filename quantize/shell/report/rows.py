@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import accumulate
 from math import inf
 from operator import attrgetter
 from typing import Any
@@ -121,12 +123,24 @@ def listed(names: Iterable[str]) -> list[str]:
     return [line for line, _ in lines[:_MOST]] + [f"{others} more"] * bool(others)
 
 
-def reasons(skipped: Iterable[Skipped]) -> list[str]:
-    """Lines for what was ``skipped``: every reason, and the names as :func:`listed`."""
+def reasons(skipped: Iterable[Skipped]) -> list[tuple[str, str]]:
+    """What was ``skipped``, and why: the names of every reason as :func:`listed`."""
     names: dict[str, list[str]] = {}
     for each in skipped:
         names.setdefault(each.reason, []).append(each.name or "the model")
-    return [f"{line}: {reason}" for reason, held in names.items() for line in listed(held)]
+    return [(line, reason) for reason, held in names.items() for line in listed(held)]
+
+
+def shortened(names: Sequence[str], room: int) -> tuple[list[str], str]:
+    """``names``, with ``..`` for the prefix that most of them share, if one is longer than ``room``; and the prefix."""
+    # No name begins with a dot, so that names stay as different as they are.
+    if max(map(len, names)) <= room or any(name.startswith("..") for name in names):
+        return [*names], ""
+    shared = Counter(part for name in names for part in accumulate(name.split(".")[:-1], "{}{}.".format, initial=""))
+    prefix = max(shared, key=lambda part: (shared[part] - 1) * len(part))
+    if shared[prefix] == 1 or len(prefix) <= 2:
+        return [*names], ""
+    return [f"..{name.removeprefix(prefix)}" if name.startswith(prefix) else name for name in names], prefix
 
 
 def span(values: Iterable[float]) -> str:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import glob
-from collections import Counter
 from collections.abc import Iterable, Sequence
-from itertools import accumulate
 from operator import attrgetter, itemgetter
 from statistics import median_low
 from textwrap import wrap
 from unicodedata import east_asian_width
 
-from quantize.shell.report.rows import Row, Skipped, folded, gathered, listed, reasons, share, span
+from quantize.shell.report.rows import Row, Skipped, folded, gathered, listed, reasons, share, shortened, span
 
 _WIDTH = 100
 # So many lines of layers are printed at once; of more, so many of the worst.
@@ -63,7 +61,7 @@ def summary(
         ("not as asked", len(remarks), [line for line, _ in gathered(remarks)]),
         ("static inputs that cost most; what to add to quant_cfg", len(mends), mends),
         ("why not a faster kernel", len(slower), [f"{why}: {', '.join(listed(slower[why]))}" for why in slower]),
-        (f"{left} stay in floating point", len(skipped), reasons(skipped)),
+        (f"{left} stay in floating point", len(skipped), [*map(": ".join, reasons(skipped))]),
         ("entries of skip_layers and quant_cfg that matched nothing", len(unmatched), [*map(repr, unmatched)]),
     ):
         if entries:
@@ -202,22 +200,10 @@ def _grid(lines: Sequence[_Cells]) -> list[str]:
             # Words to the left, and numbers to the right.
             starts = [start + (cell.rjust(width) if column else cell.ljust(width)) + "  "
                       for start, cell in zip(starts, cells, strict=True)]  # fmt: skip
-    names = [line[last] for line in lines]
-    prefix = _prefix(names, _WIDTH - len(starts[0]))
-    names = [f"..{name.removeprefix(prefix)}" if prefix and name.startswith(prefix) else name for name in names]
+    names, prefix = shortened([line[last] for line in lines], _WIDTH - len(starts[0]))
     grid = [line for start, name in zip(starts, [last, *names], strict=True)
             for line in _wrapped(name, start, " " * len(start))]  # fmt: skip
     return grid + [f"..: {prefix}"] * bool(prefix)
-
-
-def _prefix(names: Sequence[str], room: int) -> str:
-    """What is left out at the beginning of ``names``, if one is longer than ``room``: the most in sum."""
-    # No name begins with a dot, so that names stay as different as they are.
-    if max(map(len, names)) <= room or any(name.startswith("..") for name in names):
-        return ""
-    shared = Counter(part for name in names for part in accumulate(name.split(".")[:-1], "{}{}.".format, initial=""))
-    best = max(shared, key=lambda part: (shared[part] - 1) * len(part))
-    return best if shared[best] > 1 and len(best) > 2 else ""
 
 
 def _wrapped(text: str, start: str, rest: str) -> list[str]:
