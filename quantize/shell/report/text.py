@@ -87,10 +87,10 @@ def _heading(rows: Sequence[Row]) -> list[str]:
         fallen = sum(row.fell_back for row in alike)
         told = f"{weights} weights, {inputs or 'float'} inputs, {algorithm}"
         told += f" ({fallen} fell back to minmax)" * bool(fallen) + f", {stage}" + f", kernel {kernel}" * bool(kernel)
-        lines.append({"format": str(len(lines) + 1), "layers": str(len(alike)), "": told})
+        lines.append({"format": str(len(lines) + 1), "layers": str(len(alike)), "how": told})
     count = f"{len(rows)} layer" + "s" * (len(rows) > 1)
     if len(lines) == 1:
-        return _wrapped(f"{count}: {lines[0]['']}", "", "  ")
+        return _wrapped(f"{count}: {lines[0]['how']}", "", "  ")
     return [f"{count} in {len(lines)} formats", "", *_grid(lines)]
 
 
