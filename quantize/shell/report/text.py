@@ -203,7 +203,7 @@ def _grid(lines: Sequence[_Cells]) -> list[str]:
     names, prefix = shortened([line[last] for line in lines], _WIDTH - len(starts[0]))
     grid = [line for start, name in zip(starts, [last, *names], strict=True)
             for line in _wrapped(name, start, " " * len(start))]  # fmt: skip
-    return grid + [f"..: {prefix}"] * bool(prefix)
+    return grid + _wrapped(prefix, "..: ", "    ") * bool(prefix)
 
 
 def _wrapped(text: str, start: str, rest: str) -> list[str]:
