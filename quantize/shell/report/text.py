@@ -209,7 +209,7 @@ def _grid(lines: Sequence[_Cells]) -> list[str]:
 def _wrapped(text: str, start: str, rest: str) -> list[str]:
     """``text`` after ``start`` in lines of at most 100 columns, which begin with ``rest`` from the second on."""
     plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    # With a NUL after each wide character its length is that of its columns.
-    wide = "".join(c + "\0" * (east_asian_width(c) in "WF") for c in plain)
+    # With a NUL before each wide character the length is that of the columns, or less by the one that ends a line.
+    wide = "".join("\0" * (east_asian_width(c) in "WF") + c for c in plain)
     lines = wrap(wide, _WIDTH - 1, initial_indent=start, subsequent_indent=rest, break_on_hyphens=False)
     return [line.replace("\0", "").rstrip() for line in lines or [start]]
