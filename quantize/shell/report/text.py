@@ -29,7 +29,6 @@ _MEANINGS = {
     "static_loss": "part of the outputs' power lost by rounding the inputs with one scale for all tokens",
     "token_loss": "what would be lost with a scale for each token",
 }
-_HINT = "print(report(model).table()) lists all"
 # Below this part of the outputs' power, what static inputs cost is not worth a scale for each token.
 _COSTLY = 0.01
 # Loaders compute these as one: they need one format.
@@ -43,15 +42,14 @@ def summary(
     rows: Sequence[Row], skipped: Sequence[Skipped], unmatched: Sequence[str], remarks: Sequence[str], elements: int
 ) -> str:
     """The formats, all of a few layers or the worst, what is least and most, and what was not done as asked."""
-    groups, noted = folded(rows), ", with notes" * any(row.notes for row in rows)
-    shown, lines = groups, [*_heading(rows), ""]
+    groups, hint = folded(rows), "print(report(model).table()) lists all"
+    hint += ", with notes" * any(row.notes for row in rows)
+    shown, parts = groups, [_heading(rows)]
     if len(groups) > _FEW:
         shown = sorted(groups, key=lambda group: min(row.rank for row in group[1]))[:_WORST]
-        lines += [*_wrapped(f"{_chosen(rows)}; {_HINT}{noted}", "", "  "), ""]
-    layers = _layers(shown, rows)
-    lines += [*_grid(layers), "", *_grid(_spans(rows)), "", *_legend(rows, layers)]
-    if len(groups) <= _FEW and noted:
-        lines += [f"{_HINT}{noted}"]
+        parts.append(_wrapped(f"{_chosen(rows)}; {hint}", "", "  "))
+    layers, closing = _layers(shown, rows), [hint] * (len(groups) <= _FEW and hint.endswith("notes"))
+    parts += [_grid(layers), _grid(_spans(rows)), [*_legend(rows, layers), *closing]]
     slower: dict[str, list[str]] = {}
     for title, (row, *_) in groups:
         if row.kernel_reason:
@@ -65,8 +63,8 @@ def summary(
         ("entries of skip_layers and quant_cfg that matched nothing", len(unmatched), [*map(repr, unmatched)]),
     ):
         if entries:
-            lines += ["", f"{heading} ({count})", *(line for each in entries for line in _wrapped(each, "  ", "    "))]
-    return "\n".join(lines)
+            parts.append([f"{heading} ({count})", *(line for each in entries for line in _wrapped(each, "  ", "    "))])
+    return _joined(parts)
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -76,7 +74,11 @@ def table(rows: Sequence[Row]) -> str:
     for title, group in groups:
         spans = [f"{key} {span(row.notes[key] for row in group if key in row.notes)}" for key in _noted(group)]
         notes += _wrapped(f"{title}: {', '.join(spans)}", "", "  ") if spans else []
-    return "\n".join([*_heading(rows), "", *_grid(layers), "", *notes, *[""] * bool(notes), *_legend(rows, layers)])
+    return _joined([_heading(rows), _grid(layers), notes, _legend(rows, layers)])
+
+
+def _joined(parts: Iterable[Sequence[str]]) -> str:
+    return "\n\n".join("\n".join(part) for part in parts if part)
 
 
 def _heading(rows: Sequence[Row]) -> list[str]:
@@ -192,6 +194,8 @@ def _columns(lines: Sequence[_Cells]) -> list[str]:
 
 def _grid(lines: Sequence[_Cells]) -> list[str]:
     """A header and ``lines`` below each other, without empty columns; names that would not fit lose a common prefix."""
+    if not lines:
+        return []
     last, starts = [*lines[0]][-1], [""] * (1 + len(lines))
     for column in _columns(lines):
         if column != last:
