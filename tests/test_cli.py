@@ -207,7 +207,7 @@ def test_a_language_model_is_quantized_measured_drawn_and_written(given, tmp_pat
     report = printed.splitlines()
     assert report[0] == f"model: {llama}"
     assert report[1].startswith("config: {'batch_num': 2")
-    assert report[2].startswith("layer ")
+    assert " layers: int4 group 32 symmetric weights, float inputs, " in report[2]
     assert "  lm_head: skip_layers: 'lm_head'" in report
     assert plot.read_bytes().startswith(b"\x89PNG")
 

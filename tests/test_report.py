@@ -218,7 +218,15 @@ def test_forty_lines_are_printed_at_once_and_more_are_not():
     assert len(cells(str(report([*rows, row("head")])), "layer")) == 10
     # Experts count as the line that they share.
     assert len(cells(str(report([*rows[:39], *experts(100)])), "layer")) == 40
-    # Before calibration there is no worst.
+    # Before calibration nothing is known, and there is no worst.
+    assert str(report([plain("a", None, tokens=0, kernel=None)])).splitlines() == [
+        "1 layer: int4 channel symmetric weights, float inputs, gptq, converted",
+        "",
+        "shape  layer",
+        " 8x64  a",
+        "",
+        "shape: outputs x inputs",
+    ]
     unsolved = [plain(f"layers.{i}.up", None) for i in range(41)]
     assert "The first 10;" in str(report(unsolved))
     assert [line["layer"] for line in cells(str(report(unsolved)), "layer")] == [f"layers.{i}.up" for i in range(10)]
@@ -399,5 +407,5 @@ def test_the_warning_tells_experts_in_one_line():
     reason = "Embedding is not an nn.Linear"
     share, names = str(warned[0].message).split(", see report(model): ")
     assert share == f"{100 * 12 / 13:.1f} % of the model's weights stay in floating point"
-    assert names == f"embed: {reason}; experts.* (11): {reason}"
+    assert names == f"'embed' ({reason}); 'experts.* (11)' ({reason})"
     assert f"  experts.* (11): {reason}" in str(qz.report(model)).splitlines()

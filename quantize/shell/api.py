@@ -143,7 +143,7 @@ def report(model: nn.Module) -> Report:
 
 
 def _warn(planned: Plan) -> None:
-    left = [*map(": ".join, reasons(skipped for skipped in planned.skipped if not skipped.asked))]
+    left = [f"{name!r} ({why})" for name, why in reasons(each for each in planned.skipped if not each.asked)]
     left += [f"{word!r} of skip_layers or quant_cfg matched nothing" for word in planned.unmatched]
     if left:
         told = share(sum(skipped.elements for skipped in planned.skipped), planned.elements)

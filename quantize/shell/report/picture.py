@@ -78,7 +78,7 @@ def draw(rows: Sequence[Row], skipped: Sequence[Skipped]) -> Figure:
               "" if known[:, i].any() else "not solved yet" if layers[i].weight_sqnr is None else "exact")
              for i, name in zip(chosen, names, strict=True)]  # fmt: skip
     order = "in the order of the model" if few else f"the {len(chosen)} worst of {len(groups)} lines, the worst first"
-    notes = [f"{len(rows)} layers; {order}" + "; of experts the worst" * (len(groups) < len(rows))
+    notes = [f"{len(rows)} layers, {order}" + "; of experts the worst" * (len(groups) < len(rows))
              + f"; a name with .. begins with {prefix}" * bool(prefix)]  # fmt: skip
     left = [(name, "0.4", shorten(f"floating point: {why}", 56, placeholder=" ...")) for name, why in reasons(skipped)]
     if len(lines) + len(left) <= _MOST:
