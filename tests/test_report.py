@@ -394,6 +394,19 @@ def test_a_mixture_prints_few_lines_and_keeps_all_rows():
     assert len(given.as_dict()["skipped"]) == 60
 
 
+def test_of_many_reasons_of_kernels_and_static_inputs_some_are_told_and_the_others_counted():
+    lost = {"static_loss": 0.5, "token_loss": 0.0}
+    rows = [row(f"{i}", kernel_reason=f"scales of {i}", notes=lost) for i in range(30)]
+    text = str(report(rows))
+    for heading in ("why not a faster kernel", "static inputs that cost most; what to add to quant_cfg"):
+        _, found, rest = text.partition(f"\n{heading} (30)\n")
+        assert found
+        lines = [line for line in rest.split("\n\n")[0].splitlines() if not line.startswith("    ")]
+        assert len(lines) == 11
+        assert lines[-1] == "  20 more, see report(model).as_dict()"
+    assert [each["kernel_reason"] for each in report(rows).as_dict()["layers"]] == [f"scales of {i}" for i in range(30)]
+
+
 def test_an_exact_weight_is_printed_as_such():
     for rows in ([row("a", sqnr=math.inf)], experts(2, sqnr=math.inf)):
         assert [line[SQNR] for line in cells(str(report(rows)), "layer")] == ["inf"]

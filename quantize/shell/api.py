@@ -127,7 +127,7 @@ def convert(
 
 
 def report(model: nn.Module) -> Report:
-    """What was done to every layer of ``model``, and what was left out: a value that prints as a table.
+    """What was done to every layer of ``model``, and what was left out: a value that prints as a summary.
 
     Raises:
         QuantizeError: a model without any quantized layer.

@@ -57,8 +57,12 @@ def summary(
     left, mends = share(sum(each.elements for each in skipped), elements), _mends(rows)
     for heading, count, entries in (
         ("not as asked", len(remarks), [line for line, _ in gathered(remarks)]),
-        ("static inputs that cost most; what to add to quant_cfg", len(mends), mends),
-        ("why not a faster kernel", len(slower), [f"{why}: {', '.join(listed(slower[why]))}" for why in slower]),
+        ("static inputs that cost most; what to add to quant_cfg", len(mends), _first(mends)),
+        (
+            "why not a faster kernel",
+            len(slower),
+            _first([f"{why}: {', '.join(listed(slower[why]))}" for why in slower]),
+        ),
         (f"{left} stay in floating point", len(skipped), [*map(": ".join, reasons(skipped))]),
         ("entries of skip_layers and quant_cfg that matched nothing", len(unmatched), [*map(repr, unmatched)]),
     ):
@@ -75,6 +79,11 @@ def table(rows: Sequence[Row]) -> str:
         spans = [f"{key} {span(row.notes[key] for row in group if key in row.notes)}" for key in _noted(group)]
         notes += _wrapped(f"{title}: {', '.join(spans)}", "", "  ") if spans else []
     return _joined([_heading(rows), _grid(layers), notes, _legend(rows, layers)])
+
+
+def _first(entries: list[str]) -> list[str]:
+    left = len(entries) - _WORST
+    return entries if left <= 0 else [*entries[:_WORST], f"{left} more, see report(model).as_dict()"]
 
 
 def _joined(parts: Iterable[Sequence[str]]) -> str:
