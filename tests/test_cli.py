@@ -221,6 +221,7 @@ def test_a_language_model_is_quantized_measured_drawn_and_written(given, tmp_pat
     config = " ".join(map(str.strip, report[2:4])).removeprefix("config: ")
     assert json.loads(config) == GPTQ
     assert report[4] == f"calibration: 6 rows of {LENGTH} tokens, in 2 batches of 3, of {tmp_path / 'text.txt'}"
+    assert report[6].startswith("14 layers: int4 group 32 symmetric weights, float inputs, ")
     assert "  lm_head: skip_layers: 'lm_head'" in report
     assert report[-2:] == [f"written: {out}, for quantize.load", f"drawn: {plot}"]
     assert plot.read_bytes().startswith(b"\x89PNG")
@@ -800,6 +801,23 @@ def test_nobody_reads_the_report(given):
         result = subprocess.run(command, stdout=pipe, stderr=subprocess.PIPE, text=True, check=False)
     # One line, and nothing from the interpreter as it ends.
     assert (result.returncode, result.stderr) == (2, "error: [Errno 32] Broken pipe\n")
+
+
+def test_all_layers_are_shown_on_demand(given, outline, capsys):
+    # Of a model with more blocks than are shown otherwise.
+    described = json.loads((outline / "config.json").read_text())
+    (outline / "config.json").write_text(json.dumps({**described, "num_hidden_layers": 20, "layer_types": None}))
+    arguments = ["--model", str(outline), *given[2:], "--dry-run"]
+    names = [row["names"][0] for row in told(arguments, capsys)["report"]["layers"]]
+    assert len(names) == 20 * 7
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert len(out.splitlines()) <= 40
+    assert all(len(line) <= 100 for line in out.splitlines() if str(outline.parent) not in line)
+    assert not any(name in out for name in names)
+    assert main([*arguments, "--verbose"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in names)
 
 
 def test_a_long_config_is_shown_in_part(given, tmp_path, capsys):

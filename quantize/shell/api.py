@@ -19,7 +19,8 @@ from quantize.shell.deploy import loading
 from quantize.shell.offload import keeper
 from quantize.shell.plan import Plan, plan, swap
 from quantize.shell.progress import progress
-from quantize.shell.report.rows import Report, share
+from quantize.shell.report.report import Report
+from quantize.shell.report.rows import reasons, share
 from quantize.shell.views import release
 
 
@@ -127,7 +128,7 @@ def convert(
 
 
 def report(model: nn.Module) -> Report:
-    """What was done to every layer of ``model``, and what was left out: a value that prints as a table.
+    """What was done to every layer of ``model``, and what was left out: a value that prints as a summary.
 
     Raises:
         QuantizeError: a model without any quantized layer.
@@ -143,7 +144,7 @@ def report(model: nn.Module) -> Report:
 
 
 def _warn(planned: Plan) -> None:
-    left = [f"{skipped.name!r} ({skipped.reason})" for skipped in planned.skipped if not skipped.asked]
+    left = [f"{name!r} ({why})" for name, why in reasons(each for each in planned.skipped if not each.asked)]
     left += [f"{word!r} of skip_layers or quant_cfg matched nothing" for word in planned.unmatched]
     if left:
         told = share(sum(skipped.elements for skipped in planned.skipped), planned.elements)

@@ -24,8 +24,8 @@ examples:
                                "strategy": "group", "group_size": 64}}}
 
 output:
-  The report goes to stdout, at most 40 lines without --verbose. Errors,
-  warnings and progress bars go to stderr, the bars only to a terminal.
+  The report goes to stdout. Errors, warnings and progress bars go to stderr,
+  the bars only to a terminal.
 
 exit status:
   0    done

@@ -26,7 +26,7 @@ from quantize.shell.disk import export
 from quantize.shell.plan import plan
 from quantize.shell.progress import progress
 from quantize.shell.report import picture
-from quantize.shell.report.rows import Report
+from quantize.shell.report.report import Report
 
 SENTENCES = Path(__file__).with_name("sentences.txt")
 _INT8 = {"type": "int8", "symmetric": True}
@@ -162,8 +162,7 @@ def _config(config: Any, given: argparse.Namespace) -> str:
 
 def _table(report: Report, given: argparse.Namespace) -> list[str]:
     """All layers, if they are asked for."""
-    table = getattr(report, "table", None)
-    return [table(), ""] if given.verbose and table is not None else []
+    return [report.table(), ""] if given.verbose else []
 
 
 def _check_layers(given: argparse.Namespace, model: nn.Module, config: Any) -> None:

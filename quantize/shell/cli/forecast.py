@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from textwrap import fill
 from typing import Any
 
 import torch.utils._pytree as pytree
@@ -19,9 +19,10 @@ from quantize.shell.config import Config, Schedule
 from quantize.shell.deploy.kernels import Layout
 from quantize.shell.disk.parts import MERGED
 from quantize.shell.plan import Plan, swap
-from quantize.shell.report.rows import Report, Row, Skipped, share
+from quantize.shell.report.report import Report
+from quantize.shell.report.rows import Row, reasons, share
 
-_NAMES = 3
+_WIDTH = 100
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,14 @@ class Forecast:
         ]
         if skipped := self.report.skipped:
             elements = sum(each.elements for each in skipped)
-            lines += [f"{share(elements, self.report.elements)} stay in floating point:", *_reasons(skipped)]
+            lines += [f"{share(elements, self.report.elements)} stay in floating point:"]
+            lines += [f"  {names}: {reason}" for names, reason in reasons(skipped)]
         lines += [f"matched nothing: {word!r}" for word in self.report.unmatched]
         lines += sizes.told(self.before, self.after)
         lines += [f"  at most: {self.most}"] * bool(self.most)
         memory = f"about {_size(self.memory)} above the model and a forward pass" if self.memory else "none"
-        return "\n".join([*lines, f"memory of calibration: {memory}", *[f"  {self.how}"] * bool(self.how)])
+        lines += [f"memory of calibration: {memory}", *[f"  {self.how}"] * bool(self.how)]
+        return "\n".join(fill(line, _WIDTH, subsequent_indent="    ", break_on_hyphens=False) for line in lines)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers."""
@@ -115,15 +118,6 @@ def _memory(layers: list[CalibrationLinear], tokens: int) -> tuple[int, str]:
     how = f"in lock step: {tokens:,} tokens x (2 x {usual} + {max(widths)}) x {item} bytes"
     how += " x 2" * (walks == 2) + f", and the statistics of a group: {_size(most)}"
     return tokens * (2 * usual + max(widths)) * item * walks + most, how
-
-
-def _reasons(skipped: Iterable[Skipped]) -> list[str]:
-    """A line for every reason, with the first names."""
-    names = dict[str, list[str]]()
-    for each in skipped:
-        names.setdefault(each.reason, []).append(each.name or "the model")
-    return [f"  {', '.join(held[:_NAMES])}{f' and {len(held) - _NAMES} more' * (len(held) > _NAMES)}: {reason}"
-            for reason, held in names.items()]  # fmt: skip
 
 
 def _size(count: int) -> str:

@@ -16,7 +16,7 @@ from quantize.shell.cli import sizes
 from quantize.shell.cli.subjects import Subject
 from quantize.shell.config import MAX_BATCHES, QuantizeWarning, parse
 from quantize.shell.progress import progress
-from quantize.shell.report.rows import Report
+from quantize.shell.report.report import Report
 
 
 @dataclass(frozen=True)
