@@ -21,7 +21,8 @@ from quantize.core import (
     round_to_nearest,
 )
 from quantize.shell.cli import commandline
-from quantize.shell.cli.commandline import CONFIG, demonstrate
+from quantize.shell.cli.commandline import CONFIG
+from quantize.shell.cli.outcome import demonstrate
 from quantize.shell.cli.subjects import Encoder, packaged
 from tests.models import (
     TENSOR,
@@ -139,7 +140,7 @@ def test_embeddings_stay_close(encoder, given, layers):
 def test_the_demonstration_shows_what_it_promises(encoder):
     quantized, plain = fresh(encoder), fresh(encoder)
     before = sizes(plain.model)
-    outcome = demonstrate(quantized, CONFIG, SENTENCES)
+    outcome = demonstrate(quantized, CONFIG, *quantized.split(SENTENCES, 4, 4, evaluate=True))
     names = list(solutions(quantized.model))
     assert [row.name for row in outcome.report.rows] == names
     assert len(names) == LINEARS
@@ -150,8 +151,8 @@ def test_the_demonstration_shows_what_it_promises(encoder):
     assert (outcome.measured[0] @ outcome.measured[1].T).argmax(1).tolist() == list(range(16))
     after = sum(held(quantized.model.get_submodule(name)) for name in names)
     layers_before = sum(before[name] for name in names)
-    assert outcome.sizes["quantized layers"] == (layers_before, after)
-    total_before, total_after = outcome.sizes["whole model"]
+    assert (outcome.before[0], outcome.after[0]) == (layers_before, after)
+    total_before, total_after = outcome.before[1], outcome.after[1]
     assert total_before == before[""]
     assert total_before - total_after == layers_before - after
     text = str(outcome)

@@ -18,7 +18,9 @@ from quantize.shell.config import QuantizeWarning, parse, refusal, shown
 from quantize.shell.deploy import loading
 from quantize.shell.offload import keeper
 from quantize.shell.plan import Plan, plan, swap
-from quantize.shell.report.rows import Report, share
+from quantize.shell.progress import progress
+from quantize.shell.report.report import Report
+from quantize.shell.report.rows import reasons, share
 from quantize.shell.views import release
 
 
@@ -144,7 +146,7 @@ def convert(
             raise refusal(f"layer {layer.names[0]!r}", told, wanted)
     if model in layers:
         raise refusal("model", "the layer itself: nothing holds it", "a model that contains the layer")
-    deployed = {layer: layer.deployed(kernel, kept=offload) for layer in layers}
+    deployed = {layer: layer.deployed(kernel, kept=offload) for layer in progress(layers, "convert", unit="layer")}
     loading.check_served(deployed.values(), kernel)
     swap(model, deployed)
     release(model)
@@ -153,7 +155,7 @@ def convert(
 
 
 def report(model: nn.Module) -> Report:
-    """What was done to every layer of ``model``, and what was left out: a value that prints as a table.
+    """What was done to every layer of ``model``, and what was left out: a value that prints as a summary.
 
     Raises:
         QuantizeError: the model has no quantized layer.
@@ -176,7 +178,7 @@ def report(model: nn.Module) -> Report:
 
 
 def _warn(planned: Plan) -> None:
-    left = [f"{skipped.name!r} ({skipped.reason})" for skipped in planned.skipped if not skipped.asked]
+    left = [f"{name!r} ({why})" for name, why in reasons(each for each in planned.skipped if not each.asked)]
     left += [f"{word!r} of skip_layers or quant_cfg matched nothing" for word in planned.unmatched]
     if left:
         told = share(sum(skipped.elements for skipped in planned.skipped), planned.elements)

@@ -94,7 +94,7 @@ def assign_formats(
             layer.statistics = layer.statistics or layer.initial()
         units = siblings([*layers.values()])
         table = []
-        for unit in progress(units, "formats", unit="group of layers"):
+        for unit in progress(units, "choose formats", unit="layer", size=len):
             with untracked(offload.device(unit[0])):
                 table.append(_costs(unit, specs, powers))
     finally:

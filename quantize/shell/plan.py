@@ -12,6 +12,7 @@ from torch import nn
 from quantize.core import LayerSpec
 from quantize.shell import offload
 from quantize.shell.config import Config, refusal
+from quantize.shell.progress import progress
 from quantize.shell.report.rows import Skipped, share
 from quantize.shell.views import known, modules
 
@@ -22,6 +23,7 @@ _READ_DIRECTLY: dict[type[nn.Module], tuple[str, ...]] = {
     nn.TransformerEncoderLayer: ("linear1", "linear2"),
 }
 _NO_FORMAT = "no weights entry of quant_cfg matches it"
+_NO_DATA = "its weight is on the meta device, without data"
 _REPLACED = "its forward is replaced on the instance"
 
 
@@ -46,10 +48,11 @@ class Plan:
     elements: int
 
 
-def plan(model: nn.Module, config: Config) -> Plan:
+def plan(model: nn.Module, config: Config, *, outline: bool = False) -> Plan:
     """Decide for every module with a weight matrix; nothing is changed.
 
-    Refuses a model without anything to quantize, and layers as :func:`check_parameters`.
+    Refuses a model without anything to quantize, and layers as :func:`check_parameters`. ``outline``: the model is on
+    the meta device and stands for one whose weights will be read, so no weight is looked at.
     """
     names: dict[nn.Module, list[str]] = {}
     views: dict[nn.Module, nn.Module] = {}
@@ -62,13 +65,14 @@ def plan(model: nn.Module, config: Config) -> Plan:
     total = sum(p.numel() for p in {tied.get(p, p) for p in model.parameters()} if p.ndim >= 2)
     layers, specs = dict[nn.Linear, tuple[str, ...]](), dict[str, LayerSpec]()
     skipped, matched, counted = list[Skipped](), set[str](), set[nn.Parameter]()
-    for module, all_names in names.items():
+    for module, all_names in progress(names.items(), "check the weights", unit="module"):
         matrices = {tied.get(p, p) for p in module.parameters(recurse=False) if p.ndim >= 2}
         if not matrices and not isinstance(module, nn.Linear):
             continue
         asked = [word for word in config.skip_layers if any(word in name for name in all_names)]
         matched.update(asked)
         reason = f"skip_layers: {asked[0]!r}" if asked else _reason(module, all_names, owners.get(module), total)
+        reason = None if outline and reason == _NO_DATA else reason
         spec = config.spec(all_names) if reason is None else None
         matched.update(str(each) for each in config.formats if spec is not None and each.matches(all_names))
         reason = reason or _unfit(cast("nn.Linear", module), spec)
@@ -79,7 +83,8 @@ def plan(model: nn.Module, config: Config) -> Plan:
                 counted |= matrices
         elif isinstance(module, nn.Linear) and spec is not None:
             layers[module], specs[all_names[0]] = tuple(all_names), spec
-            check_parameters(all_names[0], module)
+            if not outline:
+                check_parameters(all_names[0], module)
     if not layers:
         found = "; ".join(f"{s.name or type(model).__name__!r}: {s.reason}" for s in skipped) or "no weight matrix"
         raise refusal("model", f"nothing to quantize ({found})", "a model that contains an nn.Linear")
@@ -134,7 +139,7 @@ def _reason(module: nn.Module, names: list[str], owner: str | None, total: int) 
     if module.weight.dtype not in _FLOATS:
         return f"its weight is {module.weight.dtype}"
     if module.weight.is_meta and offload.keeper(module) is None:
-        return "its weight is on the meta device, without data"
+        return _NO_DATA
     return None
 
 

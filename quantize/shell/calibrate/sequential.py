@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ from quantize.shell.calibrate.session import Session
 from quantize.shell.calibrate.units import Inputs, Reading, Unit, units
 from quantize.shell.calibrate.watching import check_finite, counted
 from quantize.shell.modes import same_attributes, undisturbed
-from quantize.shell.progress import layers_progress
+from quantize.shell.progress import progress
 from quantize.shell.values import kept
 
 
@@ -36,7 +36,7 @@ def fit(root: nn.Module, session: Session, layers: list[CalibrationLinear], rank
         for layer, solution in before.items():
             layer.solution = solution
         session.remark(f"calibrated in full passes for each layer, which is slow, and not in lock step: {trouble}")
-        for unit in layers_progress([unit for unit in ordered if not unit.solved]):
+        for unit in _progress(ordered, "solve in full passes"):
             _fit_unit(unit, ranks, partial(_full_passes, root, session, unit))
 
 
@@ -47,7 +47,7 @@ def _in_lock_step(root: nn.Module, session: Session, ordered: list[Unit], ranks:
     floats = len(batches) if session.paired else 2 * (len(batches) > 1)
     session.watching = walks = Walks(root, ordered, batches, floats=floats)
     try:
-        for _ in layers_progress([unit for unit in ordered if not unit.solved]):
+        for _ in _progress(ordered, "solve in lock step"):
             ranks.together(walks.advance)
             told = ranks.gather((walks.trouble, walks.first))
             trouble: str | None = min((each for each, _ in told if each is not None), default=None)
@@ -60,6 +60,11 @@ def _in_lock_step(root: nn.Module, session: Session, ordered: list[Unit], ranks:
         walks.close()
         session.watching = None
     return None
+
+
+def _progress(ordered: list[Unit], what: str) -> Iterable[Unit]:
+    rest = [unit for unit in ordered if not unit.solved]
+    return progress(rest, what, unit="layer", size=lambda unit: len(unit.layers))
 
 
 def _full_passes(root: nn.Module, session: Session, unit: Unit) -> list[Reading]:

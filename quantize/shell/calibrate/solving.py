@@ -20,7 +20,7 @@ from quantize.shell.config import QuantizeWarning, refusal
 from quantize.shell.fold import folding
 from quantize.shell.modes import undisturbed, untracked
 from quantize.shell.plan import check_parameters
-from quantize.shell.progress import layers_progress
+from quantize.shell.progress import progress
 from quantize.shell.report.rows import folded, span
 
 
@@ -78,7 +78,7 @@ def solve_all(model: nn.Module, layers: list[CalibrationLinear], ranks: Ranks | 
             for session, own in parts.items():
                 if session.config.schedule.fold and session in roots:
                     _fold(roots[session], session, own)
-            ranks.divide(rest, layers_progress)
+            ranks.divide(rest, partial(progress, what="solve", unit="layer", size=lambda stack: sum(map(len, stack))))
     finally:
         for session in parts:
             session.solving, session.watching = False, None
