@@ -147,6 +147,16 @@ def test_no_line_is_wider_than_a_terminal_and_nothing_is_lost(given):
     assert (str(again), again.table()) == (text, table)
 
 
+@pytest.mark.parametrize("before", range(4))
+@pytest.mark.parametrize("tokens", [1, 10**6, 10**7])
+def test_wide_characters_count_twice(before, tokens):
+    # Lines break within the name, after an even and an odd number of columns.
+    given = report([row("a" * before + "层" * 150, tokens=tokens)])
+    for line in (*str(given).splitlines(), *given.table().splitlines()):
+        assert columns(line) <= WIDTH
+    assert joined(str(given)).count("层") == 150
+
+
 @given(st.lists(NAMES, max_size=60))
 @example([f"model.layers.3.mlp.experts.{i}" for i in range(60)])
 @example([f"model.layers.{i}.mlp.experts.{j}" for i in range(11) for j in range(3)])
@@ -179,7 +189,7 @@ def test_long_lists_fold_experts_before_layers():
 
 
 @given(st.lists(NAMES, min_size=1, max_size=30), st.integers(1, 80))
-@example(["..a", "a.b", "a.c"], 1)
+@example(["..b", "ab.b", "ab.c"], 1)
 @example([f"model.layers.{i}.up" for i in range(3)], 12)
 def test_shortened_names_are_the_same_names(names, room):
     short, prefix = shortened(names, room)
