@@ -13,7 +13,7 @@ from quantize.shell.report.rows import Row, Skipped, folded, gathered, listed, r
 
 _WIDTH = 100
 # So many lines of layers are printed at once; of more, so many of the worst.
-_FEW, _WORST = 40, 10
+_FEW, _WORST = 20, 10
 _ERROR, _SQNR, _TOKENS = "error vs minmax", "SQNR dB", "tokens"
 _MEANINGS = {
     _ERROR: "squared error of the outputs, divided by that of plain rounding; below 1 is better",
@@ -49,7 +49,7 @@ def summary(
         shown = sorted(groups, key=lambda group: min(row.rank for row in group[1]))[:_WORST]
         parts.append(_wrapped(f"{_chosen(rows)}; {hint}", "", "  "))
     layers, closing = _layers(shown, rows), [hint] * (len(groups) <= _FEW and hint.endswith("notes"))
-    parts += [_grid(layers), _grid(_spans(rows)), [*_legend(rows, layers), *closing]]
+    parts += [_grid(layers), _grid(_spans(rows)), [*_legend(_columns(layers)), *closing]]
     slower: dict[str, list[str]] = {}
     for title, (row, *_) in groups:
         if row.kernel_reason:
@@ -78,7 +78,7 @@ def table(rows: Sequence[Row]) -> str:
     for title, group in groups:
         spans = [f"{key} {span(row.notes[key] for row in group if key in row.notes)}" for key in _noted(group)]
         notes += _wrapped(f"{title}: {', '.join(spans)}", "", "  ") if spans else []
-    return _joined([_heading(rows), _grid(layers), notes, _legend(rows, layers)])
+    return _joined([_heading(rows), _grid(layers), notes, _legend([*_columns(layers), *_noted(rows)])])
 
 
 def _first(entries: list[str]) -> list[str]:
@@ -172,10 +172,10 @@ def _noted(rows: Iterable[Row]) -> list[str]:
     return [*dict.fromkeys(key for row in rows for key in row.notes)]
 
 
-def _legend(rows: Sequence[Row], layers: Sequence[_Cells]) -> list[str]:
-    """What the columns and the notes mean."""
-    told = [f"{key}: {_MEANINGS[key]}" for key in (*_columns(layers), *_noted(rows)) if key in _MEANINGS]
-    return [line for each in told for line in _wrapped(each, "", "  ")]
+def _legend(words: Iterable[str]) -> list[str]:
+    """What columns and notes mean."""
+    told = [f"{word}: {_MEANINGS[word]}" for word in words if word in _MEANINGS]
+    return _wrapped(". ".join(told), "", "") if told else []
 
 
 def _mends(rows: Iterable[Row]) -> list[str]:
