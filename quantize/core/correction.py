@@ -38,9 +38,9 @@ def corrected(weight: Tensor, statistic: observers.PairedState, strength: float)
     # Divided first, and multiplied twice: neither sums nor squares leave the range.
     least = (_FLOOR * (diagonal / len(diagonal))).sum()
     ridge = (torch.maximum(cross.diagonal().abs(), least) * unit * unit).clamp(min=1, max=_MOST)
-    scaled = (gram * unit).mul_(unit[:, None])
-    scaled.diagonal().add_(ridge)
-    lower, _ = torch.linalg.cholesky_ex(scaled)
+    lower = (gram * unit).mul_(unit[:, None])
+    lower.diagonal().add_(ridge)
+    lower, _ = torch.linalg.cholesky_ex(lower)
     # W D H^-1 from the left or from the right: whichever has the smaller matrix to solve for.
     few = len(weight) <= len(gram)
     pull = weight @ cross if few else cross

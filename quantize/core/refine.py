@@ -106,9 +106,9 @@ def factor(gram: Tensor, damp: float) -> tuple[Tensor, Tensor, Tensor]:
     dead = (diagonal == 0).to(gram.dtype)
     used = torch.full_like(mean, damp)
     while True:
-        damped = gram.flip(-2, -1)
-        damped.diagonal(dim1=-2, dim2=-1).add_(((used * mean)[..., None] + dead).flip(-1))
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        lower = gram.flip(-2, -1)
+        lower.diagonal(dim1=-2, dim2=-1).add_(((used * mean)[..., None] + dead).flip(-1))
+        lower, failed = torch.linalg.cholesky_ex(lower)
         # A pivot is made of all numbers in its row.
         failed = (failed != 0) | ~torch.isfinite(lower.diagonal(dim1=-2, dim2=-1)).all(-1)
         if not failed.any():
@@ -118,8 +118,9 @@ def factor(gram: Tensor, damp: float) -> tuple[Tensor, Tensor, Tensor]:
         damp = max(10 * damp, 1e-6)
         used = torch.where(failed, damp, used)
     upper = lower.flip(-2, -1)
-    root = upper.diagonal(dim1=-2, dim2=-1)
-    return upper / root[..., None, :], root.square(), used
+    # In place: every [c, c] counts in the peak.
+    root = upper.diagonal(dim1=-2, dim2=-1).clone()
+    return upper.div_(root[..., None, :]), root.square(), used
 
 
 def each(function: Callable[..., Any], stacked: bool) -> Callable[..., Any]:

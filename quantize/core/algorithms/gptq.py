@@ -200,9 +200,8 @@ def _prepare(options: Options, statistic: Statistic) -> _Prepared:
     if options.act_order:
         order = torch.argsort(diagonal, dim=-1, descending=True, stable=True)
     # Rows, and then columns as the rows of the transposed matrix.
-    upper, pivots, damp = refine.factor(
-        refine.picked(refine.transposed(refine.picked(trusted, order)), order).mT, options.damp
-    )
+    trusted = refine.picked(refine.transposed(refine.picked(trusted, order)), order).mT
+    upper, pivots, damp = refine.factor(trusted, options.damp)
     pivots = pivots.gather(-1, torch.argsort(order, dim=-1)).masked_fill(diagonal == 0, 0.0)
     return _Prepared(order, upper, pivots, {"damp": damp, "dead_channels": (diagonal == 0).sum(-1)})
 
