@@ -38,8 +38,6 @@ def public(package, name):
 
 THINGS = {f"{package.__name__}.{key}": value for package in (qz, core) for name in package.__all__
           for key, value in public(package, name).items()}  # fmt: skip
-LACKING = pytest.mark.xfail(strict=True, reason="the statistic is not named")
-CHECKED = [pytest.param(name, marks=[LACKING] if name.endswith("correction.corrected") else []) for name in THINGS]
 OPTIONS = {name: module.Options for name, module in core.ALGORITHMS.items()}
 MODULES = [importlib.import_module(found.name) for found in pkgutil.walk_packages(core.__path__, "quantize.core.")]
 
@@ -114,7 +112,7 @@ def has_shape(sentence, name):
     return found and re.match(rf".{{0,70}}?``{SHAPE.pattern}|.*\bas (for|there)\b", found[1])
 
 
-@pytest.mark.parametrize("name", CHECKED)
+@pytest.mark.parametrize("name", THINGS)
 def test_docstrings_are_complete(name):
     assert not list(faults(THINGS[name], THINGS[name].__doc__))
 
