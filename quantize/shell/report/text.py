@@ -43,13 +43,19 @@ def summary(
 ) -> str:
     """The formats, all of a few layers or the worst, what is least and most, and what was not done as asked."""
     groups, hint = folded(rows), "print(report(model).table()) lists all"
-    hint += ", with notes" * any(row.notes for row in rows)
-    shown, parts = groups, [_heading(rows)]
-    if len(groups) > _FEW:
-        shown = sorted(groups, key=lambda group: min(row.rank for row in group[1]))[:_WORST]
-        parts.append(_wrapped(f"{_chosen(rows)}; {hint}", "", "  "))
-    layers, closing = _layers(shown, rows), [hint] * (len(groups) <= _FEW and hint.endswith("notes"))
-    parts += [_grid(layers), _grid(_spans(rows)), [*_legend(_columns(layers)), *closing]]
+    if len(groups) <= _FEW:
+        layers = _layers(groups, rows)
+        noted = [f"{hint}, with notes"] * any(row.notes for row in rows)
+        parts = [
+            _heading(rows),
+            _grid(layers),
+            _grid(_spans(rows)),
+            [*_legend([*_columns(layers), *_noted(rows)]), *noted],
+        ]
+    else:
+        worst = sorted(groups, key=lambda group: min(row.rank for row in group[1]))[:_WORST]
+        told = _wrapped(f"{_chosen(rows)}; {hint}, and what the words mean", "", "  ")
+        parts = [_heading(rows), [*told, *_grid(_layers(worst, rows))], _grid(_spans(rows))]
     slower: dict[str, list[str]] = {}
     for title, (row, *_) in groups:
         if row.kernel_reason:
@@ -175,7 +181,7 @@ def _noted(rows: Iterable[Row]) -> list[str]:
 def _legend(words: Iterable[str]) -> list[str]:
     """What columns and notes mean."""
     told = [f"{word}: {_MEANINGS[word]}" for word in words if word in _MEANINGS]
-    return _wrapped(". ".join(told), "", "") if told else []
+    return [line for each in told for line in _wrapped(each, "", "  ")]
 
 
 def _mends(rows: Iterable[Row]) -> list[str]:
