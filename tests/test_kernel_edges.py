@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 import quantize as qz
-from quantize.core import QTensor, Scheme, Solution, dequantize, linear, round_to_nearest
+from quantize.core import QTensor, Scheme, Solution, dequantize, round_to_nearest
 from quantize.shell.deploy.kernels import cpu, operators
 from tests import bounds
 from tests.models import TENSOR, TOKEN, config, filled, randn, rounding_bound
-from tests.test_kernels import FLOATS, INT4, TOKENWISE, layer, solved
+from tests.test_kernels import FLOATS, INT4, TOKENWISE, exact_int_mm, fixed_point, layer, solved
 
 SCHEMES = [Scheme(), Scheme(symmetric=False), Scheme(4, True, "group", 64)]
 every_scheme = pytest.mark.parametrize("scheme", SCHEMES, ids=str)
@@ -50,17 +50,17 @@ def test_codes_at_odd_addresses_are_taken():
 
 def test_sums_that_may_leave_int32_are_for_the_reference(monkeypatch):
     # With sums that are exact on every processor: where torch's are not, the kernel is not chosen.
-    monkeypatch.setattr(operators, "int_mm", linear.int_matmul)
+    monkeypatch.setattr(operators, "int_mm", exact_int_mm)
     for inputs in (None, TOKENWISE):
         # As many outputs as the kernel asks for; they take no memory.
-        codes = torch.full((1, 1), 127, dtype=torch.int8).expand(1024, 1 << 17)
+        codes = torch.full((1, 1), 127, dtype=torch.int8).expand(1024, (1 << 16) + 1)
         long = Solution(QTensor(codes, torch.ones(1024, 1), None, Scheme()), inputs)
         assert "sums may not fit int32" in cpu.obstacle(long, None, torch.float32)
     # One input less: the sums are as long as they can be.
-    weight = QTensor(torch.full((1, (1 << 17) - 1), -128, dtype=torch.int8), torch.ones(1, 1), None, Scheme())
-    x = torch.ones(1, (1 << 17) - 1)
-    exact = -128.0 * ((1 << 17) - 1)
-    found = cpu.fixed_point_linear(x, weight, None)
+    weight = QTensor(torch.full((1, 1 << 16), -128, dtype=torch.int8), torch.ones(1, 1), None, Scheme())
+    x = torch.ones(1, 1 << 16)
+    exact = -128.0 * (1 << 16)
+    found = fixed_point(x, weight)
     assert ((found.double() - exact).abs() <= bounds.fixed_point_bound(x, weight)).all()
 
 

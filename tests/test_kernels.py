@@ -11,7 +11,7 @@ from torch import nn
 
 import quantize as qz
 from quantize.core import QParams, Scheme, Solution, linear, round_to_nearest
-from quantize.shell.deploy.kernels import KERNELS, OWN, cpu, operators
+from quantize.shell.deploy.kernels import KERNELS, OWN, cpu, integers, operators, reference
 from quantize.shell.report.rows import Row
 from tests import bounds
 from tests.models import TENSOR, TOKEN, WEIGHTS, config, filled, mlp, randn, rounding_bound
@@ -50,6 +50,15 @@ def same(a, b):
         torch.equal(x, y) and x.dtype == y.dtype
         for x, y in zip(torch.utils._pytree.tree_leaves(a), torch.utils._pytree.tree_leaves(b), strict=True)
     )
+
+
+def exact_int_mm(a, b):
+    """The sums of the kernel on every processor: float64 holds each."""
+    return (a.double() @ b.double().T).to(torch.int32)
+
+
+def fixed_point(x, weight):
+    return integers.fixed_point_linear(x, reference.parameters(Solution(weight)) | integers.prepare(weight), None)
 
 
 CASES = [
@@ -146,15 +155,17 @@ def test_what_no_matmul_takes_is_served_by_the_reference_and_the_reason_told(sch
 def test_the_integer_matmul_is_exact_at_the_extremes():
     if not operators.exact_int_mm():
         pytest.skip("not exact on this processor")
-    for t, n, c in ((1, 1, 2), (4, 1, 64), (1, 8, 4096), (3, 65, 1030), (64, 32, 2048), (5, 1 << 11, 1 << 10)):
-        for a, b in ((-128, -128), (-128, 127), (127, 127)):
-            left = torch.full((t, c), a, dtype=torch.int8)
-            right = torch.full((n, c), b, dtype=torch.int8)
+    sizes = ((1, 1, 2), (4, 1, 64), (1, 8, 4096), (3, 65, 1030), (64, 32, 2048), (2, 1 << 10, 1 << 10), (7, 7, 31))
+    for t, n, c in sizes:
+        for a, b in ((0, -128), (255, -128), (255, 127), (128, -1)):
+            left = torch.full((t, c), a, dtype=torch.uint8)
+            right = operators.spaced(torch.full((n, c), b, dtype=torch.int8))
             assert (operators.int_mm(left, right) == a * b * c).all()
     # One row that repeats itself: its stride is 0.
-    numbers = torch.arange(-50, 50, dtype=torch.int8)
+    numbers = torch.arange(100, dtype=torch.uint8)
     row = numbers.as_strided((1, 100), (0, 1))
-    assert torch.equal(operators.int_mm(row, numbers[None]), (row.int() ** 2).sum(1, keepdim=True).int())
+    total = (row.int() ** 2).sum(1, keepdim=True).int()
+    assert torch.equal(operators.int_mm(row, numbers.to(torch.int8)[None]), total)
 
 
 def test_a_processor_that_saturates_is_found_out(monkeypatch):
@@ -174,7 +185,7 @@ def test_a_processor_that_saturates_is_found_out(monkeypatch):
 
 def test_fixed_point_tokens_meet_their_bound(monkeypatch):
     # With sums that are exact on every processor: where torch's are not, the kernel is not chosen.
-    monkeypatch.setattr(operators, "int_mm", linear.int_matmul)
+    monkeypatch.setattr(operators, "int_mm", exact_int_mm)
     for seed, outlier in ((0, 1.0), (1, 1e4), (2, 1e-4), (3, 1e35)):
         x = randn(50, 96, seed=seed)
         x[:, 3] *= outlier
@@ -182,7 +193,7 @@ def test_fixed_point_tokens_meet_their_bound(monkeypatch):
         zero_point = 0 if weight.zero_point is None else weight.zero_point
         exact = x.double() @ ((weight.codes.double() - zero_point) * weight.scale).T
         bound = bounds.fixed_point_bound(x, weight)
-        error = (cpu.fixed_point_linear(x, weight, None).double() - exact).abs()
+        error = (fixed_point(x, weight).double() - exact).abs()
         assert (error <= bound).all()
         # Rounding to steps is what is left: far below, the bound would say nothing.
         assert (error > bound / 100).any()
@@ -216,7 +227,9 @@ def test_gradients_reach_the_inputs(scheme):
 def test_a_kernel_can_be_forced_and_is_refused_before_anything_changes():
     model = mlp().bfloat16()
     qz.quantize(model, config())
-    with pytest.raises(qz.QuantizeError, match=r"kernel: 'fast'; accepted: None or one of 'reference', 'cpu', 'npu'"):
+    with pytest.raises(
+        qz.QuantizeError, match=r"kernel: 'fast'; accepted: None or one of 'reference', 'cpu', 'cpu-bf16', 'npu'"
+    ):
         qz.convert(model, kernel="fast")
     with pytest.raises(qz.QuantizeError, match=r"layer '0': kernel 'npu'; accepted: .*its tensors are on 'cpu', not"):
         qz.convert(model, kernel="npu")
@@ -307,7 +320,8 @@ def test_int4_beside_quantized_inputs_is_a_byte_in_memory_and_half_of_one_in_a_s
     state = served.state_dict()
     # A zero point has a byte of its own: two in a byte are two of one row.
     rest = n * 4 + (0 if symmetric else n)
-    assert bytes_of(served) == n * c // (1 if served.kernel == "cpu" else 2) + rest
+    # The kernel keeps the sum of every row as well.
+    assert bytes_of(served) == (n * c + n * 4 if served.kernel == "cpu" else n * c // 2) + rest
     assert (state["codes"].dtype, state["codes"].shape) == (torch.uint8, (n, c // 2))
     plain = layer(solved(scheme, TOKENWISE, n=n, c=c), dtype, kernel="reference", bias=False)
     assert bytes_of(plain) == n * c // 2 + rest
@@ -405,7 +419,7 @@ def test_zero_tokens_give_the_bias(dtype):
 
 def test_large_sums_cancel_without_a_trace(monkeypatch):
     # With sums that are exact on every processor: where torch's are not, the kernel is not chosen.
-    monkeypatch.setattr(operators, "int_mm", linear.int_matmul)
+    monkeypatch.setattr(operators, "int_mm", exact_int_mm)
     # Codes at the zero point, -128, are weights of 0: what a token adds to the sum must go again to the last unit.
     weight = torch.zeros(1024, 256)
     weight[:, 0] = 1.0
@@ -413,6 +427,6 @@ def test_large_sums_cancel_without_a_trace(monkeypatch):
     assert (weight.zero_point == -128).all()
     x = torch.rand(20, 256, generator=torch.Generator().manual_seed(0)) + 0.5
     assert torch.equal(weight.codes[:, :1].int() - weight.zero_point, torch.full((1024, 1), 255, dtype=torch.int32))
-    found = cpu.fixed_point_linear(x, weight, None)
+    found = fixed_point(x, weight)
     exact = x[:, :1].double() * (255 * weight.scale.double().T)
     assert ((found.double() - exact).abs() <= bounds.fixed_point_bound(x, weight)).all()

@@ -102,7 +102,7 @@ def fixed_point_linear(x: Tensor, held: Mapping[str, Tensor], bias: Tensor | Non
     digits = fixed[..., None].view(torch.uint8).permute(2, 0, 1)[:3]
     # One call for all digits: the weight is read once.
     sums = _products(digits.reshape(3 * t, c), held, _MIDDLE).float()
-    low, middle, high = sums.view(3, t, -1).unbind()
+    low, middle, high = sums.view(3, t, sums.shape[1]).unbind()
     total = low.add(middle, alpha=256).add_(high, alpha=256**2)
     # The scales first: the total times one of them may overflow.
     y: Tensor = total * (step * held["scale"].T)
