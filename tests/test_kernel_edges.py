@@ -19,6 +19,13 @@ every_scheme = pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 every_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=str)
 
 
+@pytest.fixture
+def integers(monkeypatch):
+    """int8 weights alone, in float32 and float16: by integer matmuls, as if they were large."""
+    monkeypatch.setattr(cpu, "_CODES", 1)
+
+
+@pytest.mark.usefixtures("integers")
 @every_scheme
 @every_dtype
 @pytest.mark.parametrize("t", [1, 3, 20, 130])
@@ -28,14 +35,14 @@ def test_addresses_and_strides_do_not_matter(scheme, dtype, t):
     shifted = torch.empty(t * 256 + 1, dtype=dtype)[1:].view(t, 256).copy_(x)
     padded = torch.empty(t, 257, dtype=dtype)[:, 1:].copy_(x)
     # The float matmul of torch orders its sums by strides: the dequantized weight, for the reference or many tokens.
-    integers = served.kernel == "cpu" and dtype != torch.bfloat16
-    bound = 0 if integers else bounds.matmul_bound(served, x)
+    exact = "sums" in dict(served.named_buffers())
+    bound = 0 if exact else bounds.matmul_bound(served, x)
     with torch.no_grad():
         expected = served(x)
         for other in (shifted, padded, x.T.contiguous().T, x[None].transpose(1, 2).contiguous().transpose(1, 2)[0]):
             assert ((served(other) - expected).double().abs() <= bound).all()
         row, repeated = served(x[:1].expand(3, 256)), served(x[:1].repeat(3, 1))
-        assert ((row - repeated).double().abs() <= (0 if integers else bound[:1])).all()
+        assert ((row - repeated).double().abs() <= (0 if exact else bound[:1])).all()
 
 
 def test_codes_at_odd_addresses_are_taken():
@@ -48,14 +55,14 @@ def test_codes_at_odd_addresses_are_taken():
             assert torch.equal(layer(odd, torch.bfloat16)(x), layer(solution, torch.bfloat16)(x))
 
 
-def test_sums_that_may_leave_int32_are_for_the_reference(monkeypatch):
+@pytest.mark.usefixtures("integers")
+def test_sums_that_may_leave_int32_are_not_made(monkeypatch):
     # With sums that are exact on every processor: where torch's are not, the kernel is not chosen.
     monkeypatch.setattr(operators, "int_mm", exact_int_mm)
-    for inputs in (None, TOKENWISE):
-        # As many outputs as the kernel asks for; they take no memory.
-        codes = torch.full((1, 1), 127, dtype=torch.int8).expand(1024, (1 << 16) + 1)
-        long = Solution(QTensor(codes, torch.ones(1024, 1), None, Scheme()), inputs)
-        assert "sums may not fit int32" in cpu.obstacle(long, None, torch.float32)
+    codes = torch.full((1, 1), 127, dtype=torch.int8).expand(2, (1 << 16) + 1)
+    long = QTensor(codes, torch.ones(2, 1), None, Scheme())
+    assert "sums may not fit int32" in cpu.obstacle(Solution(long, TOKENWISE), None, torch.float32)
+    assert "sums" not in cpu.prepare(Solution(long), torch.float32)
     # One input less: the sums are as long as they can be.
     weight = QTensor(torch.full((1, 1 << 16), -128, dtype=torch.int8), torch.ones(1, 1), None, Scheme())
     x = torch.ones(1, 1 << 16)
@@ -64,6 +71,7 @@ def test_sums_that_may_leave_int32_are_for_the_reference(monkeypatch):
     assert ((found.double() - exact).abs() <= bounds.fixed_point_bound(x, weight)).all()
 
 
+@pytest.mark.usefixtures("integers")
 @pytest.mark.parametrize("size", [1e34, 1e-25])
 def test_huge_and_tiny_tokens(size):
     served, plain = (
@@ -76,6 +84,7 @@ def test_huge_and_tiny_tokens(size):
     assert ((y.double() - expected.double()).abs() <= rounding_bound(served, x)).all()
 
 
+@pytest.mark.usefixtures("integers")
 def test_channels_of_weight_zero_hide_no_inputs():
     weight = randn(1024, 256)
     weight[:, 7] = 0
@@ -213,6 +222,7 @@ def test_compiled_graphs_take_strides_prefill_and_gradients(scheme):
     assert ((x.grad - expected).double().abs() <= bound[:, None, None].transpose(0, 1).reshape(1, -1, 1, 1)).all()
 
 
+@pytest.mark.usefixtures("integers")
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("strict", [True, False])
 def test_fixed_point_exports_for_any_number_of_tokens(symmetric, strict):

@@ -83,6 +83,13 @@ CASES = [
 ]
 
 
+@pytest.fixture(params=[1, cpu._CODES], ids=["integers", "floats"])
+def int8(request, monkeypatch):
+    """int8 weights alone, in float32 and float16: by integer matmuls as large ones, or with the codes as numbers."""
+    monkeypatch.setattr(cpu, "_CODES", request.param)
+
+
+@pytest.mark.usefixtures("int8")
 @pytest.mark.parametrize("smoothed", [False, True], ids=["", "smoothed"])
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize(("scheme", "inputs", "dtypes"), CASES, ids=scheme_id)
@@ -109,34 +116,36 @@ def test_the_cpu_kernel_serves_as_the_reference_does(scheme, inputs, dtypes, bia
                 assert ((y.double() - expected.double()).abs() <= rounding_bound(fast, x)).all(), (dtype, t)
 
 
-@pytest.mark.parametrize("odd", [1, 17, 100, 577])
+@pytest.mark.usefixtures("int8")
+@pytest.mark.parametrize(("n", "c"), [(1, 1), (1, 31), (7, 3), (7, 33), (1, 1024), (1601, 577)])
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("inputs", [None, TOKENWISE], ids=scheme_id)
-def test_int8_takes_any_shape(odd, dtype, inputs):
-    solution = solved(Scheme(), inputs, n=odd + 1024, c=odd)
+@pytest.mark.parametrize("inputs", [None, TOKENWISE, STATIC[False]], ids=scheme_id)
+def test_int8_takes_any_shape(n, c, dtype, inputs):
+    solution = solved(Scheme(), inputs, n=n, c=c)
     fast, plain = layer(solution, dtype), layer(solution, dtype, kernel="reference")
     assert fast.kernel == "cpu" or "processor" in fast.reason or "single input" in fast.reason
     for shape in ((3,), (1, 1), (2, 5), (0,)):
-        x = randn(*shape, odd).to(dtype)
+        x = randn(*shape, c).to(dtype)
         with torch.no_grad():
             y, expected = fast(x), plain(x)
-        assert y.shape == (*shape, odd + 1024) == expected.shape
-        if x.numel():
+        assert y.shape == (*shape, n) == expected.shape
+        assert y.is_contiguous()
+        if inputs is not None:
+            assert torch.equal(y, expected)
+        elif x.numel():
             assert ((y.double() - expected.double()).abs().flatten(0, -2) <= rounding_bound(fast, x)).all()
     with torch.no_grad():
-        assert fast(randn(odd).to(dtype)).shape == (odd + 1024,)
+        assert fast(randn(c).to(dtype)).shape == (n,)
 
 
 @pytest.mark.parametrize(
     ("scheme", "dtype", "size", "reason"),
     [
         (Scheme(4, True, "group", 64), torch.float32, (64, 256), "fast in bfloat16 only, not in torch.float32"),
-        (Scheme(), torch.float32, (1024, 1), "a single input"),
         (Scheme(4, True, "group", 64), torch.bfloat16, (64, 100), "of 100 inputs is not in whole groups"),
         (Scheme(4, True, "group", 96), torch.bfloat16, (64, 192), "is not in whole groups of 32, 64, 128 or 256"),
         (Scheme(4, True, "group", 64), torch.bfloat16, (48, 256), "48 outputs are no multiple of"),
         (Scheme(8, True, "group", 64), torch.bfloat16, (64, 256), "no matmul takes int8 groups"),
-        (Scheme(), torch.float16, (1000, 256), "with fewer than 1024 outputs in torch.float16 it is no faster"),
         (Scheme(), torch.float64, (64, 256), "torch.float64 is none of float32, float16, bfloat16"),
         (Scheme(3), torch.bfloat16, (64, 256), "no matmul takes int3 weights and float inputs"),
     ],
@@ -177,8 +186,11 @@ def test_a_processor_that_saturates_is_found_out(monkeypatch):
     monkeypatch.setattr(torch, "_int_mm", saturating)
     try:
         assert not operators.exact_int_mm()
-        served = layer(solved(Scheme()), torch.float32)
+        served = layer(solved(Scheme(), TOKENWISE), torch.float32)
         assert (served.kernel, served.reason) == ("reference", "cpu: torch._int_mm is not exact on this processor")
+        # Large weights alone are then multiplied as numbers.
+        monkeypatch.setattr(cpu, "_CODES", 1)
+        assert "sums" not in dict(layer(solved(Scheme()), torch.float32).named_buffers())
     finally:
         operators.exact_int_mm.cache_clear()
 
@@ -199,6 +211,7 @@ def test_fixed_point_tokens_meet_their_bound(monkeypatch):
         assert (error > bound / 100).any()
 
 
+@pytest.mark.usefixtures("int8")
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("t", [2, 10, 130])

@@ -5,8 +5,9 @@ of the same shape. The packed matmuls are fast in bfloat16 and for few tokens; i
 slower than dequantizing.
 
 - int8 inputs: :func:`.integers.quantized_linear`, with codes of any width in int8; the very bits of ``reference``.
-- int8 weights alone, one scale a tensor or a channel: in bfloat16 ``_weight_int8pack_mm`` for a few tokens, and for
-  more the weight dequantized in bfloat16; in float32 and float16 :func:`.integers.fixed_point_linear`.
+- int8 weights alone, one scale a tensor or a channel: in bfloat16 ``_weight_int8pack_mm`` for a few tokens; in float32
+  and float16, large ones by :func:`.integers.fixed_point_linear`; else a float matmul with the codes as they are, and
+  the scales on its result, which leaves tokens above 2^127 / (255 c) no room.
 - int4 weights alone, in bfloat16: ``_weight_int4pack_mm_for_cpu``, and for many tokens the weight dequantized. The
   operator takes ``W = code * scale + zero`` in groups of inputs, scale and zero in bfloat16. The form of its codes
   depends on the processor; :func:`block_rows` asks for it, so that they come back exactly.
@@ -26,9 +27,9 @@ from quantize.shell.deploy.kernels import integers, operators, reference
 from quantize.shell.deploy.kernels.reference import Layout
 
 # Up to so many tokens the packed matmuls of int8 and int4 win over one of the dequantized weight.
-_FEW_INT8, _FEW_INT4 = 16, 64
-# With fewer outputs, splitting the tokens costs more than the integer matmul saves.
-_OUTPUTS = 1024
+_FEW_INT8, _FEW_INT4 = 8, 64
+# With fewer codes, splitting the tokens costs more than the integer matmul saves.
+_CODES = 1 << 20
 
 
 def obstacle(solved: Solution, _bias: Tensor | None, dtype: torch.dtype) -> str | None:
@@ -36,7 +37,7 @@ def obstacle(solved: Solution, _bias: Tensor | None, dtype: torch.dtype) -> str 
     scheme, inputs, (n, c) = solved.weight.scheme, solved.inputs, solved.weight.codes.shape
     alone, half = inputs is None, dtype == torch.bfloat16
     packed = alone and reference.narrow(scheme)
-    whole, block = not (alone and half), block_rows() if packed else 0
+    block = block_rows() if packed else 0
     reasons = {
         f"{dtype} is none of float32, float16, bfloat16": dtype not in (torch.float32, torch.float16, torch.bfloat16),
         f"no matmul takes int{scheme.bits} weights and float inputs": packed and scheme.bits != 4,
@@ -45,12 +46,18 @@ def obstacle(solved: Solution, _bias: Tensor | None, dtype: torch.dtype) -> str 
         "torch packs int4 for this processor in an order that is unknown here": packed and not block,
         f"{n} outputs are no multiple of {block}": block and n % block,
         f"no matmul takes int{scheme.bits} groups": scheme.strategy == "group" and not packed,
-        f"with fewer than {_OUTPUTS} outputs in {dtype} it is no faster": alone and whole and n < _OUTPUTS,
-        "a single input: torch._int_mm misreads a column": whole and c == 1,
-        f"{c} inputs: sums may not fit int32": whole and c > 1 << 16,
-        "torch._int_mm is not exact on this processor": whole and not operators.exact_int_mm(),
     }
+    reasons |= {} if alone else _no_sums(c)
     return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def _no_sums(c: int) -> dict[str, bool]:
+    """Why :mod:`.integers` cannot serve ``c`` inputs, and whether that holds."""
+    return {
+        "a single input: torch._int_mm misreads a column": c == 1,
+        f"{c} inputs: sums may not fit int32": c > 1 << 16,
+        "torch._int_mm is not exact on this processor": not operators.exact_int_mm(),
+    }
 
 
 def prepare(solved: Solution, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -69,6 +76,8 @@ def prepare(solved: Solution, dtype: torch.dtype) -> dict[str, Tensor]:
     elif solved.inputs is None and dtype == torch.bfloat16:
         held["codes"] = operators.aligned(weight.codes)
         held["row_scale"] = scale.expand(n, 1).flatten().contiguous()
+    elif solved.inputs is None and (n * c < _CODES or any(_no_sums(c).values())):
+        held["codes"] = weight.codes.contiguous()
     else:
         held |= integers.prepare(weight)
     return held
@@ -91,8 +100,10 @@ def forward(x: Tensor, held: Mapping[str, Tensor], layout: Layout, bias: Tensor 
         y = int4_linear(tokens, held, layout, bias)
     elif "row_scale" in held:
         y = _int8(tokens, held, layout, bias)
-    else:
+    elif "sums" in held:
         y = integers.fixed_point_linear(tokens, held, bias).to(x.dtype)
+    else:
+        y = _scaled(tokens.float(), held["codes"], held["scale"].T, held.get("zero_point"), bias).to(x.dtype)
     return y.reshape(*x.shape[:-1], layout.n)
 
 
@@ -103,9 +114,14 @@ def _int8(x: Tensor, held: Mapping[str, Tensor], layout: Layout, bias: Tensor | 
     if zero_point is None and layout.c % 16 == 0 and few:
         y = operators.int8pack_mm(x, codes, scale)
         return y if bias is None else y + bias
-    # bfloat16 holds all integers up to 256.
+    return _scaled(x, codes, scale, zero_point, bias)
+
+
+def _scaled(x: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None) -> Tensor:
+    # Even bfloat16 holds all integers up to 256.
     codes = codes.to(x.dtype) if zero_point is None else codes.to(x.dtype) - zero_point
-    return torch.nn.functional.linear(x, codes * scale[:, None], bias)
+    y = torch.nn.functional.linear(x, codes) * scale
+    return y if bias is None else y + bias
 
 
 def int4_linear(x: Tensor, held: Mapping[str, Tensor], layout: Layout, bias: Tensor | None) -> Tensor:
