@@ -1,5 +1,6 @@
 """The kernels: which serves what, that each agrees with the reference, and what a layer keeps."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -390,6 +391,65 @@ def test_compile_and_export(given, dtype):
                 assert_agree(model, found)
 
 
+INT4_SCHEMES = [scheme for scheme, inputs, dtypes in CASES if dtypes == [torch.bfloat16]]
+
+
+@pytest.mark.skipif(not cpu.block_rows(), reason="torch packs int4 for this processor in an order that is unknown")
+@pytest.mark.parametrize("smoothed", [False, True], ids=["", "smoothed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("scheme", INT4_SCHEMES, ids=scheme_id)
+def test_int4_through_bfloat16_meets_its_bound(scheme, dtype, smoothed):
+    solution = solved(scheme, n=64, smoothed=smoothed)
+    served = layer(solution, dtype, kernel="cpu-bf16")
+    assert (served.kernel, served.reason) == ("cpu-bf16", None)
+    assert same(served.solution, solution)
+    weight, bias = qz.core.dequantize(solution.weight).double(), served.bias.double()
+    u, r = bounds.unit(torch.bfloat16), bounds.unit(dtype)
+    for shape in ((1,), (2, 3), (130,), (0,)):
+        x = randn(*shape, 256).to(dtype)
+        tokens = linear.smooth(x.double(), solution.smoothing)
+        exact = tokens @ weight.T
+        m = tokens.abs() @ bounds.reach(solution.weight).T
+        bound = (5 * u + 11 * u**2 + 260 * bounds.V) * m + 2 * r * (exact.abs() + bias.abs())
+        with torch.no_grad():
+            y = served(x)
+        assert (y.dtype, y.shape) == (dtype, (*shape, 64))
+        assert ((y.double() - exact - bias).abs() <= bound).all()
+
+
+@pytest.mark.skipif(not cpu.block_rows(), reason="torch packs int4 for this processor in an order that is unknown")
+def test_int4_through_bfloat16_is_for_who_asks_and_leaves_the_rest(tmp_path):
+    plain = filled(nn.Sequential(nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 40)))
+    qz.quantize(plain, config(weights=INT4))
+    qz.convert(plain)
+    assert [row.kernel for row in qz.report(plain).rows] == ["reference"] * 2
+    model = filled(nn.Sequential(nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 40)))
+    qz.convert(model, from_state=plain.state_dict(), kernel="cpu-bf16")
+    assert [row.kernel for row in qz.report(model).rows] == ["cpu-bf16", "reference"]
+    assert "cpu-bf16: 40 outputs are no multiple of" in qz.report(model).rows[1].kernel_reason
+    for key, value in plain.state_dict().items():
+        assert torch.equal(model.state_dict()[key], value)
+    x = randn(3, 256)
+    with torch.no_grad():
+        expected = model(x)
+        torch.save(model, tmp_path / "model.pt")
+        for other in (copy.deepcopy(model), torch.load(tmp_path / "model.pt", weights_only=False)):
+            assert other[0].kernel == "cpu-bf16"
+            assert torch.equal(other(x), expected)
+    model.bfloat16()
+    assert (model[0].kernel, model[0].reason) == ("cpu", "cpu-bf16: torch.bfloat16 is neither float32 nor float16")
+
+
+def test_int4_through_bfloat16_is_refused_where_it_serves_nothing():
+    model = mlp()
+    qz.quantize(model, config())
+    with pytest.raises(
+        qz.QuantizeError, match=r"layer '0': kernel 'cpu-bf16'; accepted: .*int4 weights and float inputs"
+    ):
+        qz.convert(model, kernel="cpu-bf16")
+    assert [row.stage for row in qz.report(model).rows] == ["quantized"] * 2
+
+
 @pytest.mark.parametrize(
     "environment",
     [{"ATEN_CPU_CAPABILITY": "avx2"}, {"ATEN_CPU_CAPABILITY": "default"}, {"ONEDNN_MAX_CPU_ISA": "AVX2"}],
@@ -415,7 +475,7 @@ def test_packed_codes_come_back_in_both_known_orders():
 @pytest.mark.parametrize("scheme", [Scheme(), Scheme(4, True, "group", 64)], ids=scheme_id)
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_inputs_of_another_dtype_are_for_the_reference(scheme, dtype):
-    served = layer(solved(scheme), dtype)
+    served = layer(solved(scheme), dtype, kernel="cpu-bf16")
     for other in {torch.float64, *FLOATS} - {dtype}:
         x = randn(3, 256).to(other)
         with torch.no_grad():

@@ -3,10 +3,10 @@
 Tokens are rounded to bfloat16, and results come back from it. With ``u`` = 2^-8, ``v`` = 2^-24, ``r`` the unit
 roundoff of the model's dtype, and ``m`` the sum of ``|x| (|code| + |zero_point|) |scale|`` over the ``c`` inputs::
 
-    |error| <= (4 u + 7 u^2 + (c + 4) v) m + 2 r (|y| + |bias|)
+    |error| <= (5 u + 11 u^2 + (c + 4) v) m + 2 r (|y| + |bias|)
 
-1. a token, a scale or its zero, their sum with a code, and the result are rounded to bfloat16 (``4 u``, and at most
-   ``7 u^2`` from products of these terms);
+1. a token, a scale, its zero, the weight of a code, and the result are rounded to bfloat16 (``5 u``, and at most
+   ``11 u^2`` from products of these terms);
 2. products are summed in float32 (``c v``; ``4 v`` for the remaining products);
 3. the result, and its sum with the bias, are rounded to the model's dtype.
 """
