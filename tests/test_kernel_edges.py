@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import quantize as qz
-from quantize.core import QTensor, Scheme, Solution, dequantize, round_to_nearest
-from quantize.shell.deploy.kernels import cpu, operators
+from quantize.core import LayerSpec, QParams, QTensor, Scheme, Solution, affine, dequantize, linear, round_to_nearest
+from quantize.shell.deploy.kernels import Layout, cpu, integers, operators, reference
 from tests import bounds
 from tests.models import TENSOR, TOKEN, config, filled, randn, rounding_bound
 from tests.test_kernels import FLOATS, INT4, TOKENWISE, exact_int_mm, fixed_point, layer, solved
@@ -20,12 +20,12 @@ every_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=str)
 
 
 @pytest.fixture
-def integers(monkeypatch):
+def large(monkeypatch):
     """int8 weights alone, in float32 and float16: by integer matmuls, as if they were large."""
     monkeypatch.setattr(cpu, "_CODES", 1)
 
 
-@pytest.mark.usefixtures("integers")
+@pytest.mark.usefixtures("large")
 @every_scheme
 @every_dtype
 @pytest.mark.parametrize("t", [1, 3, 20, 130])
@@ -55,7 +55,7 @@ def test_codes_at_odd_addresses_are_taken():
             assert torch.equal(layer(odd, torch.bfloat16)(x), layer(solution, torch.bfloat16)(x))
 
 
-@pytest.mark.usefixtures("integers")
+@pytest.mark.usefixtures("large")
 def test_sums_that_may_leave_int32_are_not_made(monkeypatch):
     # With sums that are exact on every processor: where torch's are not, the kernel is not chosen.
     monkeypatch.setattr(operators, "int_mm", exact_int_mm)
@@ -71,7 +71,34 @@ def test_sums_that_may_leave_int32_are_not_made(monkeypatch):
     assert ((found.double() - exact).abs() <= bounds.fixed_point_bound(x, weight)).all()
 
 
-@pytest.mark.usefixtures("integers")
+@pytest.mark.parametrize("inputs", [TOKENWISE, Scheme(8, False, "token"), Scheme(8, False, "tensor")], ids=str)
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("c", [2, 31, 1024, (1 << 15) + 1, 1 << 16])
+def test_integer_sums_at_the_extremes_are_those_of_int64(c, symmetric, inputs, monkeypatch):
+    # With sums that are exact on every processor: where torch's are not, the kernel is not chosen.
+    if not operators.exact_int_mm():
+        monkeypatch.setattr(operators, "int_mm", exact_int_mm)
+    scheme = Scheme(8, symmetric, "tensor")
+    signs = torch.randint(0, 2, (7, c), generator=torch.Generator().manual_seed(0), dtype=torch.bool)
+    codes = torch.where(signs, 127, -128).to(torch.int8)
+    codes[0], codes[1] = 127, -128
+    ends = torch.full((1, 1), -128 if c % 2 else 127, dtype=torch.int8)
+    weight = QTensor(codes[:4], torch.ones(1, 1), None if symmetric else ends, scheme)
+    static = None
+    if inputs.strategy == "tensor":
+        static = QParams(torch.ones(1, 1), ends)
+    x = codes[3:].flip(0).float() if static is None else codes[3:].float() - ends.float()
+    solution = Solution(weight, inputs, None, static)
+    held = reference.parameters(solution) | integers.prepare(weight)
+    layout = Layout(LayerSpec(scheme, inputs), 4, c, torch.float32)
+    entered = affine.quantize(x, linear.input_params(x, inputs, static), inputs)
+    zeros = [0 if q.zero_point is None else q.zero_point.long() for q in (entered, weight)]
+    exact = (entered.codes.long() - zeros[0]) @ (weight.codes.long() - zeros[1]).T
+    expected = exact.float() * entered.scale
+    assert torch.equal(integers.quantized_linear(x, held, layout, None), expected)
+
+
+@pytest.mark.usefixtures("large")
 @pytest.mark.parametrize("size", [1e34, 1e-25])
 def test_huge_and_tiny_tokens(size):
     served, plain = (
@@ -84,7 +111,7 @@ def test_huge_and_tiny_tokens(size):
     assert ((y.double() - expected.double()).abs() <= rounding_bound(served, x)).all()
 
 
-@pytest.mark.usefixtures("integers")
+@pytest.mark.usefixtures("large")
 def test_channels_of_weight_zero_hide_no_inputs():
     weight = randn(1024, 256)
     weight[:, 7] = 0
@@ -222,7 +249,7 @@ def test_compiled_graphs_take_strides_prefill_and_gradients(scheme):
     assert ((x.grad - expected).double().abs() <= bound[:, None, None].transpose(0, 1).reshape(1, -1, 1, 1)).all()
 
 
-@pytest.mark.usefixtures("integers")
+@pytest.mark.usefixtures("large")
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("strict", [True, False])
 def test_fixed_point_exports_for_any_number_of_tokens(symmetric, strict):

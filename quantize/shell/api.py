@@ -87,6 +87,8 @@ def convert(
     Args:
         model: one that is calibrated to the end; with ``from_state``, one in floating point, also on the meta device.
         kernel: ``'reference'``, ``'cpu'`` or ``'npu'`` for all layers; None chooses for each, by format and device.
+            ``'cpu-bf16'``: int4 weights in float32 and float16 meet tokens rounded to bfloat16, as fast as in bfloat16
+            and with its errors; None for the other layers.
         from_state: the ``state_dict`` of a converted model of the same architecture; it needs neither float weights
             nor calibration. Tensors go to the devices of the model, and from the meta device to their own.
         offload: for layers whose float weights accelerate offloads. False puts their codes, which are 4 to 8 times

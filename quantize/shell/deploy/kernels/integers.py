@@ -1,8 +1,9 @@
 """Linear layers by ``torch._int_mm`` on unsigned tokens, for codes of a weight with a scale a tensor or a channel.
 
-The instructions of x86 multiply bytes without a sign by bytes with one. Tokens without a sign took, with AVX-512 and
-VNNI, half of the time of signed ones for one token, and a tenth less for many; and nearly all of the time of a small
-layer goes into starting operators, so that each one here counts.
+x86 multiplies unsigned bytes by signed ones. With AVX-512 and VNNI, unsigned tokens took half the time of signed ones
+for one token, and a tenth less for many. Small layers spend most of their time on starting operators: there are few
+here. The operator of oneDNN on packed weights, ``onednn.qlinear_pointwise``, is no faster up to 4 million codes, takes
+twice the time for one token, and wants the codes in a tensor that can be neither copied nor exported.
 """
 
 from __future__ import annotations
