@@ -1,6 +1,7 @@
 """What kernels must bear: addresses, strides, compilers, huge and tiny numbers, failures half-way."""
 
 import copy
+import pickle
 import weakref
 
 import pytest
@@ -43,6 +44,23 @@ def test_addresses_and_strides_do_not_matter(scheme, dtype, t):
             assert ((served(other) - expected).double().abs() <= bound).all()
         row, repeated = served(x[:1].expand(3, 256)), served(x[:1].repeat(3, 1))
         assert ((row - repeated).double().abs() <= (0 if exact else bound[:1])).all()
+
+
+def test_rows_apart_in_memory_are_the_kernels_own():
+    model = nn.Sequential(layer(solved(Scheme(), TOKENWISE, n=16, c=1024), torch.float32))
+    if model[0].kernel != "cpu":
+        pytest.skip(model[0].reason)
+    assert model[0].codes.stride() == (1024 + 64, 1)
+    state, x = model.state_dict(), randn(3, 1024)
+    assert state["0.codes"].untyped_storage().nbytes() == 16 * 1024
+    fresh = nn.Sequential(layer(solved(Scheme(), TOKENWISE, n=16, c=1024, seed=1), torch.float32))
+    fresh.load_state_dict(state)
+    with torch.no_grad():
+        expected = model(x)
+        exported = torch.export.export(model, (x,)).module()
+        others = (fresh, copy.deepcopy(model), pickle.loads(pickle.dumps(model)), exported)
+        for other in (*others, copy.deepcopy(model).share_memory(), copy.deepcopy(model).double().float()):
+            assert torch.equal(other(x), expected)
 
 
 def test_codes_at_odd_addresses_are_taken():
