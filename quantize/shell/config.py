@@ -158,9 +158,12 @@ def _formats(value: Any) -> tuple[Format, ...]:
         if entry is None and not pattern and key not in needed:
             continue
         where = f"quant_cfg.{key!r}" if pattern else f"quant_cfg.{key}"
-        off = part == "inputs" and isinstance(entry, Mapping) and "enable_quant" in entry
-        if off and (len(entry) > 1 or entry["enable_quant"] is not False):
-            raise refusal(where, shown(entry), f"{{'enable_quant': False}} or a dict with {_listed(_INPUTS)}")
+        off = False
+        if part == "inputs" and isinstance(entry, Mapping) and "enable_quant" in entry:
+            enabled, entry = entry["enable_quant"], {k: v for k, v in entry.items() if k != "enable_quant"}
+            off = not entry
+            if enabled is not bool(entry):
+                raise refusal(where, shown(value[key]), f"{{'enable_quant': False}} or a dict with {_listed(_INPUTS)}")
         scheme = None if off else _scheme(where, entry, _INPUTS if part == "inputs" else _WEIGHTS)
         found.append(Format(part, pattern or None, scheme))
     return tuple(found)
