@@ -73,10 +73,7 @@ class Schedule(BaseOptions):
 
 
 class Format(NamedTuple):
-    """An entry of ``quant_cfg``: the format of the weights or inputs (``part``) of all layers that ``pattern`` matches.
-
-    ``pattern`` is None for the global entry. ``scheme`` is None for inputs in floating point.
-    """
+    """An entry of ``quant_cfg``; no pattern: of all layers; no scheme: of inputs that stay in floating point."""
 
     part: str
     pattern: str | None
@@ -158,13 +155,12 @@ def _formats(value: Any) -> tuple[Format, ...]:
         if entry is None and not pattern and key not in needed:
             continue
         where = f"quant_cfg.{key!r}" if pattern else f"quant_cfg.{key}"
-        off = False
-        if part == "inputs" and isinstance(entry, Mapping) and "enable_quant" in entry:
-            enabled, entry = entry["enable_quant"], {k: v for k, v in entry.items() if k != "enable_quant"}
-            off = not entry
-            if enabled is not bool(entry):
+        on = entry.get("enable_quant") if part == "inputs" and isinstance(entry, Mapping) else None
+        if on is not None:
+            entry = {word: given for word, given in entry.items() if word != "enable_quant"}
+            if on is not bool(entry):
                 raise refusal(where, shown(value[key]), f"{{'enable_quant': False}} or a dict with {_listed(_INPUTS)}")
-        scheme = None if off else _scheme(where, entry, _INPUTS if part == "inputs" else _WEIGHTS)
+        scheme = None if on is False else _scheme(where, entry, _INPUTS if part == "inputs" else _WEIGHTS)
         found.append(Format(part, pattern or None, scheme))
     return tuple(found)
 
