@@ -202,7 +202,7 @@ def test_rows_are_searched_apart(data, scheme, signed):
     importance = torch.rand(x.shape[1], dtype=F64, generator=torch.Generator().manual_seed(0))
     whole = ranges.search(x, scheme, importance, steps=6, signed=signed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ranges, "_TOGETHER", 2 * x.shape[1])
+        patch.setattr(ranges, "_MOST_ELEMENTS", 2 * x.shape[1])
         same_bits(ranges.search(x, scheme, importance, steps=6, signed=signed), whole)
 
 

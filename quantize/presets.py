@@ -1,4 +1,15 @@
-"""Configs that are ready to use: ``quantize(model, presets.INT8_SMOOTHQUANT_CFG)``."""
+"""Configs that are ready to use: ``quantize(model, presets.INT8_SMOOTHQUANT_CFG)``.
+
+All have one batch, symmetric weights with one scale for each output channel, and skip layers named ``lm_head``.
+
+- ``INT8_MINMAX_WEIGHT_QUANT_CFG``: int8 weights, rounded to nearest; needs no data.
+- ``INT4_AWQ_WEIGHT_QUANT_CFG``: int4 weights by awq.
+- ``INT4_GPTQ_WEIGHT_QUANT_CFG``: int4 weights by gptq.
+- ``INT8_SMOOTHQUANT_CFG``: int8 weights, and int8 inputs with one static scale, by smoothquant.
+
+>>> sorted(INT4_GPTQ_WEIGHT_QUANT_CFG)
+['algorithm', 'batch_num', 'quant_cfg', 'skip_layers']
+"""
 
 from typing import Any
 

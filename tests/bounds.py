@@ -38,7 +38,7 @@ def matmul_bound(layer, x):
 
 
 def fixed_point_bound(x, weight):
-    """The bound that :func:`quantize.shell.deploy.kernels.cpu.fixed_point_linear` states, without a bias."""
+    """The bound that :func:`quantize.shell.deploy.kernels.integers.fixed_point_linear` states, without a bias."""
     step = x.abs().amax(1, keepdim=True).double() / (127 * 2**16)
     size = ((weight.codes.double() - (0 if weight.zero_point is None else weight.zero_point)) * weight.scale).abs()
     return step * size.sum(1) + 8 * V * (x.double().abs() @ size.T)

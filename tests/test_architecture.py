@@ -147,7 +147,7 @@ def test_a_new_algorithm_is_a_file_and_a_line(monkeypatch):
     qz.quantize(model, config({"toy": {"bonus": 5}}, inputs=TENSOR))
     model(randn(4, 64))
     qz.convert(model)
-    assert "bonus 5" in str(qz.report(model))
+    assert "bonus 5" in qz.report(model).table()
 
 
 def test_the_report_is_plain_data():
@@ -166,9 +166,10 @@ def test_the_report_is_plain_data():
     nn.init.zeros_(exact[0].weight)
     qz.quantize(exact, config())
     assert qz.report(exact).as_dict()["layers"][0]["weight_sqnr"] is None
-    table = str(qz.report(model)).splitlines()
-    assert table[0].endswith("SQNR dB  error/minmax")
-    assert table[2].startswith("a      8x64   int8 channel symmetric  float")
+    told = str(qz.report(model)).splitlines()
+    assert told[0] == "1 layer: int8 channel symmetric weights, float inputs, minmax, quantized"
+    assert told[2] == "SQNR dB  shape  layer"
+    assert told[3].endswith("   8x64  a")
 
 
 def test_a_row_of_the_report_goes_through_json():

@@ -1,9 +1,9 @@
 """The command line: the demonstration, and a tiny language model that is made here."""
 
-import ast
 import io
 import json
 import math
+import os
 import random
 import re
 import shutil
@@ -17,9 +17,12 @@ from quantize import QuantizedLinear, QuantizeError, QuantizeWarning, quantize, 
 from quantize.__main__ import main
 from quantize.shell.cli import commandline, output
 from quantize.shell.cli.commandline import CONFIG
+from quantize.shell.cli.outcome import demonstrate
 from quantize.shell.cli.subjects import Encoder, Language
-from quantize.shell.disk import storage
-from quantize.shell.progress import progress
+from quantize.shell.config import parse
+from quantize.shell.disk import export, storage
+from quantize.shell.plan import plan
+from quantize.shell.progress import BAR, progress
 from tests.ascend_loader import Loader
 
 INT4 = {"type": "int4", "symmetric": True, "strategy": "group", "group_size": 32}
@@ -138,12 +141,18 @@ def perplexity(model, batches):
 
 def test_help_says_what_the_options_do():
     # In a process of its own, which says nothing else.
-    result = subprocess.run([sys.executable, "-m", "quantize", "--help"], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-m", "quantize", "--help"]
+    environment = {**os.environ, "COLUMNS": "80"}
+    result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     for option in ("--model DIR", "--config FILE.json", "--text FILE", "--out DIR", "--batch-size N", "--length N",
-                   "--budget SHARE", "--plot FILE", "--evaluate",
-                   "--format {quantize,compressed-tensors,ascendv1,ascendv1-mix}"):  # fmt: skip
-        assert option in result.stdout
-    assert "exit status:\n  0    done\n  2    " in result.stdout
+                   "--budget SHARE", "--plot FILE", "--evaluate", "--format NAME", "--dry-run", "--json",
+                   "-v, --verbose"):  # fmt: skip
+        assert f"\n  {option}" in result.stdout
+    for name in ("quantize", *export.FORMATS):
+        assert name in result.stdout
+    status = result.stdout.partition("exit status:\n")[2]
+    assert [line.split()[0] for line in status.splitlines()[:4]] == ["0", "1", "2", "130"]
+    assert max(map(len, result.stdout.splitlines())) <= 80
     assert result.stderr == ""
 
 
@@ -209,15 +218,18 @@ def test_a_language_model_is_quantized_measured_drawn_and_written(given, tmp_pat
     assert err == ""
     report = printed.splitlines()
     assert report[0] == f"model: {llama}"
-    assert report[1].startswith("config: {'batch_num': 2")
-    assert report[2].startswith("layer ")
+    config = " ".join(map(str.strip, report[2:4])).removeprefix("config: ")
+    assert json.loads(config) == GPTQ
+    assert report[4] == f"calibration: 6 rows of {LENGTH} tokens, in 2 batches of 3, of {tmp_path / 'text.txt'}"
+    assert report[6].startswith("14 layers: int4 group 32 symmetric weights, float inputs, ")
     assert "  lm_head: skip_layers: 'lm_head'" in report
+    assert report[-2:] == [f"written: {out}, for quantize.load", f"drawn: {plot}"]
     assert plot.read_bytes().startswith(b"\x89PNG")
 
     held = torch.tensor([row for row, _ in rows(lines[list(rows(lines))[5][1] + 1 :])])
     model = AutoModelForCausalLM.from_pretrained(llama).eval()
     told = rf"perplexity on {len(held)} held-out rows of {LENGTH} tokens: (\d+\.\d{{3}}) before, (\d+\.\d{{3}}) after"
-    printed = [float(number) for number in re.fullmatch(told, report[-1]).groups()]
+    printed = [float(number) for number in re.fullmatch(told, report[-3]).groups()]
     exact = perplexity(model, held.split(3))
     storage.load(model, out)
     for number, (found, off) in zip(printed, (exact, perplexity(model, held.split(3))), strict=True):
@@ -352,7 +364,7 @@ def test_a_directory_is_there_whole_or_not_at_all(given, tmp_path, name, monkeyp
     (tmp_path / "config.json").write_text(json.dumps(MINMAX))
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.setattr(shutil, "copyfile", full)
-    text = refused([*given[:4], "--out", str(tmp_path / "out"), "--format", name], capsys)
+    text = refused([*given[:4], "--out", str(tmp_path / "out"), "--format", name], capsys, late=True)
     assert text == f"error: no space left for {'generation_config' if name == 'quantize' else 'tokenizer'}.json\n"
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -384,6 +396,7 @@ class Terminal(io.StringIO):
 def test_bars_are_for_terminals(monkeypatch, terminal):
     stream = (Terminal if terminal else io.StringIO)()
     monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setitem(BAR, "delay", 0)
     assert list(progress([1, 2, 3], "calibrate", unit="batch")) == [1, 2, 3]
     assert ("calibrate" in stream.getvalue()) == terminal
     monkeypatch.setitem(sys.modules, "tqdm", None)
@@ -391,11 +404,50 @@ def test_bars_are_for_terminals(monkeypatch, terminal):
     assert "solve" not in stream.getvalue()
 
 
-def refused(arguments, capsys):
-    """The one line that a refusal prints, on stderr alone."""
+def test_a_bar_counts_the_units_of_its_items(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setitem(BAR, "delay", 0)
+    assert list(progress(["ab", "c"], "solve", unit="layer", size=len)) == ["ab", "c"]
+    assert "solve:   0%" in sys.stderr.getvalue()
+    assert " 0/3 " in sys.stderr.getvalue()
+    # Nothing is shown of what is soon over.
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setitem(BAR, "delay", 60)
+    assert list(progress(["ab", "c"], "solve", unit="layer", size=len)) == ["ab", "c"]
+    assert sys.stderr.getvalue() == ""
+
+
+def test_every_stage_has_a_bar(given, tmp_path, monkeypatch, capsys):
+    from transformers.utils import logging
+
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setitem(BAR, "delay", 0)
+    try:
+        assert main([*given, "--evaluate", "--out", str(tmp_path / "a")]) == 0
+        first = stream.getvalue()
+        stream.truncate(0)
+        (tmp_path / "config.json").write_text(json.dumps({**GPTQ, "algorithm": {"gptq": {"sequential": False}}}))
+        assert main([*given, "--budget", "0.2", "--out", str(tmp_path / "b")]) == 0
+    finally:
+        logging.disable_progress_bar()
+        logging.set_tqdm_hook(None)
+    capsys.readouterr()
+
+    def stages(text):
+        return list(dict.fromkeys(re.findall(r"\r([a-z ,]+): +\d+%", text)))
+
+    assert stages(first) == ["tokenize", "read the model", "measure, float", "check the weights", "calibrate",
+                             "solve in lock step", "convert", "write", "measure, quantized"]  # fmt: skip
+    assert stages(stream.getvalue()) == ["tokenize", "read the model", "check the weights", "calibrate for the formats",
+                                         "choose formats", "calibrate", "solve", "convert", "write"]  # fmt: skip
+
+
+def refused(arguments, capsys, *, late=False):
+    """The one line that a refusal prints, on stderr alone; if it comes late, after what was read."""
     assert main(arguments) == 2
     out, err = capsys.readouterr()
-    assert out == ""
+    assert out.splitlines()[:1] == [f"model: {arguments[1]}"] * late
     assert err.startswith("error: ")
     assert err.endswith("\n")
     assert err.count("\n") == 1
@@ -516,12 +568,16 @@ def test_layers_are_tried_in_dtypes_of_their_own():
     model = torch.nn.ModuleDict({name: torch.nn.Linear(64, 64).bfloat16() for name in ("q_proj", "router", "o_proj")})
     config = {"algorithm": "minmax", "quant_cfg": {"weights": INT8, "inputs": STATIC}}
     model["router"].float()
+
+    def check(name, config):
+        output.check_layers(plan(model, parse(config)), name, config)
+
     with pytest.raises(QuantizeError, match=r"^--format ascendv1: layer 'router': static inputs of .* torch.float32,"):
-        output.check_layers(model, "ascendv1", config)
-    output.check_layers(model, "ascendv1", {**config, "skip_layers": "router"})
+        check("ascendv1", config)
+    check("ascendv1", {**config, "skip_layers": "router"})
     # Nothing was done to the model, and one more name of a layer is the same layer.
     model["v_proj"] = model["q_proj"]
-    output.check_layers(model, "compressed-tensors", config)
+    check("compressed-tensors", config)
     assert all(type(layer) is torch.nn.Linear for layer in model.values())
 
 
@@ -558,7 +614,10 @@ def test_an_interrupt_has_a_status_of_its_own(given, monkeypatch, capsys):
 
     monkeypatch.setattr(commandline, "demonstrate", interrupted)
     assert main(given) == 130
-    assert capsys.readouterr() == ("", "interrupted\n")
+    assert capsys.readouterr().err == "interrupted\n"
+    assert main([*given, "--json"]) == 130
+    out, err = capsys.readouterr()
+    assert (json.loads(out), err) == ({"exit_status": 130, "error": "interrupted"}, "interrupted\n")
 
 
 def test_what_cannot_be_written_is_one_line_too(given, monkeypatch, capsys):
@@ -566,14 +625,16 @@ def test_what_cannot_be_written_is_one_line_too(given, monkeypatch, capsys):
         raise OSError("no space left\n  on this device")
 
     monkeypatch.setattr(commandline, "demonstrate", full)
-    assert refused(given, capsys) == "error: no space left on this device\n"
+    assert refused(given, capsys, late=True) == "error: no space left on this device\n"
+    assert main([*given, "--json"]) == 2
+    assert json.loads(capsys.readouterr().out) == {"exit_status": 2, "error": "no space left on this device"}
 
 
 def test_formats_are_chosen_under_a_budget(given, tmp_path, llama, capsys):
     from transformers import AutoModelForCausalLM
 
-    assert main([*given, "--budget", "0.2", "--out", str(tmp_path / "out")]) == 0
-    told = ast.literal_eval(capsys.readouterr().out.splitlines()[1].removeprefix("config: "))
+    assert main([*given, "--budget", "0.2", "--out", str(tmp_path / "out"), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["config"]
     model = AutoModelForCausalLM.from_pretrained(llama).eval()
     storage.load(model, tmp_path / "out")
     layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
@@ -581,8 +642,192 @@ def test_formats_are_chosen_under_a_budget(given, tmp_path, llama, capsys):
     weights = [layer.solution.weight for layer in layers]
     bits = sum(q.codes.numel() * q.scheme.bits + 32 * q.scale.numel() for q in weights)
     assert bits <= 0.2 * sum(32 * q.codes.numel() for q in weights)
-    # The config that is printed is the one that was used.
+    # The config that is told is the one that was used.
     again = AutoModelForCausalLM.from_pretrained(llama).eval()
     with pytest.warns(QuantizeWarning, match="embed_tokens"):
         quantize(again, {**told, "algorithm": "minmax"})
     assert [row.weights for row in report(again).rows] == [layer.record().weights for layer in layers]
+
+
+def told(arguments, capsys):
+    """What a run tells as JSON, which knows no infinity."""
+    assert main([*arguments, "--json"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1
+    return json.loads(out, parse_constant=pytest.fail)
+
+
+WIDE = {**MINMAX, "quant_cfg": {"weights": INT8}}
+PLANS = {
+    "groups": GPTQ,
+    "ragged, asymmetric": {**MINMAX, "quant_cfg": {"weights": {**INT4, "symmetric": False, "group_size": 64}}},
+    "static": {**WIDE, "batch_num": 1, "quant_cfg": {"weights": INT8, "inputs": {**STATIC, "symmetric": False}}},
+    "smoothed": {**SMOOTHQUANT, "batch_num": 1, "skip_layers": ["down", "nothing"]},
+    "patterns": {**GPTQ, "quant_cfg": {"weights": INT8, "*mlp*.weights": INT4}, "algorithm": "awq"},
+}
+
+
+@pytest.mark.parametrize("config", PLANS.values(), ids=PLANS.keys())
+def test_a_plan_is_what_a_run_does(given, tmp_path, config, capsys, monkeypatch):
+    import safetensors.torch
+
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    out = tmp_path / "out"
+    ran = told([*given, "--out", str(out)], capsys)
+    forbid(monkeypatch, "AutoModelForCausalLM")
+    planned = told([*given, "--out", str(tmp_path / "another"), "--dry-run"], capsys)
+    assert not (tmp_path / "another").exists()
+    assert planned["bytes"] == ran["bytes"]
+    assert planned["at_most"] is None
+    for key in ("model", "config", "calibration"):
+        assert planned[key] == ran[key]
+    for key in ("skipped", "unmatched", "elements"):
+        assert planned["report"][key] == ran["report"][key]
+    for key in ("names", "shape", "weights", "inputs", "algorithm"):
+        assert [row[key] for row in planned["report"]["layers"]] == [row[key] for row in ran["report"]["layers"]]
+    # The bytes are those of the tensors in the file, apart from what is known of each layer.
+    tensors = safetensors.torch.load_file(out / "model.safetensors")
+    about = re.compile(r"\.(note\..*|error|baseline_error|_extra_state)$")
+    assert sum(t.nbytes for key, t in tensors.items() if not about.search(key)) == ran["bytes"]["whole_model"]["after"]
+    # Of the weights of Linear layers in float32.
+    shapes = [row["shape"] for row in ran["report"]["layers"]]
+    assert ran["bytes"]["quantized_layers"]["before"] == sum(4 * n * c for n, c in shapes)
+
+
+@pytest.fixture
+def outline(llama, tmp_path):
+    """The directory of the language model without its weights."""
+    path = tmp_path / "outline"
+    shutil.copytree(llama, path, ignore=shutil.ignore_patterns("*.safetensors"))
+    return path
+
+
+def test_a_plan_needs_no_weights_and_no_text(given, outline, capsys):
+    arguments = ["--model", str(outline), *given[2:4], *given[6:]]
+    assert main([*arguments, "--dry-run", "--evaluate"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[1] == "  LlamaForCausalLM, 73,536 parameters in float32"
+    assert f"calibration: 6 rows of {LENGTH} tokens, in 2 batches of 3, of a text, which is not given" in out
+    assert "evaluation: all rows after those, at least one" in out
+    assert "14 layers: int4 group 32 symmetric weights, float inputs, gptq" in out
+    assert "  lm_head: skip_layers: 'lm_head'" in out
+    # The same is refused as in a run.
+    assert "rows of 16 tokens to calibrate with" in refused(
+        [*arguments, "--text", str(given[5]), "--batch-size", "99", "--dry-run"], capsys
+    )
+    assert "accepted: what AutoModelForCausalLM" in refused(["--model", str(outline), *given[2:]], capsys)
+
+
+def test_a_plan_says_whether_the_format_holds_it(given, outline, tmp_path, capsys):
+    arguments = ["--model", str(outline), *given[2:], "--dry-run", "--format"]
+    assert main([*arguments, "compressed-tensors"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "format: compressed-tensors can hold these layers"
+    _, config, text = LAYERS["skipped"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert refused([*arguments, "ascendv1"], capsys).startswith(f"error: --format ascendv1: {text}")
+
+
+def test_a_plan_estimates_the_memory_of_calibration(given, outline, tmp_path, capsys):
+    arguments = ["--model", str(outline), *given[2:], "--dry-run"]
+    # float32; counts of tokens stand beside every Gram matrix, and the deviation from the float model beside one.
+    batches = 2 * 3 * LENGTH * (2 * 64 + 96) * 4
+    in_lock_step = told(arguments, capsys)["memory"]["bytes"]
+    assert batches * 2 + 4 * 96**2 < in_lock_step <= batches * 2 + 2 * 4 * 96**2 + 64
+    (tmp_path / "config.json").write_text(json.dumps({**GPTQ, "algorithm": {"gptq": {"sequential": False}}}))
+    # By block: q, k, v; o; gate, up; down.
+    grams = 2 * 4 * (3 * 64**2 + 96**2)
+    in_one_pass = told(arguments, capsys)["memory"]["bytes"]
+    assert grams <= in_one_pass <= grams + 2 * 4 * 64
+    (tmp_path / "config.json").write_text(json.dumps(MINMAX))
+    assert told(arguments, capsys)["memory"]["bytes"] == 0
+    assert main(arguments) == 0
+    assert "memory of calibration: none\n" in capsys.readouterr().out
+
+
+def test_a_plan_under_a_budget_says_what_it_may_be_at_most(given, capsys):
+    planned = told([*given, "--budget", "0.2", "--dry-run"], capsys)
+    assert "quant_cfg" not in planned["config"]
+    assert {row["weights"] for row in planned["report"]["layers"]} == {None}
+    before, most = planned["bytes"]["quantized_layers"].values()
+    ran = told([*given, "--budget", "0.2"], capsys)["bytes"]["quantized_layers"]
+    assert ran["before"] == before
+    # A byte for each layer is lost by rounding down.
+    assert ran["after"] <= most + len(planned["report"]["layers"])
+    assert 0.2 * before - len(planned["report"]["layers"]) <= most <= 0.2 * before
+
+
+def test_json_is_alone_on_stdout_and_strict(given, tmp_path, monkeypatch, capsys):
+    def loud(*arguments, **options):
+        print("noise")
+        return demonstrate(*arguments, **options)
+
+    monkeypatch.setattr(commandline, "demonstrate", loud)
+    out = tmp_path / "out"
+    found = told([*given, "--evaluate", "--out", str(out)], capsys)
+    assert found["exit_status"] == 0
+    assert found["config"] == GPTQ
+    assert found["out"] == str(out)
+    assert len(found["report"]["layers"]) == 14
+    assert 0 < found["comparison"]["perplexity_before"] != found["comparison"]["perplexity_after"]
+    assert told(given, capsys)["comparison"] is None
+    commandline._print_json({"least": -math.inf, "none": [math.nan, 1.5]})
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {"least": None, "none": [None, 1.5]}
+    # What is refused is told as well, even if that is the command line.
+    assert main(["--json", "--length", "x"]) == 2
+    captured = capsys.readouterr()
+    assert f"error: {json.loads(captured.out)['error']}\n" == captured.err
+
+
+@pytest.mark.parametrize("name", ["quantize", "compressed-tensors"])
+def test_a_full_disk_is_one_line(given, tmp_path, name, monkeypatch, capsys):
+    import safetensors.torch
+
+    def full(*_, **__):
+        raise safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
+
+    (tmp_path / "config.json").write_text(json.dumps(MINMAX))
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    text = refused([*given[:4], "--out", str(tmp_path / "out"), "--format", name], capsys, late=True)
+    assert text == "error: I/O error: No space left on device (os error 28)\n"
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_nobody_reads_the_report(given):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "quantize", *given, "--dry-run"]
+    with os.fdopen(writer, "wb") as pipe:
+        result = subprocess.run(command, stdout=pipe, stderr=subprocess.PIPE, text=True, check=False)
+    # One line, and nothing from the interpreter as it ends.
+    assert (result.returncode, result.stderr) == (2, "error: [Errno 32] Broken pipe\n")
+
+
+def test_all_layers_are_shown_on_demand(given, outline, capsys):
+    # Of a model with more blocks than are shown otherwise.
+    described = json.loads((outline / "config.json").read_text())
+    (outline / "config.json").write_text(json.dumps({**described, "num_hidden_layers": 20, "layer_types": None}))
+    arguments = ["--model", str(outline), *given[2:], "--dry-run"]
+    names = [row["names"][0] for row in told(arguments, capsys)["report"]["layers"]]
+    assert len(names) == 20 * 7
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert len(out.splitlines()) <= 40
+    assert all(len(line) <= 100 for line in out.splitlines() if str(outline.parent) not in line)
+    assert not any(name in out for name in names)
+    assert main([*arguments, "--verbose"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in names)
+
+
+def test_a_long_config_is_shown_in_part(given, tmp_path, capsys):
+    patterns = {f"*layers.{i}.mlp.up_proj.weights": INT8 for i in range(200)}
+    (tmp_path / "config.json").write_text(json.dumps({**GPTQ, "quant_cfg": {**GPTQ["quant_cfg"], **patterns}}))
+    assert main([*given, "--dry-run"]) == 0
+    lines = capsys.readouterr().out.split("calibration: ")[0].splitlines()
+    assert len(lines) == 2 + 4
+    assert lines[-1].endswith(" ... (--verbose prints all)")
+    assert all(len(line) <= 100 for line in lines[2:])
+    assert main([*given, "--dry-run", "-v"]) == 0
+    shown = capsys.readouterr().out.split("config: ")[1].split("calibration: ")[0]
+    assert list(json.loads(shown)["quant_cfg"]) == ["weights", *patterns]

@@ -30,6 +30,7 @@ def test_what_a_config_becomes():
     assert parse(config()).batch_num == 1
     assert parse(config(inputs=TOKEN)).spec(["any"]).inputs == Scheme(8, True, "token")
     assert parse(config(inputs={"enable_quant": False})).spec(["any"]) == parse(config()).spec(["any"])
+    assert parse(config(inputs={**TOKEN, "enable_quant": True})) == parse(config(inputs=TOKEN))
 
 
 @pytest.mark.parametrize("skip", [None, (), [], set()])

@@ -37,19 +37,19 @@ from tests.zoo.folding import (
 @pytest.mark.parametrize(
     ("options", "at_run_time", "undone", "told"),
     [
-        ({"norm": BareNorm}, {"q", "k", "v", "gate", "up"}, None, "no module before has a weight for each channel"),
+        ({"norm": BareNorm}, {"q", "k", "v", "gate", "up"}, None, "no preceding module has a weight for each channel"),
         (
             {"block": Smeared, "kv": 2},
             {"o"},
             None,
-            "0.o: scale at run time, no module before makes each channel",
+            "0.o: scale at run time, no preceding module scales each channel",
         ),
         ({"block": Routed}, {"gate", "up"}, "second", "Routed reads the inputs as well"),
         ({"block": Residual}, {"gate", "up"}, "second", "Residual reads the inputs as well"),
         ({"block": SharedNorm}, {"q", "k", "v", "gate", "up"}, "first", "a Norm that is called more than once"),
-        ({"block": Ungated}, {"down"}, "up", "down: scale at run time, no module before makes each channel"),
+        ({"block": Ungated}, {"down"}, "up", "down: scale at run time, no preceding module scales each channel"),
         # Rows that line up with columns, and are read by another as well.
-        ({"block": Mixed}, {"down"}, "up", "down: scale at run time, no module before makes each channel"),
+        ({"block": Mixed}, {"down"}, "up", "down: scale at run time, no preceding module scales each channel"),
     ],
     ids=["no weight", "mixed heads", "router", "residual", "shared norm", "gelu", "another reader"],
 )
@@ -211,6 +211,6 @@ def test_arguments_that_cannot_be_given_twice_leave_all_at_run_time():
     plain = copy.deepcopy(model)
     with pytest.warns(qz.QuantizeWarning, match="Embedding"):
         qz.quantize(model, {**AWQ, "batch_num": 1})
-    with pytest.warns(qz.QuantizeWarning, match="may not be given twice"):
+    with pytest.warns(qz.QuantizeWarning, match="cannot be copied and passed again"):
         model(TOKENS, more=object())
     assert_nothing_folded(model, plain)

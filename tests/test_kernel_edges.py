@@ -1,6 +1,7 @@
 """What kernels must bear: addresses, strides, compilers, huge and tiny numbers, failures half-way."""
 
 import copy
+import pickle
 import weakref
 
 import pytest
@@ -8,17 +9,24 @@ import torch
 from torch import nn
 
 import quantize as qz
-from quantize.core import QTensor, Scheme, Solution, dequantize, linear, round_to_nearest
-from quantize.shell.deploy.kernels import cpu, operators
+from quantize.core import LayerSpec, QParams, QTensor, Scheme, Solution, affine, dequantize, linear, round_to_nearest
+from quantize.shell.deploy.kernels import Layout, cpu, integers, operators, reference
 from tests import bounds
 from tests.models import TENSOR, TOKEN, config, filled, randn, rounding_bound
-from tests.test_kernels import FLOATS, INT4, TOKENWISE, layer, solved
+from tests.test_kernels import FLOATS, INT4, TOKENWISE, exact_int_mm, fixed_point, layer, solved
 
 SCHEMES = [Scheme(), Scheme(symmetric=False), Scheme(4, True, "group", 64)]
 every_scheme = pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 every_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=str)
 
 
+@pytest.fixture
+def large(monkeypatch):
+    """int8 weights alone, in float32 and float16: by integer matmuls, as if they were large."""
+    monkeypatch.setattr(cpu, "_CODES", 1)
+
+
+@pytest.mark.usefixtures("large")
 @every_scheme
 @every_dtype
 @pytest.mark.parametrize("t", [1, 3, 20, 130])
@@ -28,14 +36,31 @@ def test_addresses_and_strides_do_not_matter(scheme, dtype, t):
     shifted = torch.empty(t * 256 + 1, dtype=dtype)[1:].view(t, 256).copy_(x)
     padded = torch.empty(t, 257, dtype=dtype)[:, 1:].copy_(x)
     # The float matmul of torch orders its sums by strides: the dequantized weight, for the reference or many tokens.
-    integers = served.kernel == "cpu" and dtype != torch.bfloat16
-    bound = 0 if integers else bounds.matmul_bound(served, x)
+    exact = "sums" in dict(served.named_buffers())
+    bound = 0 if exact else bounds.matmul_bound(served, x)
     with torch.no_grad():
         expected = served(x)
         for other in (shifted, padded, x.T.contiguous().T, x[None].transpose(1, 2).contiguous().transpose(1, 2)[0]):
             assert ((served(other) - expected).double().abs() <= bound).all()
         row, repeated = served(x[:1].expand(3, 256)), served(x[:1].repeat(3, 1))
-        assert ((row - repeated).double().abs() <= (0 if integers else bound[:1])).all()
+        assert ((row - repeated).double().abs() <= (0 if exact else bound[:1])).all()
+
+
+def test_rows_apart_in_memory_are_the_kernels_own():
+    model = nn.Sequential(layer(solved(Scheme(), TOKENWISE, n=16, c=1024), torch.float32))
+    if model[0].kernel != "cpu":
+        pytest.skip(model[0].reason)
+    assert model[0].codes.stride() == (1024 + 64, 1)
+    state, x = model.state_dict(), randn(3, 1024)
+    assert state["0.codes"].untyped_storage().nbytes() == 16 * 1024
+    fresh = nn.Sequential(layer(solved(Scheme(), TOKENWISE, n=16, c=1024, seed=1), torch.float32))
+    fresh.load_state_dict(state)
+    with torch.no_grad():
+        expected = model(x)
+        exported = torch.export.export(model, (x,)).module()
+        others = (fresh, copy.deepcopy(model), pickle.loads(pickle.dumps(model)), exported)
+        for other in (*others, copy.deepcopy(model).share_memory(), copy.deepcopy(model).double().float()):
+            assert torch.equal(other(x), expected)
 
 
 def test_codes_at_odd_addresses_are_taken():
@@ -48,22 +73,50 @@ def test_codes_at_odd_addresses_are_taken():
             assert torch.equal(layer(odd, torch.bfloat16)(x), layer(solution, torch.bfloat16)(x))
 
 
-def test_sums_that_may_leave_int32_are_for_the_reference(monkeypatch):
+@pytest.mark.usefixtures("large")
+def test_sums_that_may_leave_int32_are_not_made(monkeypatch):
     # With sums that are exact on every processor: where torch's are not, the kernel is not chosen.
-    monkeypatch.setattr(operators, "int_mm", linear.int_matmul)
-    for inputs in (None, TOKENWISE):
-        # As many outputs as the kernel asks for; they take no memory.
-        codes = torch.full((1, 1), 127, dtype=torch.int8).expand(1024, 1 << 17)
-        long = Solution(QTensor(codes, torch.ones(1024, 1), None, Scheme()), inputs)
-        assert "sums may not fit int32" in cpu.obstacle(long, None, torch.float32)
+    monkeypatch.setattr(operators, "int_mm", exact_int_mm)
+    codes = torch.full((1, 1), 127, dtype=torch.int8).expand(2, (1 << 16) + 1)
+    long = QTensor(codes, torch.ones(2, 1), None, Scheme())
+    assert "sums may not fit int32" in cpu.obstacle(Solution(long, TOKENWISE), None, torch.float32)
+    assert "sums" not in cpu.prepare(Solution(long), torch.float32)
     # One input less: the sums are as long as they can be.
-    weight = QTensor(torch.full((1, (1 << 17) - 1), -128, dtype=torch.int8), torch.ones(1, 1), None, Scheme())
-    x = torch.ones(1, (1 << 17) - 1)
-    exact = -128.0 * ((1 << 17) - 1)
-    found = cpu.fixed_point_linear(x, weight, None)
+    weight = QTensor(torch.full((1, 1 << 16), -128, dtype=torch.int8), torch.ones(1, 1), None, Scheme())
+    x = torch.ones(1, 1 << 16)
+    exact = -128.0 * (1 << 16)
+    found = fixed_point(x, weight)
     assert ((found.double() - exact).abs() <= bounds.fixed_point_bound(x, weight)).all()
 
 
+@pytest.mark.parametrize("inputs", [TOKENWISE, Scheme(8, False, "token"), Scheme(8, False, "tensor")], ids=str)
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("c", [2, 31, 1024, (1 << 15) + 1, 1 << 16])
+def test_integer_sums_at_the_extremes_are_those_of_int64(c, symmetric, inputs, monkeypatch):
+    # With sums that are exact on every processor: where torch's are not, the kernel is not chosen.
+    if not operators.exact_int_mm():
+        monkeypatch.setattr(operators, "int_mm", exact_int_mm)
+    scheme = Scheme(8, symmetric, "tensor")
+    signs = torch.randint(0, 2, (7, c), generator=torch.Generator().manual_seed(0), dtype=torch.bool)
+    codes = torch.where(signs, 127, -128).to(torch.int8)
+    codes[0], codes[1] = 127, -128
+    ends = torch.full((1, 1), -128 if c % 2 else 127, dtype=torch.int8)
+    weight = QTensor(codes[:4], torch.ones(1, 1), None if symmetric else ends, scheme)
+    static = None
+    if inputs.strategy == "tensor":
+        static = QParams(torch.ones(1, 1), ends)
+    x = codes[3:].flip(0).float() if static is None else codes[3:].float() - ends.float()
+    solution = Solution(weight, inputs, None, static)
+    held = reference.parameters(solution) | integers.prepare(weight)
+    layout = Layout(LayerSpec(scheme, inputs), 4, c, torch.float32)
+    entered = affine.quantize(x, linear.input_params(x, inputs, static), inputs)
+    zeros = [0 if q.zero_point is None else q.zero_point.long() for q in (entered, weight)]
+    exact = (entered.codes.long() - zeros[0]) @ (weight.codes.long() - zeros[1]).T
+    expected = exact.float() * entered.scale
+    assert torch.equal(integers.quantized_linear(x, held, layout, None), expected)
+
+
+@pytest.mark.usefixtures("large")
 @pytest.mark.parametrize("size", [1e34, 1e-25])
 def test_huge_and_tiny_tokens(size):
     served, plain = (
@@ -76,6 +129,7 @@ def test_huge_and_tiny_tokens(size):
     assert ((y.double() - expected.double()).abs() <= rounding_bound(served, x)).all()
 
 
+@pytest.mark.usefixtures("large")
 def test_channels_of_weight_zero_hide_no_inputs():
     weight = randn(1024, 256)
     weight[:, 7] = 0
@@ -213,6 +267,7 @@ def test_compiled_graphs_take_strides_prefill_and_gradients(scheme):
     assert ((x.grad - expected).double().abs() <= bound[:, None, None].transpose(0, 1).reshape(1, -1, 1, 1)).all()
 
 
+@pytest.mark.usefixtures("large")
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("strict", [True, False])
 def test_fixed_point_exports_for_any_number_of_tokens(symmetric, strict):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import quantize as qz
+from quantize.core import LayerSpec, Scheme, gptq, observers
 from tests.memory import Alive
 from tests.zoo.sequential import TOKENS, Block, C, Chain, Repeated, UShape, batches, given, made
 
@@ -73,3 +74,15 @@ def test_nothing_of_a_block_is_kept_that_the_model_does_not_keep(asymmetric):
 def test_statistics_of_one_group_are_all_that_is_held(asymmetric):
     shallow, deep = (most_alive(GRAM, Chain, depth, asymmetric=asymmetric) for depth in (1, 3))
     assert shallow == deep > 0
+
+
+@pytest.mark.parametrize("asymmetric", [0.0, 0.5])
+def test_the_solver_holds_three_matrices_besides_the_statistic(asymmetric):
+    c, spec = 4 * C, LayerSpec(Scheme(bits=4))
+    weight, x = torch.randn(c // 4, c), torch.randn(2 * c, c)
+    observer = observers.paired_gram if asymmetric else observers.gram
+    statistic = observer.update(observer.init(c), x, *([x + 0.1] if asymmetric else []))
+    with Alive(4 * c * c) as alive:
+        gptq.solve(spec, gptq.Options(asymmetric=asymmetric), weight, statistic)
+    # The matrix in the order of processing, its factor, and that one turned round.
+    assert 0 < alive.most <= 3

@@ -12,14 +12,17 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 import quantize as qz
 from quantize.core import Scheme
 from quantize.shell.report import picture
-from quantize.shell.report.rows import Report, Row, Skipped, folded
+from quantize.shell.report.report import Report
+from quantize.shell.report.rows import Row, Skipped
 from tests.models import config, mlp, randn
 
 SKIPPED = (Skipped("lm_head", "skip_layers: 'lm_head'", asked=True), Skipped("wte", "Embedding is not an nn.Linear"))
 
+BEFORE, AFTER, OUTLIER = "plain rounding", "as quantized", "as quantized, an outlier"
+
 
 def draw(given):
-    return picture.draw(folded(given.rows), given.skipped)
+    return picture.draw(given.rows, given.skipped)
 
 
 def row(i, ratio=0.5, **rest):
@@ -49,6 +52,11 @@ def words(figure):
     return [text.get_text() for ax in figure.axes for text in ax.texts]
 
 
+def note(figure):
+    (legend,) = figure.legends
+    return legend.get_title().get_text()
+
+
 def points(ax):
     """What is drawn on the axes, by label of the series: the values ``x``, each at its line ``y``; NaN is not drawn."""
     drawn = {line.get_label(): zip(line.get_ydata(), line.get_xdata(), strict=True) for line in ax.lines}
@@ -70,16 +78,17 @@ def test_no_two_names_overlap_and_none_is_cut_off(n):
     # The worst lie side by side, at either end and in the middle.
     worst = {i for i in (0, 1, 2, 3, n // 2, n // 2 + 1, n - 3, n - 2, n - 1) if n > 40}
     figure, renderer = drawn(report(n, worst=worst))
-    names = [text for text in figure.axes[0].texts if "." in text.get_text() and "nn." not in text.get_text()]
-    assert len(names) == min(n, 56)
-    boxes = [text.get_window_extent(renderer) for text in [*figure.axes[0].texts, *figure.texts] if text.get_text()]
+    texts = [text for ax in figure.axes for text in ax.texts]
+    names = [text for text in texts if text.get_text().startswith("model.")]
+    assert len(names) == (n if n <= 56 else 30)
+    boxes = [text.get_window_extent(renderer) for text in [*texts, *figure.texts] if text.get_text()]
     inside = figure.bbox
     for box in boxes:
         assert inside.x0 <= box.x0
         assert box.x1 <= inside.x1
         assert inside.y0 <= box.y0
         assert box.y1 <= inside.y1
-    # The legend is above the axes, and no name reaches up to it.
+    # The legend is below the axes, the title above, and no name reaches to them.
     boxes += [legend.get_window_extent(renderer) for legend in figure.legends]
     assert len(boxes) >= 2 + len(names)
     for a, b in itertools.combinations(boxes, 2):
@@ -88,28 +97,29 @@ def test_no_two_names_overlap_and_none_is_cut_off(n):
     assert figure.get_figheight() <= draw(report(54, worst={0})).get_figheight()
     for i in worst:
         (text,) = [text for text in names if text.get_text() == f"model.layers.{i}.down_proj"]
-        assert text.get_color() == "#D55E00"
+        assert (text.get_color(), text.get_weight()) == ("#D55E00", "bold")
 
 
 def test_errors_are_those_of_an_output_value_and_stand_beside_their_ratio():
     figure = draw(report(6))
-    errors, ratios = map(points, figure.axes)
+    ratios, errors = map(points, figure.axes)
     for i, each in enumerate(report(6).rows):
-        assert errors["before: plain rounding"][i] == each.baseline_error / (100 * 8)
-        assert errors["after: as quantized"][i] == each.error / (100 * 8)
-        assert ratios["after: as quantized"][i] == each.error / each.baseline_error
-    assert figure.axes[0].get_xscale() == "linear"
-    assert figure.axes[0].get_xlim()[0] == 0
+        assert errors[BEFORE][i] == each.baseline_error / (100 * 8)
+        assert errors[AFTER][i] == each.error / (100 * 8)
+        assert ratios[AFTER][i] == each.error / each.baseline_error
+        assert ratios[BEFORE][i] == 1
+    assert figure.axes[1].get_xscale() == "linear"
+    assert figure.axes[1].get_xlim()[0] == 0
     figure = draw(report(40))
-    assert figure.axes[0].get_xscale() == "log"
+    assert figure.axes[1].get_xscale() == "log"
 
 
 def test_layers_without_errors_have_an_axis_of_their_own():
     rows = (row(0), plain(1, 30.0), plain(2, math.inf), plain(3, None), row(4, error=0.0, baseline_error=0.0))
     figure = draw(Report(rows, SKIPPED, ()))
-    errors, _, sqnr = map(points, figure.axes)
-    assert set(errors["before: plain rounding"]) == {0}
-    assert sqnr["after: as quantized"] == {1: 30.0}
+    _, errors, sqnr = map(points, figure.axes)
+    assert set(errors[BEFORE]) == {0}
+    assert sqnr[AFTER] == {1: 30.0}
     assert "dB" in figure.axes[2].get_xlabel()
     said = words(figure)
     assert said.count("exact") == 2
@@ -121,18 +131,56 @@ def test_layers_without_errors_have_an_axis_of_their_own():
 def test_skipped_layers_are_there_with_their_reasons_or_counted():
     figure = draw(report(6))
     assert {"lm_head", "wte", "floating point: skip_layers: 'lm_head'"} <= set(words(figure))
-    figure = draw(report(210))
-    assert "the worst are shown, 154 others and 2 modules in floating point are not" in figure.get_supxlabel()
-    assert not {"lm_head", "wte"} & set(words(figure))
+    # Of many, experts share a line.
+    idle = tuple(Skipped(f"experts.{i}", "idle") for i in range(60))
+    assert {"experts.* (60)", "floating point: idle"} <= set(words(draw(report(6, idle))))
+    figure = draw(report(54, tuple(Skipped(f"norm_{i}", f"reason {i}") for i in range(3))))
+    assert "\n3 modules in floating point are not shown" in note(figure)
+    assert not any("reason" in word or "norm" in word for word in words(figure))
 
 
-def test_of_many_layers_the_worst_are_drawn_in_the_order_of_the_model():
-    rows = [row(i, 0.4 + 0.001 * (i * 37 % 101)) for i in range(100)] + [plain(100, math.inf), plain(101, None)]
+def test_of_many_layers_all_are_points_and_the_worst_have_lines():
+    rows = [row(i, 0.4 + 0.001 * (i * 37 % 101) + 0.4 * (i == 7)) for i in range(100)]
+    rows += [plain(100, math.inf), plain(101, None)]
     figure = draw(Report(tuple(rows), (), ()))
-    worst = sorted(range(100), key=lambda i: -rows[i].ratio)[:56]
-    assert [word for word in words(figure) if word] == [rows[i].name for i in sorted(worst)]
-    assert points(figure.axes[1])["after: as quantized"] == {k: rows[i].ratio for k, i in enumerate(sorted(worst))}
-    assert "102 layers, in the order of the model; the worst are shown, 46 others" in figure.get_supxlabel()
+    worst = sorted(range(100), key=lambda i: -rows[i].ratio)[:30]
+    assert [word for word in words(figure) if word] == [rows[i].name for i in worst]
+    ratios, errors, every = map(points, figure.axes)
+    assert ratios[AFTER] | ratios[OUTLIER] == {k: rows[i].ratio for k, i in enumerate(worst)}
+    assert set(errors[BEFORE]) == set(range(30))
+    # From left to right: what is drawn is the other coordinate.
+    every = {label: {i: y for y, i in found.items() if not math.isnan(y)} for label, found in every.items()}
+    assert every[OUTLIER] == {7: rows[7].ratio}
+    assert every[AFTER] == {i: each.ratio for i, each in enumerate(rows[:100]) if i != 7}
+    assert figure.axes[2].get_xlim()[0] < 0 < 101 < figure.axes[2].get_xlim()[1]
+    assert note(figure).startswith("102 layers, the 30 worst of 102 lines, the worst first\noutlier: ")
+
+
+@pytest.mark.parametrize("n", [7, 200])
+def test_the_title_says_what_it_shows_and_names_the_worst(n):
+    title = draw(report(n, worst={3})).get_suptitle()
+    assert title.endswith("relative to plain rounding: below 1 is better\nworst: model.layers.3.down_proj (0.970)")
+    rows = tuple(plain(i, 30.0 + (i - 4) ** 2) for i in range(n))
+    title = draw(Report(rows, (), ())).get_suptitle()
+    assert title.endswith("more is better\nworst: model.layers.4.down_proj (30.0 dB)")
+
+
+def test_series_differ_without_colours():
+    figure = draw(report(20, worst={3}))
+    shapes = [(line.get_marker(), line.get_fillstyle()) for line in figure.axes[0].lines if line.get_marker() != "None"]
+    assert len(set(shapes)) == len(shapes) == 3
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [BEFORE, AFTER, OUTLIER]
+
+
+def test_names_that_are_too_long_say_what_they_leave_out():
+    long = "language_model.model.transformer.layers"
+    rows = tuple(replace(row(i), names=(f"{long}.{i}.attention.output",)) for i in range(6))
+    figure = draw(Report(rows, (), ()))
+    assert [word for word in words(figure) if word] == [f"..{i}.attention.output" for i in range(6)]
+    assert f"a name with .. begins with {long}." in note(figure)
+    # A dollar would begin a formula.
+    figure, _ = drawn(Report((replace(row(0), names=("a$_b$",)),), (), ()))
+    assert "a$_b$" in words(figure)
 
 
 def test_experts_have_one_line_with_the_worst_of_them():
@@ -143,19 +191,19 @@ def test_experts_have_one_line_with_the_worst_of_them():
     assert [word for word in words(figure) if word] == [
         "model.layers.0.down_proj", "mlp.experts.*.up (7)", "mlp.experts.*.up (2)", "model.layers.1.down_proj"
     ]  # fmt: skip
-    assert points(figure.axes[1])["after: as quantized"] == {0: 0.5, 1: rows[5].ratio, 2: rows[7].ratio}
-    assert figure.get_supxlabel().startswith("11 layers, in the order of the model; of experts the worst")
+    assert points(figure.axes[0])[AFTER] == {0: 0.5, 1: rows[5].ratio, 2: rows[7].ratio}
+    assert note(figure) == "11 layers, in the order of the model; of experts the worst"
     # Without errors, it is the one with the lowest ratio of signal to noise.
     rows = [plain(i, 30.0 - i % 3) for i in range(9)]
     rows = tuple(replace(each, names=(f"experts.{i}",)) for i, each in enumerate(rows))
-    assert points(draw(Report(rows, (), ())).axes[0])["after: as quantized"] == {0: 28.0}
+    assert points(draw(Report(rows, (), ())).axes[0])[AFTER] == {0: 28.0}
 
 
 def test_a_zero_after_a_large_error_is_drawn_as_a_ratio():
     figure = draw(Report((row(0, error=0.0), row(1), row(2)), (), ()))
-    assert points(figure.axes[1])["after: as quantized"][0] == 0
-    assert set(points(figure.axes[0])["after: as quantized"]) == {1, 2}
-    assert set(points(figure.axes[0])["before: plain rounding"]) == {0, 1, 2}
+    assert points(figure.axes[0])[AFTER][0] == 0
+    assert set(points(figure.axes[1])[AFTER]) == {1, 2}
+    assert set(points(figure.axes[1])[BEFORE]) == {0, 1, 2}
 
 
 def test_outliers_are_far_from_the_others_and_no_trifles():

@@ -81,7 +81,7 @@ def test_an_empty_layer_is_left_alone():
 def test_pruned_layers_compute_their_weight_in_a_hook():
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     prune.l1_unstructured(model[1], "weight", amount=0.5)
-    assert reasons(model, config()) == {"1": "its weight is no parameter of its own, but computed by a hook"}
+    assert reasons(model, config()) == {"1": "its weight is not a parameter: a hook computes it"}
 
 
 def test_a_group_as_long_as_the_row_is_a_rule_of_each_layer():

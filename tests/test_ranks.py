@@ -78,7 +78,7 @@ def test_what_differs_is_refused_on_every_rank(found):
         )
         assert "layer 'blocks.1.up': rank" in told["broken"]
         assert "RuntimeError: out of memory" in told["broken"]
-        assert "model: solved on every process alone; accepted: batch_num above what any process runs" in told["alone"]
-        assert "rank 0: solved already, alone" in told["one alone"]
+        assert "model: every process quantized its layers alone; accepted: a larger batch_num" in told["alone"]
+        assert "rank 0: has quantized its layers alone" in told["one alone"]
         assert "layer 'head': a weight with NaN or inf" in told["weight"]
         assert "out of memory" in told["replay"]

@@ -86,7 +86,7 @@ def test_a_part_that_saw_nothing_is_named():
 
 @pytest.mark.filterwarnings("ignore::quantize.QuantizeWarning")
 def test_experts_of_two_sessions_are_no_stack(monkeypatch):
-    monkeypatch.setattr(units, "_ALONE", frozenset())
+    monkeypatch.setattr(units, "_ONE_BY_ONE", frozenset())
     model = made("mixtral")
     blocks = [layer.mlp for layer in model.model.layers]
     for block, kind in zip(blocks, ("int8", "int4"), strict=True):

@@ -1,7 +1,7 @@
 """The affine map between numbers and integer codes, for every granularity.
 
-All strategies become one by :func:`to_groups`: elements that share a scale lie along the last axis, so that a scale
-``[p, g]`` meets its elements ``[p, g, k]`` without a branch.
+:func:`to_groups` reduces all strategies to one: elements that share a scale lie along the last axis, so a scale
+``[p, g]`` broadcasts over its elements ``[p, g, k]``.
 """
 
 from __future__ import annotations
@@ -15,15 +15,20 @@ from quantize.core.scheme import Scheme
 
 
 def working_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which ranges and scales of ``x`` are computed: float64 for float64, else float32."""
+    """The dtype in which ranges and scales of ``x`` ``[...]`` are computed: float64 for float64, else float32.
+
+    >>> working_dtype(torch.ones(1, dtype=torch.bfloat16))
+    torch.float32
+    """
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def to_groups(x: Tensor, scheme: Scheme) -> Tensor:
-    """Bring elements that share a scale onto the last axis: ``[n, c]`` to ``[p, g, k]``.
+    """Bring the elements of ``x`` ``[n, c]`` that share a scale onto the last axis of ``[p, g, k]``.
 
-    tensor: ``[1, 1, n*c]``; channel and token: ``[n, 1, c]``; group: ``[n, g, group_size]``, a ragged last group
-    filled with zeros. Every range contains 0, so that the filling changes no scale.
+    The strategy of ``scheme`` decides: tensor gives ``[1, 1, n*c]``, channel and token ``[n, 1, c]``, and group
+    ``[n, g, group_size]``. A shorter last group is padded with zeros. Every range contains 0, so padding changes no
+    scale.
 
     >>> to_groups(torch.ones(2, 5), Scheme(strategy="group", group_size=3)).shape
     torch.Size([2, 2, 3])
@@ -38,7 +43,7 @@ def to_groups(x: Tensor, scheme: Scheme) -> Tensor:
 
 
 def from_groups(groups: Tensor, scheme: Scheme, shape: tuple[int, int]) -> Tensor:
-    """Undo :func:`to_groups`: ``[p, g, k]`` to ``[n, c]``, where ``shape`` is ``(n, c)``.
+    """Undo :func:`to_groups` with the same ``scheme``: ``groups`` ``[p, g, k]`` to ``[n, c]``; ``shape`` is ``(n, c)``.
 
     >>> x = torch.arange(10.).view(2, 5)
     >>> scheme = Scheme(strategy="group", group_size=3)
@@ -54,7 +59,7 @@ def from_groups(groups: Tensor, scheme: Scheme, shape: tuple[int, int]) -> Tenso
 def group_ranges(x: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     """The lowest and the highest value of every group of ``x`` ``[n, c]``, widened to contain 0.
 
-    Returns two tensors of shape ``scheme.grid_shape(n, c)`` in the dtype of ``x``. NaN spreads to its group.
+    Returns two tensors of shape ``scheme.grid_shape(n, c)`` in the dtype of ``x``. A group that holds NaN gets NaN.
 
     >>> low, high = group_ranges(torch.tensor([[1., 3.], [-2., 1.]]), Scheme())
     >>> low.flatten().tolist(), high.flatten().tolist()
@@ -64,23 +69,25 @@ def group_ranges(x: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
         zero = x.new_zeros(scheme.grid_shape(*x.shape))
         return zero, zero.clone()
     groups = to_groups(x, scheme)
-    # Two reductions: aminmax along a dimension measured 3 to 6 times slower on CPUs.
+    # Two reductions: aminmax along a dimension was 3 to 6 times slower on CPUs.
     low, high = reduce(groups, "n g k -> n g", "min"), reduce(groups, "n g k -> n g", "max")
     return low.clamp(max=0), high.clamp(min=0)
 
 
 def qparams(low: Tensor, high: Tensor, scheme: Scheme) -> QParams:
-    """Scale and zero point of the ranges ``[low, high]``, which must contain 0; any shape, shape kept.
+    """Scale and zero point, of one shape ``[...]``, for ranges from ``low`` to ``high`` ``[...]``, which contain 0.
 
-    Symmetric: the longer tail decides which end of the codes is reached, ``scale = -low / 2^(b-1)`` where
-    ``-low > high``, else ``high / (2^(b-1) - 1)``; no zero point.
-    Asymmetric: ``scale = (high - low) / (2^b - 1)``, ``zero_point = round(-2^(b-1) - low / scale)``.
+    With ``b`` the bits of ``scheme``:
 
-    A range of zero width gives scale 1; a tiny one keeps its own scale, at least the smallest normal number, so that
-    nothing is divided by 0. Computed in float32, or float64 for float64 ranges.
+    - Symmetric: the longer tail reaches its end of the codes. ``scale = -low / 2^(b-1)`` where ``-low > high``, else
+      ``high / (2^(b-1) - 1)``. There is no zero point.
+    - Asymmetric: ``scale = (high - low) / (2^b - 1)``, ``zero_point = round(-2^(b-1) - low / scale)``.
+
+    A range of zero width gets scale 1. A scale is at least the smallest normal number, so no division is by 0. The
+    result is float32, or float64 for float64 ranges.
 
     Source: Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
-    Inference", section 2.1 (asymmetric); the symmetric rule uses the code ``-2^(b-1)`` where the data asks for it.
+    Inference", section 2.1 (asymmetric). The symmetric rule also uses the code ``-2^(b-1)``.
 
     >>> qparams(torch.tensor([-1.0, -1.0]), torch.tensor([0.5, 2.0]), Scheme(bits=4)).scale
     tensor([0.1250, 0.2857])
@@ -101,13 +108,13 @@ def qparams(low: Tensor, high: Tensor, scheme: Scheme) -> QParams:
 
 
 def quantize(x: Tensor, params: QParams, scheme: Scheme) -> QTensor:
-    """Round ``x`` ``[n, c]`` to codes: ``clip(round(x / scale) + zero_point)``, round half to even.
+    """Round ``x`` ``[n, c]`` to codes of ``scheme``: ``clip(round(x / scale) + zero_point)``, round half to even.
 
-    ``x`` is any float dtype; the division happens in the dtype of the scale. Infinite values clip, NaN has no
-    defined code. Where nothing clips, the error is at most ``scale / 2``.
+    ``x`` has any float dtype; the division is in the dtype of the scale. Infinite values clip. NaN has no defined
+    code. Where nothing clips, the error is at most ``scale / 2``.
 
     Raises:
-        RuntimeError: shapes of ``x`` and ``params`` that do not belong together (from torch).
+        RuntimeError: the shapes of ``x`` and ``params`` do not fit (from torch).
 
     >>> q = quantize(torch.tensor([[0.4, -1.0, 9.0]]), QParams(torch.tensor([[0.25]])), Scheme(bits=4))
     >>> q.codes.tolist()
@@ -119,19 +126,19 @@ def quantize(x: Tensor, params: QParams, scheme: Scheme) -> QTensor:
 
 
 def dequantize(q: QTensor) -> Tensor:
-    """The numbers that the codes stand for, ``(codes - zero_point) * scale``, ``[n, c]`` in the dtype of the scale.
+    """The numbers that the codes of ``q`` stand for: ``(codes - zero_point) * scale``, ``[n, c]``, dtype of the scale.
 
     >>> dequantize(QTensor(torch.tensor([[2, -4]], dtype=torch.int8), torch.tensor([[0.25]]), None, Scheme(bits=4)))
     tensor([[ 0.5000, -1.0000]])
     """
     n, c = q.codes.shape
-    # int8 would wrap at the subtraction; every difference of codes is exact in float32.
+    # The subtraction would wrap in int8; every difference of codes is exact in float32.
     groups = to_groups(q.codes, q.scheme).to(q.scale.dtype)
     return from_groups(_values(groups, q.params), q.scheme, (n, c))
 
 
 def fake_quantize(x: Tensor, params: QParams, scheme: Scheme) -> Tensor:
-    """``dequantize(quantize(x))`` without the trip through int8, in the dtype of ``x``; NaN stays NaN.
+    """``dequantize(quantize(x, params, scheme))`` of ``x`` ``[n, c]`` without int8, in its dtype; NaN stays NaN.
 
     >>> fake_quantize(torch.tensor([[0.4, -1.0, 9.0]]), QParams(torch.tensor([[0.25]])), Scheme(bits=4))
     tensor([[ 0.5000, -1.0000,  1.7500]])
@@ -139,13 +146,13 @@ def fake_quantize(x: Tensor, params: QParams, scheme: Scheme) -> Tensor:
     n, c = x.shape
     values = from_groups(_values(_codes(to_groups(x, scheme), params, scheme), params), scheme, (n, c))
     if x.dtype == torch.float16:
-        # The last step of a range may lie above the largest number of the dtype.
+        # The last step of a range may exceed the largest number of the dtype.
         values = values.clamp(torch.finfo(x.dtype).min, torch.finfo(x.dtype).max)
     return values.to(x.dtype)
 
 
 def round_to_nearest(x: Tensor, scheme: Scheme) -> QTensor:
-    """Quantize ``x`` ``[n, c]`` with the scales of its own ranges.
+    """Quantize ``x`` ``[n, c]`` to ``scheme`` with the scales of its own ranges.
 
     >>> round_to_nearest(torch.tensor([[0.5, -1.0, 0.25]]), Scheme()).codes.tolist()
     [[64, -128, 32]]
@@ -154,7 +161,7 @@ def round_to_nearest(x: Tensor, scheme: Scheme) -> QTensor:
 
 
 def select(condition: Tensor, yes: QParams, no: QParams) -> QParams:
-    """``torch.where`` on both tensors of two sets of parameters for one scheme; ``condition`` broadcasts.
+    """``torch.where(condition, yes, no)`` for parameters of one scheme; ``condition`` ``[...]`` broadcasts.
 
     >>> select(torch.tensor([[True], [False]]), QParams(torch.ones(2, 1)), QParams(torch.zeros(2, 1))).scale.tolist()
     [[1.0], [0.0]]

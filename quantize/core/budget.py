@@ -1,4 +1,4 @@
-"""Choose a format for every layer, so that the sum of the errors is small and the sum of the sizes within a limit."""
+"""Choose a format for every layer: a small sum of errors, with the sum of sizes within a limit."""
 
 from __future__ import annotations
 
@@ -10,7 +10,15 @@ from torch import Tensor
 
 
 class Assignment(NamedTuple):
-    """``choice`` int64 ``[l]``: the format of each layer; ``error`` and ``bound`` float64 ``[]`` (:func:`assign`)."""
+    """The result of :func:`assign`.
+
+    - ``choice``: int64 ``[l]``, the format of each layer.
+    - ``error``: float64 ``[]``, the sum of errors of this choice.
+    - ``bound``: float64 ``[]``; no assignment within the limit has a smaller sum of errors.
+
+    >>> Assignment(torch.tensor([1, 0]), torch.tensor(4.0), torch.tensor(3.5)).choice.tolist()
+    [1, 0]
+    """
 
     choice: Tensor
     error: Tensor
@@ -20,21 +28,20 @@ class Assignment(NamedTuple):
 def assign(errors: Tensor, sizes: Tensor, limit: int) -> Assignment:
     """The formats ``[l]`` with a small sum of ``errors`` ``[l, f]`` and a sum of ``sizes`` ``[l, f]`` up to ``limit``.
 
-    ``errors`` are at least 0, inf where a layer cannot take a format; ``sizes`` are int64, in any unit. ``bound`` is a
-    sum of errors below which no assignment within the limit comes. The sum that was reached, ``error``, is above it by
-    at most one step: what one layer gains from one format to the next one on its hull.
+    ``errors`` are at least 0, and inf where a layer cannot take a format. ``sizes`` are int64, in the unit of
+    ``limit``. The result exceeds the lower ``bound`` by at most one step of one layer to its next format.
 
     This is a multiple-choice knapsack problem. Source: Sinha and Zoltners 1979, "The Multiple-Choice Knapsack Problem":
 
-    1. Of every layer only the formats on the lower convex hull of ``(size, error)`` are considered. Between neighbours
-       a step costs size and gains error, and the gain per size falls along the hull.
-    2. From the smallest formats on, the steps of all layers are taken in the order of gain per size. Up to the first
-       step that does not fit, no assignment of the same size has a smaller error; a fraction of that step, which fills
-       the limit, gives ``bound``.
-    3. What fits of the steps behind it is taken as well, in the order of each layer.
+    1. Each layer keeps only the formats on the lower convex hull of ``(size, error)``. A step from one to the next
+       costs size and reduces the error. The reduction per size falls along the hull.
+    2. All layers start with their smallest format. Steps are taken in the order of reduction per size. Before the first
+       step that does not fit, no assignment of the same size has a smaller error. The fraction of that step that fits
+       gives ``bound``.
+    3. Later steps that still fit are taken as well, in the order of each layer.
 
     Raises:
-        ValueError: a layer without a format, or not even the smallest formats are within ``limit``.
+        ValueError: a layer has no finite error, or the smallest formats exceed ``limit``.
 
     >>> errors, sizes = torch.tensor([[8.0, 0.0], [4.0, 0.0]]), torch.tensor([[4, 8], [4, 8]])
     >>> assign(errors, sizes, 12)
@@ -66,12 +73,12 @@ def assign(errors: Tensor, sizes: Tensor, limit: int) -> Assignment:
 
 
 def _hull(errors: list[float], sizes: list[int]) -> list[tuple[int, float, int]]:
-    """The formats ``(size, error, place)`` on the lower convex hull, by size; errors fall along it."""
+    """The formats ``(size, error, place)`` on the lower convex hull, in the order of size; errors fall along it."""
     hull: list[tuple[int, float, int]] = []
     for point in sorted((size, error, place) for place, (error, size) in enumerate(zip(errors, sizes, strict=True))):
         if point[1] >= (hull[-1][1] if hull else float("inf")):
             continue
-        # The quotients by which the steps are ordered, so that rounding cannot put a step before the one below it.
+        # These quotients also order the steps, so rounding cannot put a step before its predecessor.
         while len(hull) > 1 and _rate(hull[-1], point) >= _rate(hull[-2], hull[-1]):
             hull.pop()
         hull.append(point)

@@ -1,4 +1,4 @@
-"""What the rounding of the inputs costs a layer, from the statistics of the inputs before it."""
+"""The error that rounding the inputs adds to a layer, estimated from the statistics of the unrounded inputs."""
 
 from __future__ import annotations
 
@@ -12,15 +12,21 @@ from quantize.core.scheme import Scheme, Strategy
 
 
 def lost_power(inputs: Scheme, ranges: observers.Range, gram: observers.SumState, smoothing: Tensor | None) -> Tensor:
-    """The squared error, summed over the tokens, that rounding makes in every channel of the smoothed inputs: ``[c]``.
+    """The squared rounding error of every channel of the smoothed inputs, summed over the tokens: ``[c]``.
 
-    1. Rounding an input with step ``a`` makes an error of variance ``a^2 / 12``, or loses the whole input where the
-       mean square of the channel is below that.
-    2. Static inputs have the step of the whole range. For a token's own step, the largest root mean square of a channel
-       stands in for the longer tail of its range; without symmetry, the other is as much shorter as over all tokens.
+    1. Rounding with step ``a`` makes an error of variance ``a^2 / 12``. A channel whose mean square is below that loses
+       its whole signal instead.
+    2. Static ``inputs`` have one step, that of the whole range. Dynamic ones have a step for each token: its estimate
+       takes the largest root mean square of a channel as the longer tail of the token's range. Without symmetry, the
+       ratio of the shorter tail to the longer one is that of the ranges of all tokens.
 
-    ``ranges`` ``[c]`` and ``gram`` are those of the inputs before they are divided by ``smoothing`` ``[c]``. The
-    diagonal of ``gram`` is read; its ``total`` may be that alone, ``[c]``.
+    ``ranges`` ``[c]`` and ``gram`` belong to the inputs before the division by ``smoothing`` ``[c]``. Only the diagonal
+    of ``gram`` is read, so its ``total`` may be ``[c]`` instead of ``[c, c]``.
+
+    >>> ranges = observers.Range(torch.tensor([-127.0]), torch.tensor([127.0]))
+    >>> gram = observers.SumState(torch.tensor([1200.0]), torch.tensor(12))
+    >>> lost_power(Scheme(strategy="tensor", symmetric=True), ranges, gram, None)
+    tensor([1.])
     """
     divisor = torch.ones_like(ranges.low) if smoothing is None else smoothing
     square = _diagonal(gram.total) / gram.tokens.clamp(min=1) / divisor.square()
@@ -42,11 +48,17 @@ def loss_notes(
     gram: observers.SumState,
     smoothing: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """How much rounding static inputs costs a layer, and would cost with a scale for each token, ``[]`` each.
+    """The cost of rounding static inputs, and of rounding with a scale for each token: notes for a solution.
 
-    Notes of a solution: ``static_loss`` and ``token_loss``, the parts of the outputs' power that :func:`lost_power` is
-    of, where the channels of the inputs are independent. None for inputs that are not static. ``weight`` is ``[n, c]``,
-    before smoothing; the rest as for :func:`lost_power`.
+    ``static_loss`` and ``token_loss``, ``[]`` each, are :func:`lost_power` at the outputs of ``weight`` ``[n, c]``,
+    relative to the power of the outputs. Both treat the input channels as independent. ``weight`` is the one before
+    smoothing. ``inputs``, ``ranges``, ``gram`` and ``smoothing`` are as for :func:`lost_power`; there are no notes
+    unless the inputs are static.
+
+    >>> ranges = observers.Range(torch.tensor([-127.0]), torch.tensor([127.0]))
+    >>> gram = observers.SumState(torch.tensor([12.0]), torch.tensor(12))
+    >>> loss_notes(Scheme(strategy="tensor"), torch.ones(1, 1), ranges, gram)["static_loss"]
+    tensor(0.0833)
     """
     if inputs is None or inputs.strategy != "tensor":
         return {}
@@ -66,15 +78,20 @@ def _diagonal(total: Tensor) -> Tensor:
 
 
 def met(inputs: Scheme, statistic: Statistic, smoothing: Tensor | None = None) -> observers.PairedState:
-    """The paired statistic of the inputs as a layer meets them, smoothed and rounded, from that of the inputs.
+    """The paired statistic of the smoothed and rounded inputs, which are those that the weight multiplies.
 
-    ``statistic``: the ranges ``[c]`` of the channels, and their Gram matrix or the paired one.
+    ``statistic`` belongs to the inputs ``x`` before that: the ranges ``[c]`` of the channels, and their Gram matrix or
+    paired statistic. ``inputs`` and ``smoothing`` are as for :func:`lost_power`. Let ``s`` be the smoothing, ``e`` the
+    rounding error of ``x / s``, and ``P`` the diagonal matrix of :func:`lost_power`.
 
-    With ``e`` for what rounding adds to an input ``x / s`` and ``P`` for the diagonal matrix of :func:`lost_power`:
+    1. ``e`` is taken as independent of the inputs and between channels. So the Gram matrix of ``x / s + e`` is
+       ``H / (s s^T) + P``.
+    2. The original input has no ``e``. So the cross statistic changes by ``-sum e (x / s + e)^T = -P``.
 
-    1. ``e`` is taken as independent of the inputs and between channels, so the Gram matrix of ``x / s + e`` is
-       ``H / (s s^T) + P``;
-    2. the original input lacks ``e``, so the cross statistic changes by ``-sum e (x / s + e)^T = -P``.
+    >>> ranges = observers.Range(torch.tensor([-127.0]), torch.tensor([127.0]))
+    >>> gram = observers.SumState(torch.tensor([[12.0]]), torch.tensor(12))
+    >>> met(Scheme(strategy="tensor"), (ranges, gram)).gram.total
+    tensor([[13.]])
     """
     ranges, gram = statistic
     single = observers.single(gram)

@@ -1,4 +1,4 @@
-"""The linear layer on quantized operands, exactly as the kernels compute it: the definition that they must meet."""
+"""The linear layer on quantized operands. This is the reference that every kernel must reproduce."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from quantize.core import affine
 from quantize.core.qtensor import QParams, QTensor
 from quantize.core.scheme import Scheme
 
-# Below this many products of two differences of int8 codes, each at most 255^2, the sum fits int32.
+# A difference of int8 codes is at most 255. The sum of fewer products of two than this fits int32.
 _INT32_LENGTH = 2**15
-# 1024 products of two int8 sum to at most 1024 * 2^14 = 2^24: every partial sum is an integer that float32 holds.
+# The sum of 1024 products of two int8 is at most 1024 * 2^14 = 2^24, so float32 holds every partial sum exactly.
 _EXACT_LENGTH = 1024
 
 
 def int_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b.T`` of int8 matrices ``[t, c]`` and ``[n, c]``, accumulated in int32: ``[t, n]``, exact.
+    """``a @ b.T`` of int8 matrices ``a`` ``[t, c]`` and ``b`` ``[n, c]``, exact in int32: ``[t, n]``.
 
-    Runs on the float32 matmul of any device, in slices of ``c`` short enough that no sum is rounded; int8 values
-    survive a TF32 or HF32 mantissa as well. Exact while the result fits int32, that is for ``c < 2^17``.
+    It uses the float32 matmul of any device, in slices of ``c`` short enough that no sum is rounded. TF32 and HF32
+    hold int8 values exactly, too. The result fits int32 for ``c < 2^17``.
 
     >>> int_matmul(torch.tensor([[1, -2]], dtype=torch.int8), torch.tensor([[3, 4]], dtype=torch.int8))
     tensor([[-5]], dtype=torch.int32)
@@ -35,12 +35,18 @@ def int_matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 def smooth(x: Tensor, smoothing: Tensor | None) -> Tensor:
-    """``x / smoothing`` along the last axis ``[c]``, in the wider dtype of the two; None leaves ``x``."""
+    """``x`` ``[..., c]`` divided by ``smoothing`` ``[c]``, in the wider dtype of the two; None leaves ``x`` unchanged.
+
+    >>> smooth(torch.tensor([[2.0, 3.0]]), torch.tensor([2.0, 1.0]))
+    tensor([[1., 3.]])
+    """
     return x if smoothing is None else x / smoothing
 
 
 def static_params(low: Tensor, high: Tensor, scheme: Scheme, *, smoothing: Tensor | None = None) -> QParams:
-    """One scale for all inputs from the ranges ``[c]`` of the channels, each divided by ``smoothing`` ``[c]``.
+    """One scale ``[1, 1]`` in ``scheme`` for all inputs, whose channels range from ``low`` ``[c]`` to ``high`` ``[c]``.
+
+    The ranges are divided by ``smoothing`` ``[c]`` first.
 
     >>> static_params(torch.tensor([-4., 0.]), torch.tensor([0., 1.]), Scheme(strategy="tensor")).scale
     tensor([[0.0312]])
@@ -51,7 +57,11 @@ def static_params(low: Tensor, high: Tensor, scheme: Scheme, *, smoothing: Tenso
 
 
 def input_params(x: Tensor, scheme: Scheme, static: QParams | None = None) -> QParams:
-    """Scale and zero point for the tokens ``x`` ``[t, c]``: ``static`` where given, else of every token's own range."""
+    """Scale and zero point in ``scheme`` for tokens ``x`` ``[t, c]``: ``static`` if given, else from their ranges.
+
+    >>> input_params(torch.tensor([[127.0], [-64.0]]), Scheme(strategy="token")).scale.tolist()
+    [[1.0], [0.5]]
+    """
     return affine.qparams(*affine.group_ranges(x, scheme), scheme) if static is None else static
 
 
@@ -60,11 +70,11 @@ def integer_linear(
 ) -> Tensor:
     """``x W^T + bias`` of quantized inputs and weights: ``[t, n]`` in float32.
 
-    ``x`` has codes ``[t, c]`` and one scale a tensor or a token; ``weight`` has codes ``[n, c]`` and one scale a tensor
-    or a channel. Both may have zero points. The integer sum is exact; the scales and the bias are applied in float32.
-    ``matmul`` may be any exact :func:`int_matmul`.
+    ``x`` has codes ``[t, c]``, and one scale for the tensor or for each token. ``weight`` has codes ``[n, c]``, and one
+    scale for the tensor or for each channel. Both may have zero points. ``bias`` is ``[n]``. The integer sum is exact;
+    the scales and the bias are applied in float32. ``matmul`` computes what :func:`int_matmul` does, exactly.
 
-    Derivation, with ``q`` and ``z`` for codes and zero point:
+    Derivation, with ``q`` for the codes and ``z`` for the zero point:
 
     1. ``y = sum_c (q_x - z_x) s_x (q_w - z_w) s_w + b``;
     2. neither scale depends on ``c``, so ``y = s_x s_w S + b`` with
@@ -73,7 +83,12 @@ def integer_linear(
        Longer sums with a zero point are int64.
 
     Raises:
-        ValueError: a weight with scales inside a row: they do not leave the sum.
+        ValueError: a weight with strategy ``group``: step 2 needs one scale for the whole row.
+
+    >>> x = QTensor(torch.tensor([[1, 2]], dtype=torch.int8), torch.tensor([[0.5]]), None, Scheme(strategy="token"))
+    >>> weight = QTensor(torch.tensor([[3, 4]], dtype=torch.int8), torch.tensor([[2.0]]), None, Scheme())
+    >>> integer_linear(x, weight, torch.tensor([1.0]))
+    tensor([[12.]])
     """
     if weight.scheme.strategy == "group":
         raise ValueError(f"weight: {weight.scheme}; accepted with quantized inputs: strategy tensor or channel")
@@ -82,7 +97,7 @@ def integer_linear(
         wide = torch.int32 if c < _INT32_LENGTH else torch.int64
         total = total.to(wide)
         if x.zero_point is not None:
-            # torch sums int32 in int64.
+            # torch returns the sum of int32 as int64.
             sums = reduce(weight.codes.to(wide), "n c -> 1 n", "sum").to(wide)
             if weight.zero_point is not None:
                 sums = sums - c * rearrange(weight.zero_point.to(wide), "n 1 -> 1 n")
@@ -95,10 +110,9 @@ def integer_linear(
 
 
 def centered(weight: QTensor) -> QTensor | None:
-    """The same numbers without a zero point, or None where ``codes - zero_point`` do not all fit int8.
+    """The same numbers as ``weight``, without a zero point; None where a ``codes - zero_point`` does not fit int8.
 
-    Codes of at most 7 bits always fit. The codes may then lie outside of the range of the scheme, which is that of
-    int8.
+    Codes of at most 7 bits always fit. The scheme of the result has 8 bits.
 
     >>> q = QTensor(torch.tensor([[-8, 7]], dtype=torch.int8), torch.ones(1, 1), torch.tensor([[7]]), Scheme(4, False))
     >>> centered(q).codes.tolist()
@@ -113,14 +127,14 @@ def centered(weight: QTensor) -> QTensor | None:
 
 
 def integer_bias(weight: QTensor, static: QParams, bias: Tensor | None = None) -> Tensor:
-    """What to add to the integer sum, so that one product with the scales is the whole layer: ``[n]`` in int64.
+    """The bias as an integer that is added to the sum of codes, before the scales are applied: ``[n]`` in int64.
 
-    ``weight`` as in :func:`integer_linear`, without a zero point (see :func:`centered`); ``static`` ``[1, 1]`` of the
-    inputs. With ``b`` for the result::
+    ``weight`` is as for :func:`integer_linear`, without a zero point (see :func:`centered`). ``static`` ``[1, 1]``
+    belongs to the inputs, and ``bias`` is ``[n]``. With ``b`` for the result::
 
         y = s_x s_w (sum_c q_x q_w + b),  b = round(bias / (s_x s_w)) - z_x sum_c q_w
 
-    which is step 2 of :func:`integer_linear` with the bias rounded to half a unit ``s_x s_w``. Quotients are float64.
+    This is step 2 of :func:`integer_linear`. The bias is off by at most half a unit ``s_x s_w``. Quotients are float64.
 
     >>> weight = QTensor(torch.tensor([[3, 4]], dtype=torch.int8), torch.tensor([[0.5]]), None, Scheme())
     >>> static = QParams(torch.tensor([[0.5]]), torch.tensor([[2]], dtype=torch.int8))
@@ -145,11 +159,11 @@ def quantized_linear(
     static: QParams | None = None,
     matmul: Callable[[Tensor, Tensor], Tensor] = int_matmul,
 ) -> Tensor:
-    """A deployed linear layer: ``[..., c]`` to ``[..., n]``, in the dtype of ``x``.
+    """A deployed linear layer: ``x`` ``[..., c]`` to ``[..., n]``, in the dtype of ``x``.
 
-    ``inputs`` None multiplies with the dequantized weight, rounded to the dtype of ``x``; else the inputs are
-    quantized with ``static`` parameters or their own, and :func:`integer_linear` follows. ``smoothing`` ``[c]``
-    divides the inputs first; ``matmul`` as in :func:`integer_linear`.
+    ``x`` is divided by ``smoothing`` ``[c]`` first. With ``inputs`` None it is then multiplied by the dequantized
+    ``weight``, which is rounded to the dtype of ``x``. Otherwise it is quantized, with the ``static`` parameters or
+    with those of its own range, and :func:`integer_linear` follows. ``bias`` ``[n]`` and ``matmul`` are as there.
 
     >>> weight = affine.round_to_nearest(torch.tensor([[127., 1.]]), Scheme())
     >>> quantized_linear(torch.tensor([1., 2.]), weight, inputs=Scheme(strategy="token"))
@@ -175,8 +189,9 @@ def fake_quantized_linear(
 ) -> Tensor:
     """:func:`quantized_linear` in floating point: the inputs are fake-quantized and all products are floats.
 
-    Differs from it by rounding only. With ``u`` the unit roundoff of the dtype of ``x``, ``v`` that of the
-    accumulation, and ``m = |x'| |W'|^T + |bias|`` on the dequantized operands::
+    ``x`` ``[..., c]``, ``weight``, ``bias`` ``[n]``, ``inputs``, ``smoothing`` ``[c]`` and ``static`` are the same. The
+    results differ by rounding only. With ``u`` the unit roundoff of the dtype of ``x``, ``v`` that of the accumulation,
+    and ``m = |x'| |W'|^T + |bias|`` on the dequantized operands::
 
         |difference| <= (5 u + (c + 8) v) m
 
@@ -184,10 +199,14 @@ def fake_quantized_linear(
        (``(c + 1) v``), and rounds the product and the sum with the bias (``2 u``);
     2. the integer form sums exactly, multiplies by two scales and adds the bias in float32 (``3 v``), and rounds
        once to the dtype of ``x`` (``u``);
-    3. the dequantized operands are themselves rounded products of a code and a scale (``2 v``); what is left of
-       ``v`` covers the products of these terms.
+    3. the dequantized operands are themselves rounded products of a code and a scale (``2 v``); the rest of the
+       ``8 v`` covers the products of these terms.
 
     Weight-only layers compute the same expression in both forms.
+
+    >>> weight = affine.round_to_nearest(torch.tensor([[127., 1.]]), Scheme())
+    >>> fake_quantized_linear(torch.tensor([1., 127.]), weight, inputs=Scheme(strategy="token"))
+    tensor([254.])
     """
     tokens = smooth(rearrange(x, "... c -> (...) c"), smoothing)
     if inputs is not None:

@@ -1,9 +1,9 @@
-"""What calibration remembers of the inputs of a layer: commutative monoids over batches.
+"""Statistics of the inputs of a layer, accumulated over batches as commutative monoids.
 
 An :class:`Observer` is four pure functions. ``init`` makes the identity, ``update`` adds one batch, ``merge`` joins
 two states, and ``finalize`` turns a state into a statistic; only ``finalize`` divides. States are NamedTuples of
-tensors, so that they move, save and all-reduce as trees. They hold sums and counts, never averages of averages,
-in float32 (float64 for float64 models): sums in bfloat16 stall after a few hundred steps.
+tensors, so they move, save and all-reduce as trees. They hold sums and counts, never averages of averages, in float32
+(float64 for float64 models): sums in bfloat16 stop growing after a few hundred steps.
 """
 
 from __future__ import annotations
@@ -23,11 +23,13 @@ class Observer(NamedTuple):
     """A statistic of the input channels, as a commutative monoid.
 
     - ``init(c, dtype=torch.float32, device=None) -> state``: the identity, for ``c`` input channels.
-    - ``update(state, x) -> state``: ``x`` is ``[..., c]``, any float dtype; leading axes are tokens, none too.
-    - ``merge(state, state) -> state``: associative and commutative (bit for bit where nothing is summed).
+    - ``update(state, x) -> state``: adds ``x`` ``[..., c]``, of any float dtype; leading axes, if any, are tokens.
+    - ``merge(state, state) -> state``: associative and commutative; bit for bit, unless it sums.
     - ``finalize(state) -> statistic``.
-    - ``paired``: whether ``update(state, x, original=None)`` also takes the inputs ``[t, c]`` of the float model at
-      the same call.
+    - ``paired``: whether ``update`` also takes ``original=None``, the inputs ``[t, c]`` of the float model.
+
+    >>> channel_range.finalize(channel_range.update(channel_range.init(2), torch.tensor([[1., -2.]]))).low
+    tensor([ 0., -2.])
     """
 
     init: Callable[..., Any]
@@ -38,14 +40,22 @@ class Observer(NamedTuple):
 
 
 class Range(NamedTuple):
-    """``low`` and ``high`` ``[c]``: as a state +inf and -inf before the first token, as a statistic around 0."""
+    """The lowest and highest value of every channel, ``low`` and ``high`` ``[c]``. A statistic contains 0.
+
+    >>> Range(torch.tensor([-1.0]), torch.tensor([2.0])).high
+    tensor([2.])
+    """
 
     low: Tensor
     high: Tensor
 
 
 class SumState(NamedTuple):
-    """``total`` ``[c]`` or ``[c, c]``; ``tokens`` int64 ``[]``."""
+    """A sum over tokens, ``total`` ``[c]`` or ``[c, c]``, and the number of ``tokens``, int64 ``[]``.
+
+    >>> SumState(torch.eye(2), torch.tensor(2)).total.shape
+    torch.Size([2, 2])
+    """
 
     total: Tensor
     tokens: Tensor
@@ -68,7 +78,7 @@ def _range_update(state: Range, x: Tensor) -> Range:
     tokens = rearrange(x, "... c -> (...) c")
     if tokens.shape[0] == 0:
         return state
-    # Reduced in the dtype of x, which is exact: only the [c] results are widened.
+    # Reduced in the dtype of x, which is exact; only the [c] results are widened.
     low, high = reduce(tokens, "t c -> c", "min"), reduce(tokens, "t c -> c", "max")
     dtype = state.low.dtype
     return Range(torch.minimum(state.low, low.to(dtype)), torch.maximum(state.high, high.to(dtype)))
@@ -83,9 +93,9 @@ def _range_finalize(state: Range) -> Range:
 
 
 channel_range = Observer(_range_init, _range_update, _range_merge, _range_finalize)
-"""Lowest and highest value of every input channel, widened to contain 0; no token seen: the empty range ``[0, 0]``.
+"""Lowest and highest value of every input channel, widened to contain 0; the range ``[0, 0]`` without tokens.
 
-Enough for a static per-tensor range after any positive scaling of the channels: ``min(x / s)`` is the minimum over
+It gives the static range of all inputs after any positive scaling of the channels: ``min(x / s)`` is the minimum over
 the channels of ``low / s``. So no algorithm needs a second pass.
 """
 
@@ -108,7 +118,7 @@ def _absmean_finalize(state: SumState) -> Tensor:
 
 
 channel_absmean = Observer(_absmean_init, _absmean_update, _sum_merge, _absmean_finalize)
-"""Mean magnitude ``[c]`` of every input channel; zeros when no token was seen."""
+"""Mean magnitude ``[c]`` of every input channel; zeros without tokens."""
 
 
 def _square_update(state: SumState, x: Tensor) -> SumState:
@@ -121,7 +131,7 @@ def _sum_finalize(state: SumState) -> SumState:
 
 
 channel_square = Observer(_absmean_init, _square_update, _sum_merge, _sum_finalize)
-"""The sum of the squares of every input channel, ``total`` ``[c]``: the diagonal of :data:`gram`. And the tokens."""
+"""The sum of the squares of every input channel, ``total`` ``[c]``, which is the diagonal of :data:`gram`."""
 
 
 def _gram_init(c: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None) -> SumState:
@@ -130,10 +140,10 @@ def _gram_init(c: int, *, dtype: torch.dtype = torch.float32, device: torch.devi
 
 def _gram_update(state: SumState, x: Tensor) -> SumState:
     tokens = _tokens(x, state.total.dtype)
-    # Made of both: where one is a batch under vmap, so is this.
+    # Computed from both, so that under vmap it is a batch if either is one.
     total = state.total + tokens.new_zeros(())
     for start, stop in strips(len(total)):
-        # The matrix is symmetric: what is right of the diagonal is computed, and stands below it as well.
+        # The matrix is symmetric: the part right of the diagonal is computed, and copied below it.
         right = torch.addmm(state.total[start:stop, start:], tokens[:, start:stop].T, tokens[:, start:])
         square, beside = right[:, : stop - start], right[:, stop - start :]
         total[start:stop, start:stop] = square.triu() + square.triu(1).T
@@ -142,27 +152,33 @@ def _gram_update(state: SumState, x: Tensor) -> SumState:
 
 
 gram = Observer(_gram_init, _gram_update, _sum_merge, _sum_finalize)
-"""The Gram matrix ``total = sum of x^T x`` ``[c, c]`` and the number of tokens.
+"""The Gram matrix ``total = sum of x^T x`` ``[c, c]``, symmetric to the last bit, and the number of tokens.
 
-It gives the exact output error of any change ``delta`` ``[n, c]`` of the weight, by three steps:
+It gives the exact output error of any change ``delta`` ``[n, c]`` of the weight:
 
-1. ``sum over tokens |x delta^T|^2 = tr(delta (sum x^T x) delta^T)``;
-2. so the error depends on the tokens through ``H = sum x^T x`` alone;
-3. the GPTQ paper's Hessian is ``2 H``: the constant cancels in every quotient and is dropped here.
-
-It is symmetric to the last bit, and little more than half of it is computed.
+1. ``sum over tokens |x delta^T|^2 = tr(delta (sum x^T x) delta^T)``.
+2. So the error depends on the tokens only through ``H = sum x^T x``.
+3. The Hessian of the GPTQ paper is ``2 H``. The constant cancels in every quotient and is dropped here.
 """
 
 
 class PairedState(NamedTuple):
-    """``gram`` as of :data:`gram`; ``cross`` ``[c, c]``: the sum of ``(original - x)^T x``."""
+    """The Gram matrix of the arriving inputs, ``gram``, and ``cross`` ``[c, c]``, the sum of ``(original - x)^T x``.
+
+    >>> PairedState(SumState(torch.eye(2), torch.tensor(2)), torch.zeros(2, 2)).gram.tokens
+    tensor(2)
+    """
 
     gram: SumState
     cross: Tensor
 
 
 def single(statistic: SumState | PairedState) -> SumState:
-    """The Gram matrix of the inputs that arrive."""
+    """The Gram matrix of the arriving inputs, from a ``statistic`` that is paired or not.
+
+    >>> single(SumState(torch.eye(2), torch.tensor(2))).tokens
+    tensor(2)
+    """
     return statistic.gram if isinstance(statistic, PairedState) else statistic
 
 
@@ -188,14 +204,12 @@ def _paired_finalize(state: PairedState) -> PairedState:
 
 
 paired_gram = Observer(_paired_init, _paired_update, _paired_merge, _paired_finalize, paired=True)
-"""The Gram matrix of the inputs ``x`` that arrive, and how they go along with what is missing of the ``original``.
+"""The Gram matrix of the arriving inputs ``x``, and their cross products with ``original - x``.
 
-``update(state, x, original=None)``: ``original`` ``[t, c]`` are the inputs at the same call without the errors of the
-layers before. Source: Li et al. 2025, "GPTAQ: Efficient Finetuning-Free Quantization for Asymmetric Calibration",
-equations 5 to 7.
+``update(state, x, original=None)``: ``original`` ``[t, c]`` are the inputs of the float model at the same call. Source:
+Li et al. 2025, "GPTAQ: Efficient Finetuning-Free Quantization for Asymmetric Calibration", equations 5 to 7.
 
-A token counts in ``cross`` if at most as much of it is missing as there is: where a router sends other tokens, the two
-are no pair. Originals of another shape are none.
+``cross`` ignores originals of another shape, and tokens with ``|original - x| > |x|``: a router may have swapped them.
 """
 
 
@@ -221,7 +235,7 @@ def _product_finalize(observers: tuple[Observer, ...], state: tuple[Any, ...]) -
 
 @cache
 def product(*observers: Observer) -> Observer:
-    """Several observers as one: states and statistics are tuples, in the order given. The same ones give one object.
+    """Several ``observers`` as one, whose states and statistics are tuples. Equal arguments return the same object.
 
     >>> both = product(channel_range, channel_absmean)
     >>> ranges, absmean = both.finalize(both.update(both.init(2), torch.tensor([[1., -2.], [3., 0.]])))

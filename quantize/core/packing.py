@@ -1,4 +1,4 @@
-"""Several low-bit codes in one machine word, and back."""
+"""Pack several low-bit codes into one machine word, and unpack them."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from einops import rearrange
 from torch import Tensor
 
 _BITS = 4
-# The words that hold nibbles here: bytes, as CPUs address them, and int32, as the Ascend operators take them.
+# The bits of a word: the CPU kernel and files take bytes, the Ascend operators int32.
 _WIDTHS = {torch.uint8: 8, torch.int32: 32}
 
 
 def pack_int4(codes: Tensor, dtype: torch.dtype = torch.uint8) -> Tensor:
-    """Pack int4 codes ``[..., c]`` into words ``[..., ceil(c / r)]``, ``r`` = 2 for uint8 and 8 for int32.
+    """Pack int4 ``codes`` ``[..., c]`` into words ``[..., ceil(c / r)]``, ``r`` = 2 for uint8 and 8 for int32.
 
-    Element ``j`` of a word is at bits ``4j ... 4j+3``, in two's complement; a last word that is not full ends with
-    zeros. ``codes`` is int8 with values from -8 to 7.
+    Element ``j`` of a word is at bits ``4j ... 4j+3``, in two's complement. A last word that is not full ends with
+    zeros. ``codes`` is int8 with values from -8 to 7; ``dtype`` is that of the words.
 
     Raises:
         ValueError: a ``dtype`` that is neither uint8 nor int32.
@@ -27,10 +27,10 @@ def pack_int4(codes: Tensor, dtype: torch.dtype = torch.uint8) -> Tensor:
 
 
 def pack_offset(codes: Tensor, bits: int) -> Tensor:
-    """Pack signed codes ``[..., c]`` into int32 words ``[..., ceil(c * bits / 32)]``, in offset binary.
+    """Pack signed ``codes`` ``[..., c]`` into int32 words ``[..., ceil(c * bits / 32)]``, in offset binary.
 
-    The other custom: element ``j`` of a word is at bits ``bits * j`` and up, as the unsigned ``code + 2^(bits-1)``; a
-    last word that is not full ends with zeros. ``codes`` is int8 with values of ``bits`` bits.
+    Element ``j`` of a word is at bits ``bits * j`` and up, as the unsigned ``code + 2^(bits-1)``. A last word that is
+    not full ends with zeros. ``codes`` is int8 with values of ``bits`` bits.
 
     Source: compressed-tensors, format ``pack-quantized``, for widths that divide 32.
 
@@ -46,13 +46,16 @@ def pack_offset(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack_int4(words: Tensor, length: int) -> Tensor:
-    """Undo :func:`pack_int4`: ``[..., g]`` uint8 or int32 to int8 codes ``[..., length]``.
+    """Undo :func:`pack_int4`: ``words`` ``[..., g]``, uint8 or int32, to int8 codes ``[..., length]``.
+
+    Raises:
+        ValueError: words of another dtype.
 
     >>> unpack_int4(torch.tensor([225, 7], dtype=torch.uint8), 3).tolist()
     [1, -2, 7]
     """
     r = _per_word(words.dtype)
-    # A shift at a time, in the words' own width: several times faster than shifts along an axis.
+    # One shift for each element, in the width of the words: several times faster than shifts along an axis.
     nibbles = torch.stack([words.bitwise_right_shift(_BITS * j).bitwise_and(0xF) for j in range(r)], -1)
     # Two's complement: 8 to 15 stand for -8 to -1.
     signed = nibbles.bitwise_xor(8).to(torch.int8) - 8
@@ -63,7 +66,7 @@ def _words(fields: Tensor, bits: int, r: int) -> Tensor:
     missing = -fields.shape[-1] % r
     words = rearrange(torch.constant_pad_nd(fields, (0, missing)), "... (g r) -> ... g r", r=r)
     shifts = torch.arange(0, bits * r, bits, dtype=torch.int32, device=fields.device)
-    # The bits of different elements do not overlap: their sum is their union, and int32 may wrap to negative.
+    # The bits of different elements do not overlap, so their sum is their union. It may wrap to a negative int32.
     return words.bitwise_left_shift(shifts).sum(-1, dtype=torch.int32)
 
 

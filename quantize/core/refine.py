@@ -1,4 +1,4 @@
-"""Lower the output error ``tr((W - Q) H (W - Q)^T)`` of a quantized weight: factors, sweeps, scales, rows."""
+"""Steps that reduce the output error ``tr((W - Q) H (W - Q)^T)`` of a quantized weight ``Q``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from quantize.core import affine, metrics
 from quantize.core.qtensor import QParams, QTensor, present
 from quantize.core.scheme import Scheme
 
-# Columns between two small matmuls inside a block: short enough for the cache, long enough to amortize a call.
+# Columns between two small matmuls inside a block: few enough for the cache, enough to amortize a call.
 _INNER = 16
 
 
@@ -26,23 +26,24 @@ def sweep(
     *,
     block_size: int = 128,
 ) -> QTensor:
-    """Round the columns of a matrix one after the other, each moved by the steps of those before it.
+    """Round columns one by one: ``q_j = Q(base_j + sum over i < j of (reference_i - q_i) coupling_ij)``.
 
-    ``q_j = Q(base_j + sum over i < j of (reference_i - q_i) coupling_ij)``; ``base`` and ``reference`` are ``[n, c]``,
-    ``order`` ``[c]`` is the order of the columns, and ``coupling`` ``[c, c]``, of which only the part above the
-    diagonal is read, is in that order. ``params`` and the result are in the layout of ``base``.
+    ``base`` and ``reference`` are ``[n, c]``; ``params`` and the result, in ``scheme``, have their layout. Columns are
+    rounded in the ``order`` ``[c]``. ``coupling`` ``[c, c]`` is in that order, and only read above its diagonal. All
+    tensors may be stacks with a leading axis ``e``.
 
-    GPTQ is this recursion with ``base = reference = W`` and the unit triangular factor of the Gram matrix; coordinate
-    descent is the same with the present values as reference: see :func:`descend`. Only decided columns are read, so
-    the sums are gathered by one large matmul a block, a small one every 16 columns, and a product of matrix and vector.
-    ``block_size`` changes the order of additions and nothing else.
+    GPTQ is this recursion with ``base = reference = W`` and the unit triangular factor of the Gram matrix. Coordinate
+    descent has the present values as reference, see :func:`descend`. The sums take one large matmul for each block, a
+    small one every 16 columns, and a matrix-vector product. ``block_size`` only changes the order of additions.
 
-    Every tensor may be one of a stack, with a leading axis ``e``: the matrices are then swept side by side.
+    >>> weight, params = torch.tensor([[0.4, 0.4]]), QParams(torch.ones(1, 1))
+    >>> sweep(weight, weight, torch.ones(2, 2), params, Scheme(bits=4), torch.arange(2)).codes.tolist()
+    [[0, 1]]
     """
     c, stacked = coupling.shape[-1], base.ndim == 3
     add = torch.baddbmm if stacked else torch.addmm
     groups = order // (scheme.group_size or c)
-    # Transposed, a column is contiguous.
+    # A column of the transposed matrix is contiguous.
     base_t, incoming = picked(transposed(base), order), transposed(coupling)
     reference_t = base_t if reference is base else picked(transposed(reference), order)
     scale_t, zero_t = transposed(params.scale), None if params.zero_point is None else transposed(params.zero_point)
@@ -55,7 +56,7 @@ def sweep(
         if zero_t is not None:
             zero = picked(zero_t, groups[..., start:stop]).to(scale.dtype)
             lows, highs = (scheme.qmin - zero).unbind(-2), (scheme.qmax - zero).unbind(-2)
-        # Views made once: slicing tensors costs as much as the arithmetic on a column.
+        # Views are made once: slicing a tensor takes as long as the arithmetic on a column.
         code_of, step_of, from_ = (tensor[..., start:stop, :].unbind(-2) for tensor in (codes, steps, reference_t))
         scales = scale.unbind(-2)
         target = add(base_t[..., start:stop, :], incoming[..., start:stop, :start], steps[..., :start, :])
@@ -84,9 +85,9 @@ def sweep(
 def factor(gram: Tensor, damp: float) -> tuple[Tensor, Tensor, Tensor]:
     """``H + damp * mean(diag H) * I = U diag(d) U^T``: ``U`` ``[c, c]`` unit upper triangular, ``d`` ``[c]``, ``damp``.
 
-    ``H`` is ``gram`` ``[c, c]``. Where the factorization fails, ``damp`` ``[]`` grows to ten times itself, from at
-    least 1e-6, until it succeeds: at the latest when the diagonal dominates. The one that did is returned. Zero
-    channels have no coupling, and a pivot of 1 above the damping. A stack ``[e, c, c]`` has one damping for each.
+    ``H`` is ``gram`` ``[c, c]``, or a stack ``[e, c, c]`` with a damping for each. While the factorization fails,
+    ``damp`` grows tenfold, from at least 1e-6, at most until the diagonal dominates. Its final value ``[]`` is
+    returned. Channels of zeros have no coupling, and a pivot of 1 plus the damping.
 
     Raises:
         ValueError: ``gram`` is not finite.
@@ -100,14 +101,14 @@ def factor(gram: Tensor, damp: float) -> tuple[Tensor, Tensor, Tensor]:
             [0., 1.]]), tensor([1., 1.]))
     """
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    # Divided first: the sum of large diagonals would overflow.
+    # Divided before the sum, which could overflow.
     mean = (diagonal / diagonal.shape[-1]).sum(-1)
     dead = (diagonal == 0).to(gram.dtype)
     used = torch.full_like(mean, damp)
     while True:
-        damped = gram.flip(-2, -1)
-        damped.diagonal(dim1=-2, dim2=-1).add_(((used * mean)[..., None] + dead).flip(-1))
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        lower = gram.flip(-2, -1)
+        lower.diagonal(dim1=-2, dim2=-1).add_(((used * mean)[..., None] + dead).flip(-1))
+        lower, failed = torch.linalg.cholesky_ex(lower)
         # A pivot is made of all numbers in its row.
         failed = (failed != 0) | ~torch.isfinite(lower.diagonal(dim1=-2, dim2=-1)).all(-1)
         if not failed.any():
@@ -117,31 +118,38 @@ def factor(gram: Tensor, damp: float) -> tuple[Tensor, Tensor, Tensor]:
         damp = max(10 * damp, 1e-6)
         used = torch.where(failed, damp, used)
     upper = lower.flip(-2, -1)
-    root = upper.diagonal(dim1=-2, dim2=-1)
-    return upper / root[..., None, :], root.square(), used
+    # In place: every [c, c] counts in the peak.
+    root = upper.diagonal(dim1=-2, dim2=-1).clone()
+    return upper.div_(root[..., None, :]), root.square(), used
 
 
 def each(function: Callable[..., Any], stacked: bool) -> Callable[..., Any]:
-    """``function``, or the same for every member of stacks."""
+    """``function``, or where ``stacked``, the function that maps it over the leading axis of its arguments.
+
+    >>> each(torch.sum, True)(torch.ones(2, 3))
+    tensor([3., 3.])
+    """
     return torch.func.vmap(function) if stacked else function
 
 
 def picked(rows: Tensor, places: Tensor) -> Tensor:
-    """The rows ``places`` ``[w]`` of a matrix ``[c, n]``: ``[w, n]``. In a stack each has its own: ``[e, w]``.
+    """The rows of ``rows`` ``[c, n]`` at ``places`` ``[r]``: ``[r, n]``. In stacks, ``[e, c, n]`` and ``[e, r]``.
 
-    >>> picked(torch.tensor([[1, 2], [3, 4]]), torch.tensor([1, 0, 1]))
-    tensor([[3, 4],
-            [1, 2],
-            [3, 4]])
+    >>> picked(torch.tensor([[1, 2], [3, 4]]), torch.tensor([1, 0, 1])).tolist()
+    [[3, 4], [1, 2], [3, 4]]
     """
     return rows[places] if rows.ndim == 2 else rows[torch.arange(len(rows), device=rows.device)[:, None], places]
 
 
 def transposed(x: Tensor) -> Tensor:
-    """A contiguous copy ``[..., c, n]`` of ``x`` ``[..., n, c]``."""
+    """A contiguous copy ``[c, n]`` of ``x`` ``[n, c]``, or of a stack.
+
+    >>> transposed(torch.tensor([[1, 2]])).tolist()
+    [[1], [2]]
+    """
     if x.ndim == 2:
         return x.T.contiguous()
-    # One after the other: torch copies a transposed stack several times as slowly.
+    # One after the other: torch copies a transposed stack several times more slowly.
     result = x.new_empty(x.mT.shape)
     for mine, matrix in zip(result, x, strict=True):
         mine.copy_(matrix.T)
@@ -149,16 +157,19 @@ def transposed(x: Tensor) -> Tensor:
 
 
 def descend(weight: Tensor, q: QTensor, gram: Tensor, *, block_size: int = 128) -> QTensor:
-    """One round of coordinate descent on the codes of ``q``: the error of no output channel rises.
+    """One round of coordinate descent on the codes of ``q``, which increases the error of no output channel.
 
-    1. With ``E = Q - W`` and all columns but ``j`` fixed, the error is least where ``q_j - (E H)_j / H_jj`` is; it is a
-       parabola, so the nearest code is the best code.
-    2. Columns ``i < j`` that moved by ``q_i' - q_i`` before change ``(E H)_j`` by ``(q_i' - q_i) H_ij``.
+    ``weight`` is ``[n, c]`` and ``gram`` ``[c, c]``, or all are stacks. ``block_size`` is as for :func:`sweep`.
+
+    1. Let ``E = Q - W``. With all columns but ``j`` fixed, the error is a parabola with its minimum at
+       ``q_j - (E H)_j / H_jj``, so the nearest code is the best one.
+    2. A column ``i < j`` that has moved by ``q_i' - q_i`` changes ``(E H)_j`` by ``(q_i' - q_i) H_ij``.
     3. So this is :func:`sweep` with ``base_j = q_j - (E H)_j / H_jj``, the values of ``q`` as reference, and
-       ``coupling_ij = H_ij / H_jj``.
+       ``coupling_ij = H_ij / H_jj``. Channels whose ``H_jj`` has no finite reciprocal keep their codes.
 
-    A channel that was never active, or whose power has no finite reciprocal, keeps its codes. ``weight`` is ``[n, c]``,
-    ``gram`` ``[c, c]``, or all are stacks.
+    >>> q = QTensor(torch.zeros(1, 2, dtype=torch.int8), torch.ones(1, 1), None, Scheme(bits=4))
+    >>> descend(torch.tensor([[0.6, 0.4]]), q, torch.eye(2)).codes.tolist()
+    [[1, 0]]
     """
     stacked, diagonal = weight.ndim == 3, gram.diagonal(dim1=-2, dim2=-1)
     values = each(affine.dequantize, stacked)(q)
@@ -166,19 +177,21 @@ def descend(weight: Tensor, q: QTensor, gram: Tensor, *, block_size: int = 128) 
     base = values - ((values - weight) @ gram) * inverse
     order = torch.arange(gram.shape[-1], device=gram.device).expand(diagonal.shape)
     moved = sweep(base, values, gram * inverse, q.params, q.scheme, order, block_size=block_size)
-    # Rows where rounding errors of the sums ate the gain keep their codes.
+    # Rows where rounding errors exceed the gain keep their codes.
     chosen: QTensor = each(better_rows, stacked)(weight, moved, q, gram)[0]
     return chosen
 
 
 def refit(weight: Tensor, q: QTensor, gram: Tensor) -> QTensor:
-    """The best scales for the codes of ``q``, group after group: the error of no output channel rises.
+    """The best scales for the codes of ``q``, one group after the other; increases the error of no output channel.
 
-    With strategy ``tensor`` all channels share the scale, and it is their sum that does not rise.
+    ``weight`` is ``[n, c]`` and ``gram`` ``[c, c]``. With strategy ``tensor``, the sum over the channels does not
+    increase. Let ``k = codes - zero_point`` on a group, and 0 elsewhere. The error is a parabola in the scale ``s``,
+    with its minimum at ``s - (E H k^T) / (k H k^T)``. A scale stays if it would change its sign, or if ``k`` is 0.
 
-    With ``k = codes - zero_point`` on the group, zero elsewhere, the error is a parabola in the scale ``s``, least at
-    ``s - (E H k^T) / (k H k^T)``. A scale that would change its sign, or belongs to zeros, is kept.
-    ``weight`` is ``[n, c]``, ``gram`` ``[c, c]``.
+    >>> q = QTensor(torch.tensor([[1, 2]], dtype=torch.int8), torch.ones(1, 1), None, Scheme(bits=4))
+    >>> refit(torch.tensor([[2.0, 4.0]]), q, torch.eye(2)).scale
+    tensor([[2.]])
     """
     c = weight.shape[1]
     width = q.scheme.group_size or c
@@ -201,19 +214,23 @@ def refit(weight: Tensor, q: QTensor, gram: Tensor) -> QTensor:
 
 
 def better_rows(weight: Tensor, first: QTensor, second: QTensor, gram: Tensor) -> tuple[QTensor, Tensor, Tensor]:
-    """For every output channel the better of two quantized weights.
+    """The better of two quantizations of ``weight`` ``[n, c]`` for every output channel, by ``gram`` ``[c, c]``.
 
-    Rows add up independently, so the result is at least as good as both. With strategy ``tensor`` the rows share a
-    scale: unless both have the same, it is the better of the two as a whole. ``first`` wins where both are equal.
+    The errors of rows add up, so the result is at least as good as both. With strategy ``tensor`` and different scales,
+    one of them is taken as a whole. ``first`` wins where both are equal.
 
-    Returns the chosen weight, which rows came from ``second``, bool ``[n]``, and the errors of both, ``[2, n]``.
+    Returns the chosen weight, bool ``[n]`` for the rows of ``second``, and the errors of both, ``[2, n]``.
+
+    >>> first, second = (affine.round_to_nearest(x, Scheme()) for x in (torch.zeros(1, 2), torch.ones(1, 2)))
+    >>> better_rows(torch.ones(1, 2), first, second, torch.eye(2))[1]
+    tensor([True])
     """
     errors = torch.stack([metrics.row_error(affine.dequantize(q) - weight, gram) for q in (first, second)])
     compared = errors
     if first.scheme.strategy == "tensor":
         alike = [a == b for a, b in zip(present(first.params), present(second.params), strict=True)]
         compared = torch.where(torch.stack(alike).all(), errors, errors.sum(1, keepdim=True))
-    # What is no number is worse than any.
+    # NaN compares as infinite.
     compared = compared.nan_to_num(nan=torch.inf, posinf=torch.inf)
     take = compared[1] < compared[0]
     params = affine.select(take[: len(first.scale), None], second.params, first.params)
@@ -222,9 +239,7 @@ def better_rows(weight: Tensor, first: QTensor, second: QTensor, gram: Tensor) -
 
 
 def least(candidates: Tensor, costs: Tensor) -> Tensor:
-    """The candidate with the least cost, and the first of equals: ``candidates`` ``[r, ...]``, ``costs`` ``[r]``.
-
-    A cost that is NaN counts as infinite.
+    """The first of ``candidates`` ``[r, ...]`` with the least of ``costs`` ``[r]``; NaN counts as infinite.
 
     >>> least(torch.tensor([[1., 2.], [3., 4.], [5., 6.]]), torch.tensor([2., 1., 1.]))
     tensor([3., 4.])

@@ -1,4 +1,4 @@
-"""What a quantized tensor may look like, as a value without tensors."""
+"""The format of a quantized tensor, as a value without tensors."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ Strategy = Literal["tensor", "channel", "group", "token"]
 
 @dataclass(frozen=True)
 class Scheme:
-    """The format of a quantized matrix: integer width, symmetry, and which elements share a scale.
+    """The format of a quantized matrix: ``bits`` from 2 to 8, ``symmetric`` or with zero points, and a ``strategy``.
 
-    - ``tensor``: one scale for all, ``[1, 1]``.
-    - ``channel`` (weights ``[n, c]``) and ``token`` (inputs ``[t, c]``): one scale a row, ``[n, 1]``.
-    - ``group``: one scale for every ``group_size`` consecutive elements of a row, ``[n, g]``; the last group of a
-      row is shorter where ``group_size`` does not divide ``c``.
+    The strategy says which elements share a scale:
+
+    - ``tensor``: all elements, ``[1, 1]``.
+    - ``channel`` (weights ``[n, c]``) and ``token`` (inputs ``[t, c]``): the elements of a row, ``[n, 1]``.
+    - ``group``: ``group_size`` consecutive elements of a row, ``[n, g]``. The last group of a row is shorter where
+      ``group_size`` does not divide ``c``.
 
     Raises:
-        ValueError: a field outside of what is accepted, or ``group_size`` without ``group`` and the reverse.
+        ValueError: a value that is not accepted, ``group_size`` without strategy ``group``, or the reverse.
 
     >>> Scheme(bits=4, strategy="group", group_size=32).grid_shape(8, 100)
     (8, 4)

@@ -1,4 +1,4 @@
-"""How far a Gram matrix from few tokens can be trusted: correlations that chance explains are shrunk.
+"""Shrink the correlations of a Gram matrix that was estimated from few tokens, as far as chance explains them.
 
 Source: Ledoit and Wolf 2004; Schaefer and Strimmer 2005, "A shrinkage approach to large-scale covariance matrix
 estimation", with the diagonal as target.
@@ -13,15 +13,16 @@ from quantize.core.observers import SumState
 
 
 def intensity(gram: SumState, strength: float) -> Tensor:
-    """The part ``rho`` ``[]``, from 0 to 1, of the correlations in ``gram.total`` ``[c, c]`` that chance explains.
+    """The fraction ``rho`` ``[]``, from 0 to 1, of the correlations in ``gram.total`` ``[c, c]`` that chance explains.
 
-    1. In units of the channels' scales, the covariance ``r_ij`` of two channels, estimated from ``t`` independent
-       tokens, has variance ``(1 + r_ij^2) / t`` under normal inputs with known scales.
-    2. The factor ``1 - rho`` on all of them with the least expected squared error has
-       ``rho = sum var(r_ij) / sum r_ij^2`` over ``i != j`` among the channels that were ever active, at most 1.
-    3. The tokens of a text are neither independent nor normal: ``strength + c / tokens`` of them count as one.
+    1. Let ``r_ij`` be the correlation of two channels, estimated from ``t`` independent tokens. For normal inputs with
+       known scales its variance is ``(1 + r_ij^2) / t``.
+    2. Of all factors ``1 - rho`` on the correlations, the one with ``rho = sum var(r_ij) / sum r_ij^2`` has the least
+       expected squared error. The sums run over ``i != j`` and the channels that were ever active. ``rho`` is at most
+       1.
+    3. The tokens of a text are neither independent nor normal. So ``strength + c / tokens`` tokens count as one.
 
-    Strength 0 trusts everything: ``rho`` is 0.
+    With ``strength`` 0, ``rho`` is 0.
 
     >>> intensity(SumState(torch.tensor([[4., 2.], [2., 4.]]), torch.tensor(40)), 3.95)
     tensor(0.5000)
@@ -42,7 +43,7 @@ def intensity(gram: SumState, strength: float) -> Tensor:
 
 
 def shrink(gram: Tensor, rho: Tensor) -> Tensor:
-    """``gram`` ``[c, c]`` with all but its diagonal times ``1 - rho``.
+    """``gram`` ``[c, c]`` with its off-diagonal elements times ``1 - rho``, where ``rho`` is ``[]``.
 
     >>> shrink(torch.tensor([[4., 2.], [2., 4.]]), torch.tensor(0.5))
     tensor([[4., 1.],

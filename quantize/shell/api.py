@@ -1,4 +1,4 @@
-"""The public calls: everything is checked first, and the model touched last."""
+"""The public calls. Each checks everything before it changes the model."""
 
 from __future__ import annotations
 
@@ -18,26 +18,36 @@ from quantize.shell.config import QuantizeWarning, parse, refusal, shown
 from quantize.shell.deploy import loading
 from quantize.shell.offload import keeper
 from quantize.shell.plan import Plan, plan, swap
-from quantize.shell.report.rows import Report, share
+from quantize.shell.progress import progress
+from quantize.shell.report.report import Report
+from quantize.shell.report.rows import reasons, share
 from quantize.shell.views import release
 
 
 def quantize(model: nn.Module, config: object = None) -> None:
     """Turn ``model`` into a calibration model, in place.
 
-    Run ``batch_num`` forward passes next: they compute in floating point and are observed. After the last one the
-    parameters are solved, and from then on the model computes as the quantized model would. Weight-only minmax needs no
-    batch and is solved here.
+    Run ``batch_num`` forward passes next: they compute in floating point, and their inputs are observed. After the last
+    one the layers are quantized, and the model computes as the converted model will. Weight-only minmax needs no batch:
+    its layers are quantized at once.
 
     Args:
         model: any module with ``nn.Linear`` layers of a float dtype; also one that accelerate dispatched or offloads.
         config: a dict as in the README; None means ``presets.INT8_MINMAX_WEIGHT_QUANT_CFG``.
 
     Raises:
-        QuantizeError: a config or model that is not accepted; the model is left exactly as it was.
+        QuantizeError: the config or model is not accepted; the model is left exactly as it was.
 
     Warns:
-        QuantizeWarning: once, with all modules left in floating point that the config did not ask to skip.
+        QuantizeWarning: modules stay in floating point that the config did not ask to skip; one warning names them all.
+
+    >>> import torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4))
+    >>> weights = {"type": "int4", "symmetric": True, "strategy": "channel"}
+    >>> quantize(model, {"quant_cfg": {"weights": weights}, "algorithm": "gptq", "batch_num": 1})
+    >>> output = model(torch.ones(16, 8))
+    >>> report(model).rows[0].stage
+    'quantized'
     """
     parsed = parse(INT8_MINMAX_WEIGHT_QUANT_CFG if config is None else config)
     check_float(model)
@@ -54,18 +64,28 @@ def quantize(model: nn.Module, config: object = None) -> None:
 
 
 def finish(model: nn.Module, *, process_group: Any = None) -> None:
-    """Solve now, with the batches seen so far; afterwards the model computes as the quantized model would.
+    """Quantize the layers now, with the batches seen so far; then the model computes as the converted model will.
 
-    Also continues after an interrupted solve. A model that is solved already stays as it is.
+    This also continues after an interruption. A model whose layers are all quantized stays as it is.
 
     Args:
         model: a model under calibration.
-        process_group: a group of ``torch.distributed``, such as ``torch.distributed.group.WORLD``, whose processes hold
-            the same model and all call this: what they saw, in any number of batches, is merged, each solves a part of
-            the layers, and all end with the same bits. Sums are those of one process up to rounding, ranges the same.
+        process_group: a group of ``torch.distributed``, such as ``torch.distributed.group.WORLD``. All its processes
+            hold the same model and call this. Their statistics, from any number of batches each, are merged. Each
+            process quantizes a part of the layers, and all end with the same bits. Merged sums equal those of one
+            process up to rounding; merged ranges are equal.
 
     Raises:
-        QuantizeError: a model not under calibration, no batch seen, or processes whose models or configs differ.
+        QuantizeError: the model is not under calibration or saw no batch, or the models or configs of processes differ.
+
+    >>> import torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4))
+    >>> weights = {"type": "int4", "symmetric": True, "strategy": "channel"}
+    >>> quantize(model, {"quant_cfg": {"weights": weights}, "algorithm": "gptq", "batch_num": 100})
+    >>> output = model(torch.ones(16, 8))
+    >>> finish(model)
+    >>> report(model).rows[0].tokens
+    16
     """
     check_model(model)
     if not calibrated(model) and process_group is None:
@@ -80,22 +100,33 @@ def convert(
     from_state: Mapping[str, Any] | None = None,
     offload: bool = False,
 ) -> None:
-    """Replace every calibrated layer by a :class:`QuantizedLinear`, in place: codes, and no float weight.
+    """Replace every calibrated layer by a :class:`QuantizedLinear`, in place: it holds codes and no float weight.
 
-    The result changes by rounding only: see :func:`quantize.core.linear.fake_quantized_linear` for the bound.
+    The outputs change by rounding only: see :func:`quantize.core.linear.fake_quantized_linear` for the bound.
 
     Args:
-        model: one that is calibrated to the end; with ``from_state``, one in floating point, also on the meta device.
+        model: a model whose calibration is complete; with ``from_state``, a float model, also on the meta device.
         kernel: ``'reference'``, ``'cpu'`` or ``'npu'`` for all layers; None chooses for each, by format and device.
-        from_state: the ``state_dict`` of a converted model of the same architecture; it needs neither float weights
-            nor calibration. Tensors go to the devices of the model, and from the meta device to their own.
+            ``'cpu-bf16'`` computes int4 weights of float32 and float16 models in bfloat16, with its speed and its
+            errors; layers that it cannot serve are chosen for as with None.
+        from_state: the ``state_dict`` of a converted model of the same architecture. Then the model needs neither float
+            weights nor calibration. Tensors go to the devices of the model; for meta parameters they stay where they
+            are.
         offload: for layers whose float weights accelerate offloads. False puts their codes, which are 4 to 8 times
-            smaller than float32, on the device that computes; True keeps them where the weights were, in host memory
+            smaller than float32, on the device that computes. True keeps them where the weights were, in host memory
             or in the offload folder, and moves them to the device for every call.
 
     Raises:
-        QuantizeError: a model that is not calibrated to the end, a kernel that cannot serve a layer, or a state that
-            does not fit; it names the layer and what is missing. The model is left as it was.
+        QuantizeError: calibration is not complete, a kernel cannot serve a layer, or the state does not fit. It names
+            the layer and what is missing. The model is left as it was.
+
+    >>> import torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4))
+    >>> weights = {"type": "int8", "symmetric": True, "strategy": "channel"}
+    >>> quantize(model, {"quant_cfg": {"weights": weights}, "algorithm": "minmax"})
+    >>> convert(model, kernel="reference")
+    >>> model[0].codes.dtype
+    torch.int8
     """
     check_model(model)
     loading.check_kernel(kernel)
@@ -117,7 +148,7 @@ def convert(
             raise refusal(f"layer {layer.names[0]!r}", told, wanted)
     if model in layers:
         raise refusal("model", "the layer itself: nothing holds it", "a model that contains the layer")
-    deployed = {layer: layer.deployed(kernel, kept=offload) for layer in layers}
+    deployed = {layer: layer.deployed(kernel, kept=offload) for layer in progress(layers, "convert", unit="layer")}
     loading.check_served(deployed.values(), kernel)
     swap(model, deployed)
     release(model)
@@ -126,10 +157,17 @@ def convert(
 
 
 def report(model: nn.Module) -> Report:
-    """What was done to every layer of ``model``, and what was left out: a value that prints as a table.
+    """What was done to every layer of ``model``, and what was left out: a value that prints as a summary.
 
     Raises:
-        QuantizeError: a model without any quantized layer.
+        QuantizeError: the model has no quantized layer.
+
+    >>> import torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4))
+    >>> weights = {"type": "int8", "symmetric": True, "strategy": "channel"}
+    >>> quantize(model, {"quant_cfg": {"weights": weights}, "algorithm": "minmax"})
+    >>> str(report(model).rows[0].weights)
+    'int8 channel symmetric'
     """
     check_model(model)
     rows = tuple(module.record() for module in model.modules() if isinstance(module, QUANTIZED))
@@ -142,7 +180,7 @@ def report(model: nn.Module) -> Report:
 
 
 def _warn(planned: Plan) -> None:
-    left = [f"{skipped.name!r} ({skipped.reason})" for skipped in planned.skipped if not skipped.asked]
+    left = [f"{name!r} ({why})" for name, why in reasons(each for each in planned.skipped if not each.asked)]
     left += [f"{word!r} of skip_layers or quant_cfg matched nothing" for word in planned.unmatched]
     if left:
         told = share(sum(skipped.elements for skipped in planned.skipped), planned.elements)

@@ -1,4 +1,4 @@
-"""A format for every layer, chosen by what each format costs in bytes and in error, under a limit of bytes."""
+"""Choose a format for every layer from its bytes and its error, under a limit of bytes."""
 
 from __future__ import annotations
 
@@ -40,29 +40,33 @@ def assign_formats(
     formats: Sequence[Mapping[str, Any]] = FORMATS,
     skip_layers: Any = None,
 ) -> dict[str, Any]:
-    """The ``quant_cfg`` whose weights fit into ``limit`` with the smallest errors: a format for every layer.
+    """A ``quant_cfg`` with a format for every layer: small errors, and weights that fit into ``limit``.
 
-    One calibration tells the error that GPTQ makes in every output of every layer with every format, and how much an
-    output matters; :func:`quantize.core.budget.assign` chooses. Layers that read the same tensor (q, k, v; gate, up)
-    get one format, and so do the experts of a mixture, as servers want it. The model is left as it was.
+    One calibration measures the error that GPTQ makes in every output of every layer with every format.
+    :func:`quantize.core.budget.assign` chooses. Layers that read the same tensor (q, k, v; gate, up) get one format,
+    and so do the experts of a mixture, because servers require it. The model is left as it was.
 
-    How much an output matters: with losses, the squared error is weighted by the mean square of the gradient of the
-    loss with respect to the output, which approximates the rise of the loss (Fisher information, its diagonal). Without
-    losses, the error counts relative to the power of the layer's outputs, which is a weaker guide.
+    If ``calibrate`` returns losses, the squared error of an output is weighted by the mean square of the gradient of
+    the loss with respect to it. This approximates the increase of the loss (diagonal of the Fisher information).
+    Without losses, the error is relative to the power of the layer's outputs, which is less accurate.
 
     Args:
         model: a float model.
-        calibrate: called with the model; runs its forward passes, in any number. It may return losses: a scalar
+        calibrate: a function that runs any number of forward passes of the model. It may return losses: a scalar
             tensor, or a generator or list with one for each pass, such as
             ``lambda model: (model(input_ids=rows, labels=rows).loss for rows in batches)``.
-        limit: bytes of codes, scales and zero points, over the bytes that the same weights take in floating point.
-            Scales count in the dtype of the weight, as checkpoints hold them.
+        limit: bytes of codes, scales and zero points, relative to the bytes of the same weights in floating point.
+            Scales count in the dtype of the weight, as in checkpoints.
         formats: the ``weights`` entries of ``quant_cfg`` to choose from.
         skip_layers: as in the config.
 
     Raises:
         QuantizeError: formats or a model that ``quantize`` would refuse, no forward pass, a loss without a gradient, or
             a limit that the smallest formats exceed; it says which limit they need.
+
+    >>> chosen = assign_formats(nn.Sequential(nn.Linear(64, 8)), lambda model: model(torch.eye(64)), 0.3)
+    >>> chosen["weights"]["type"]
+    'int8'
     """
     check_float(model)
     if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not 0 < limit < math.inf:
@@ -73,7 +77,7 @@ def assign_formats(
     specs = [spec for spec in (each.spec(("",)) for each in parsed) if spec is not None]
     if not specs:
         raise refusal("formats", shown(formats), "at least one weights entry of quant_cfg")
-    # By the format with the smallest groups: what it cannot hold, no other can.
+    # The plan uses the format with the smallest groups: a layer that it does not fit fits no other format.
     smallest = min(range(len(specs)), key=lambda place: specs[place].weight.group_size or 0)
     planned = plan(model, parsed[smallest])
     session = Session(parsed[smallest], planned)
@@ -86,11 +90,11 @@ def assign_formats(
         if not any(layer.tokens for layer in layers.values()):
             raise refusal("calibrate", "no forward pass reached a layer", "a function that runs the model")
         for layer in layers.values():
-            # What no token reached makes no error: it gets the smallest format.
+            # A layer that no token reached has no error, so it gets the smallest format.
             layer.statistics = layer.statistics or layer.initial()
         units = siblings([*layers.values()])
         table = []
-        for unit in progress(units, "formats", unit="group of layers"):
+        for unit in progress(units, "choose formats", unit="layer", size=len):
             with untracked(offload.device(unit[0])):
                 table.append(_costs(unit, specs, powers))
     finally:
@@ -98,7 +102,7 @@ def assign_formats(
         model.__dict__.pop(KEY, None)
         swap(model, {new: old for old, new in layers.items()})
         swap(model, {new: old for old, new in planned.views.items()})
-    # The experts of a mixture get one format, too.
+    # All experts of a mixture are one row, so that they get one format.
     rows: dict[str, list[int]] = {}
     for place, unit in enumerate(units):
         name = starred(unit[0].names[0])
@@ -118,9 +122,10 @@ def assign_formats(
 
 
 def _patterns(wanted: Mapping[tuple[str, ...], int], usual: int) -> dict[str, int]:
-    """Keys of ``quant_cfg`` that give every layer, by its names, the format that is ``wanted`` and not the ``usual``.
+    """Patterns of ``quant_cfg`` for the layers, given by their names, whose ``wanted`` format is not the ``usual`` one.
 
-    A pattern also matches the names that end in it. By its longest name, no layer is matched by what comes after it.
+    A pattern matches all names that end with it, and later patterns override earlier ones. Layers come in the order of
+    their longest names, so no pattern matches an earlier layer.
     """
     found: dict[str, int] = {}
     for names in sorted(wanted, key=lambda names: max(map(len, names))):
@@ -133,11 +138,11 @@ def _patterns(wanted: Mapping[tuple[str, ...], int], usual: int) -> dict[str, in
 def _gradients(
     model: nn.Module, layers: list[CalibrationLinear], calibrate: Callable[[nn.Module], Any]
 ) -> dict[CalibrationLinear, Tensor] | None:
-    """Calibrate; by layer, the squared gradients of its outputs ``[n]``, summed over tokens; None without losses."""
+    """Calibrate, and return the squared gradients ``[n]`` of each layer's outputs, summed over tokens; or None."""
     outputs: list[tuple[CalibrationLinear, Tensor]] = []
     found: dict[CalibrationLinear, Tensor] = {}
     with ExitStack() as stack:
-        # Of one pass at a time: what is listed keeps its graph.
+        # Only the outputs of the current pass are listed, because each keeps its graph alive.
         stack.callback(model.register_forward_pre_hook(lambda *_: outputs.clear()).remove)
         for layer in layers:
             stack.callback(layer.register_forward_hook(lambda own, _, y: outputs.append((own, y))).remove)
@@ -161,13 +166,13 @@ def _gradients(
 def _costs(
     unit: list[CalibrationLinear], specs: list[LayerSpec], gradients: Mapping[CalibrationLinear, Tensor] | None
 ) -> list[tuple[float, int]]:
-    """The error and the bits of each format, for layers that share their statistics."""
+    """The error and the size in bits of each format, for layers that share their statistics."""
     statistic, weights = unit[0].statistic(), [layer.float_weight() for layer in unit]
     wide = [weight.to(affine.working_dtype(weight)) for weight in weights]
     powers = [metrics.output_error(weight, statistic.total) for weight in wide] if gradients is None else []
     found = []
     for spec in specs:
-        # No file has a place for a last group that is shorter.
+        # No file format has a place for a shorter last group.
         if unit[0].in_features % (spec.weight.group_size or 1) or spec.weight.group_size == unit[0].in_features:
             found.append((math.inf, 2**50))
             continue

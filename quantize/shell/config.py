@@ -1,4 +1,4 @@
-"""The config: from a plain dict to frozen values, with an error for everything else."""
+"""Turn the config, a plain dict, into frozen values; refuse everything that is not accepted."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from quantize.core.scheme import Scheme
 
 MAX_BATCHES = 2**32 - 1
 _BITS = {"int8": 8, "int4": 4}
-# What is accepted in a weights or an inputs entry, by key. A group_size stands beside strategy 'group' alone.
+# The accepted values of a weights or an inputs entry, by key. group_size is checked apart.
 _WEIGHTS = {"type": ("int8", "int4"), "symmetric": (True, False), "strategy": ("tensor", "channel", "group")}
 _INPUTS = {"type": ("int8",), "symmetric": (True, False), "strategy": ("tensor", "token")}
 _PATTERN = re.compile(r".*\*.*\.(weights|inputs)", re.DOTALL)
@@ -26,32 +26,41 @@ _FOLD = "True or False; True without sequential"
 
 
 class QuantizeError(ValueError):
-    """A call that was refused: ``<where>: <value>; accepted: <what>``. The model is as it was."""
+    """A refused call: ``<where>: <value>; accepted: <what>``. The model is as it was.
+
+    >>> raise refusal("batch_num", "0", "an int, at least 1")
+    Traceback (most recent call last):
+    quantize.shell.config.QuantizeError: batch_num: 0; accepted: an int, at least 1
+    """
 
 
 class QuantizeWarning(UserWarning):
-    """Something was left in floating point, or is not as the config asked; the report says the same."""
+    """Something stays in floating point, or differs from the config; the report says the same.
+
+    >>> import warnings
+    >>> warnings.simplefilter("ignore", QuantizeWarning)
+    """
 
 
 def refusal(where: str, found: str, accepted: str) -> QuantizeError:
-    """The error for what was ``found`` at ``where``, in the one form that all errors have."""
+    """The error that the value ``found`` at ``where`` is not ``accepted``; all errors have this form."""
     return QuantizeError(f"{where}: {found}; accepted: {accepted}")
 
 
 def shown(value: object) -> str:
-    """A value as an error shows it: its repr, shortened where it is long."""
+    """The repr of a value for an error, shortened if it is long."""
     try:
         return reprlib.repr(value)
-    except Exception:  # a value may refuse to be shown, and is refused all the same
+    except Exception:  # the repr of a user's class may fail
         return f"a {type(value).__name__}"
 
 
 @dataclass(frozen=True)
 class Schedule(BaseOptions):
-    """What calibration does around an algorithm; an algorithm does not know it.
+    """Options of calibration that an algorithm does not see.
 
-    - ``sequential``: fit every layer to what the quantized layers before it give, not to the float model's inputs.
-    - ``fold``: divide what produces the inputs of a layer, not the inputs, where nothing else changes.
+    - ``sequential``: fit every layer to the outputs of the quantized layers before it, not to those of the float model.
+    - ``fold``: move the divisor of a layer's inputs into the weights that produce them, where nothing else changes.
     """
 
     sequential: bool = option(False, "True or False")
@@ -64,17 +73,14 @@ class Schedule(BaseOptions):
 
 
 class Format(NamedTuple):
-    """An entry of ``quant_cfg``: the format of a ``part``, weights or inputs, of the layers that ``pattern`` matches.
-
-    ``pattern`` is None for the global entry; ``scheme`` None leaves inputs in floating point.
-    """
+    """An entry of ``quant_cfg``; no pattern: of all layers; no scheme: of inputs that stay in floating point."""
 
     part: str
     pattern: str | None
     scheme: Scheme | None
 
     def matches(self, names: Iterable[str]) -> bool:
-        """Whether one of the ``names`` of a layer fits the pattern."""
+        """Whether the pattern matches one of the ``names`` of a layer."""
         return self.pattern is None or any(fnmatch.fnmatchcase(name, self.pattern) for name in names)
 
     def __str__(self) -> str:
@@ -93,50 +99,41 @@ class Config:
     skip_layers: tuple[str, ...]
 
     def spec(self, names: Sequence[str]) -> LayerSpec | None:
-        """The format of a layer with these ``names``; None where no entry gives its weights one.
-
-        Raises:
-            QuantizeError: a combination that no layer can have; it names the layer.
-        """
+        """The format of a layer with these ``names``, None without a weights entry; refuses impossible combinations."""
         spec = _spec(each for each in self.formats if each.matches(names))
         if spec is not None:
             _check(f"layer {names[0]!r}, ", self.name, spec)
         return spec
 
     def algorithm(self, spec: LayerSpec) -> Algorithm:
-        """The algorithm called ``name``, closed over a format and the options."""
+        """The algorithm ``name`` for the format ``spec``, with the options."""
         return ALGORITHMS[self.name].algorithm(spec, self.options)
 
     @property
     def data_free(self) -> bool:
-        """Whether every layer is solved without a batch, whatever the entries match."""
+        """Whether every layer can be solved without a batch, whichever entries match it."""
         inputs = {each.scheme for each in self.formats if each.part == "inputs"} or {None}
         return all(self.algorithm(LayerSpec(Scheme(), each)).data_free for each in inputs)
 
 
 def _spec(formats: Iterable[Format]) -> LayerSpec | None:
-    """What ``formats`` say together, the later above the earlier."""
+    """The format of a layer from all ``formats`` that match it; later ones override earlier ones."""
     chosen = {each.part: each.scheme for each in formats}
     weight = chosen.get("weights")
     return None if weight is None else LayerSpec(weight, chosen.get("inputs"))
 
 
 def parse(config: object) -> Config:
-    """Check the whole of ``config`` against the table in the README.
-
-    Raises:
-        QuantizeError: for the first thing that is not accepted; it names the key, the value and what is accepted.
-    """
+    """Check ``config`` against the table in the README; the first value that is not accepted is a QuantizeError."""
     top = _dict("config", config, "quant_cfg", "algorithm", optional=("batch_num", "skip_layers"))
     batch_num, words = top.get("batch_num", 1), top.get("skip_layers")
-    # bool is an int to Python, and never meant as one here.
-    if type(batch_num) is not int or not 1 <= batch_num <= MAX_BATCHES:
+    if type(batch_num) is not int or not 1 <= batch_num <= MAX_BATCHES:  # isinstance would accept a bool
         raise refusal("batch_num", shown(batch_num), f"an int from 1 to {MAX_BATCHES}")
     if not _are_words(words):
         raise refusal("skip_layers", shown(words), "None, a non-empty string, or a collection of non-empty strings")
     formats = _formats(top["quant_cfg"])
     name, given = _named(top["algorithm"])
-    # Where there are patterns, every layer tells what it has.
+    # With patterns, the combination is checked for every layer.
     usual = None if any(each.pattern for each in formats) else _spec(formats)
     if usual is not None:
         _check("", name, usual)
@@ -146,7 +143,7 @@ def parse(config: object) -> Config:
 
 
 def _formats(value: Any) -> tuple[Format, ...]:
-    """The entries of ``quant_cfg``: the global ones first, then those with a pattern as they are given."""
+    """The entries of ``quant_cfg``: the global ones first, then those with a pattern in the given order."""
     keys = value if isinstance(value, Mapping) else ()
     patterns = [key for key in keys if isinstance(key, str) and _PATTERN.fullmatch(key)]
     needed = [] if any(key.endswith(".weights") for key in patterns) else ["weights"]
@@ -158,10 +155,12 @@ def _formats(value: Any) -> tuple[Format, ...]:
         if entry is None and not pattern and key not in needed:
             continue
         where = f"quant_cfg.{key!r}" if pattern else f"quant_cfg.{key}"
-        off = part == "inputs" and isinstance(entry, Mapping) and "enable_quant" in entry
-        if off and (len(entry) > 1 or entry["enable_quant"] is not False):
-            raise refusal(where, shown(entry), f"{{'enable_quant': False}} or a dict with {_listed(_INPUTS)}")
-        scheme = None if off else _scheme(where, entry, _INPUTS if part == "inputs" else _WEIGHTS)
+        on = entry.get("enable_quant") if part == "inputs" and isinstance(entry, Mapping) else None
+        if on is not None:
+            entry = {word: given for word, given in entry.items() if word != "enable_quant"}
+            if on is not bool(entry):
+                raise refusal(where, shown(value[key]), f"{{'enable_quant': False}} or a dict with {_listed(_INPUTS)}")
+        scheme = None if on is False else _scheme(where, entry, _INPUTS if part == "inputs" else _WEIGHTS)
         found.append(Format(part, pattern or None, scheme))
     return tuple(found)
 
@@ -169,7 +168,7 @@ def _formats(value: Any) -> tuple[Format, ...]:
 def _dict(
     where: str, value: Any, *required: str, optional: Collection[str] = (), patterns: Collection[str] | None = None
 ) -> Mapping[str, Any]:
-    """``value``, a dict of the ``required`` keys and any of the ``optional`` ones, and of ``patterns``."""
+    """``value``, if it is a dict with the ``required`` keys and otherwise only ``optional`` ones and ``patterns``."""
     accepted = f"a dict with {_listed((*required, *optional)) or 'no keys'}" + _PATTERNS * (patterns is not None)
     if not isinstance(value, Mapping):
         raise refusal(where, shown(value), accepted)
@@ -185,8 +184,8 @@ def _dict(
 def _known(where: str, what: str, name: object, known: Collection[str]) -> None:
     if not isinstance(name, str) or name not in known:
         close = difflib.get_close_matches(name, known, n=1) if isinstance(name, str) else []
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise refusal(where, f"unknown {what} {shown(name)}", f"{_listed(known) or 'none'}{hint}")
+        accepted = (_listed(known) or "none") + "".join(f"; did you mean {each!r}?" for each in close)
+        raise refusal(where, f"unknown {what} {shown(name)}", accepted)
 
 
 def _listed(words: Iterable[object]) -> str:
@@ -198,7 +197,7 @@ def _are_words(value: Any) -> bool:
         return value is None
     try:
         return value != "" and all(isinstance(word, str) and word for word in value)
-    except TypeError:  # an array without dimensions
+    except TypeError:  # NumPy arrays without dimensions cannot be iterated
         return False
 
 
@@ -217,7 +216,7 @@ def _scheme(where: str, value: object, accepted: Mapping[str, tuple[Any, ...]]) 
 
 
 def _named(value: Any) -> tuple[str, Any]:
-    """The name of the algorithm, and what its options are given as."""
+    """The name of the algorithm, and the value given for its options."""
     names = list(value) if isinstance(value, (Mapping, set, frozenset, list, tuple)) else [value]
     if len(names) != 1 or not isinstance(names[0], str):
         accepted = "as a name, a collection of one name, or a dict of one name to options"
@@ -227,17 +226,17 @@ def _named(value: Any) -> tuple[str, Any]:
 
 
 def _check(where: str, name: str, spec: LayerSpec) -> None:
-    """Refuse a combination of formats and algorithm that no layer can have; errors begin with ``where``."""
+    """Refuse formats and an algorithm that do not go together; errors begin with ``where``."""
     if spec.inputs is not None and spec.weight.strategy == "group":
         raise refusal(f"{where}quant_cfg.weights.strategy", "'group'", "'tensor', 'channel' with quant_cfg.inputs")
     fitting = [each for each, module in ALGORITHMS.items() if (spec.inputs is not None) in module.QUANTIZES_INPUTS]
     if name not in fitting:
-        beside = f"{'with' if spec.inputs else 'without'} quant_cfg.inputs"
-        raise refusal(f"{where}algorithm", shown(name), f"{_listed(fitting)} {beside}")
+        told = "with" if spec.inputs else "without"
+        raise refusal(f"{where}algorithm", shown(name), f"{_listed(fitting)} {told} quant_cfg.inputs")
 
 
 def _options(name: str, given: Any, quantizes_inputs: bool) -> tuple[Any, Schedule]:
-    """Options and schedule, which are given in one dict; a schedule where it changes anything."""
+    """Options and schedule from one dict; keys of the schedule are accepted only where they have an effect."""
     where, module = f"algorithm.{name}", ALGORITHMS[name]
     spec = LayerSpec(Scheme(), Scheme(strategy="tensor") if quantizes_inputs else None)
     own, usual = [f.name for f in fields(module.Options)], module.algorithm(spec, module.Options())

@@ -1,4 +1,4 @@
-"""The state that torch, Python and NumPy keep for everybody: the one place where it is read and put back."""
+"""The global state of torch, Python and NumPy: this is the only file that reads and restores it."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from quantize.shell import offload
 
 
 def snapshot(devices: frozenset[torch.device]) -> Callable[[], None]:
-    """Note what a forward pass may have switched when it stops half-way. Call the result before the pass goes on.
+    """Record the global state of a forward pass that pauses; call the result to restore it before the pass continues.
 
-    That is gradients, the default dtype, autocast, and the random states of ``devices``, those of the model.
+    The state is the gradient mode, the default dtype, autocast, and the random states of ``devices``.
     """
     kinds = {"cpu"} | {device.type for device in devices if torch.amp.is_autocast_available(device.type)}
     restores: list[Callable[[], Any]] = [
@@ -40,16 +40,16 @@ def snapshot(devices: frozenset[torch.device]) -> Callable[[], None]:
 
 
 def fixed() -> tuple[Any, ...]:
-    """What is not put back: a pass that stops where any of this is switched would leave it to others."""
+    """Global state that :func:`snapshot` cannot restore, to compare: no pass may pause where any of it has changed."""
     excluded, key = torch._C._dispatch_tls_is_dispatch_key_excluded, torch._C.DispatchKey
     cuda: Any = torch.backends.cuda
     return (
         torch.is_inference_mode_enabled(),
-        # A default device is a mode on the stack of functions.
+        # torch.set_default_device puts a mode on this stack.
         torch._C._len_torch_function_stack(),
         torch._C._len_torch_dispatch_stack(),
         torch._C._functorch.peek_interpreter_stack() is None,
-        # Inside of an operator: its frames in C++ have to end in their order.
+        # These are excluded inside an operator, whose C++ frames have to return in order.
         excluded(key.AutogradOther),
         excluded(key.ADInplaceOrView),
         torch.is_anomaly_enabled(),
@@ -62,8 +62,8 @@ def fixed() -> tuple[Any, ...]:
 
 
 def random_states(devices: frozenset[torch.device]) -> dict[str, Any]:
-    """The states of the generators that everybody draws from, as plain values: they can be saved."""
-    numpys = np.random.get_state(legacy=False)  # noqa: NPY002 - the generator that others draw from
+    """The states of the global random generators, as plain values that can be saved."""
+    numpys = np.random.get_state(legacy=False)  # noqa: NPY002 - users draw from the legacy generator
     found: dict[str, Any] = {
         "torch": bytes(torch.get_rng_state().numpy()),
         "python": random.getstate(),
@@ -76,12 +76,12 @@ def random_states(devices: frozenset[torch.device]) -> dict[str, Any]:
 
 
 def set_random_states(states: dict[str, Any]) -> None:
-    """Undo :func:`random_states`."""
+    """Restore the ``states`` of :func:`random_states`."""
     for name, state in states.items():
         if name == "python":
             random.setstate(state)
         elif name == "numpy":
-            np.random.set_state(state)  # noqa: NPY002 - likewise
+            np.random.set_state(state)  # noqa: NPY002 - users draw from the legacy generator
         else:
             tensor = torch.frombuffer(bytearray(state), dtype=torch.uint8)
             if name == "torch":
@@ -91,9 +91,9 @@ def set_random_states(states: dict[str, Any]) -> None:
 
 
 def untracked(device: torch.device) -> ExitStack:
-    """No gradients, no inference tensors and no autocast on ``device`` until the result of this call is left.
+    """A context without gradients, inference tensors and autocast on ``device``.
 
-    No generator: one that an interrupt leaves suspended would switch once more when it is collected.
+    It is not a generator: an interrupt could leave that suspended, and its collection would switch the modes again.
     """
     stack = ExitStack()
     for mode in (torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False)):
@@ -113,7 +113,7 @@ def put(owner: nn.Module, name: str, value: Tensor) -> None:
 
 @contextmanager
 def undisturbed(root: nn.Module) -> Iterator[None]:
-    """Random numbers and the buffers of ``root`` are afterwards as before."""
+    """A context that restores the random states and the buffers of ``root`` at its end."""
     states = random_states(offload.devices(root))
     buffers = [(module, name, buffer, buffer.clone()) for module in root.modules()
                for name, buffer in module._buffers.items() if buffer is not None and not buffer.is_meta]  # fmt: skip
@@ -129,7 +129,7 @@ def undisturbed(root: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def same_attributes(root: nn.Module, layers: Collection[nn.Module]) -> Iterator[None]:
-    """The attributes of all modules of ``root`` are afterwards as before; of ``layers``, the parameters."""
+    """A context that restores all attributes of the modules of ``root``; of ``layers``, only parameters and buffers."""
     modules = list(root.modules())
     held = [module.__dict__ for module in modules if module not in layers]
     held += [each for module in modules for each in (module._parameters, module._buffers)]
@@ -138,7 +138,7 @@ def same_attributes(root: nn.Module, layers: Collection[nn.Module]) -> Iterator[
         yield
     finally:
         for each, old in zip(held, before, strict=True):
-            # Never empty: an interrupt may come at any time.
+            # The dict is never cleared, because an interrupt may come at any time.
             each.update(old)
             for key in each.keys() - old.keys():
                 del each[key]

@@ -1,8 +1,8 @@
-"""Models that accelerate has dispatched: hooks move the inputs of modules, and may keep their parameters elsewhere.
+"""Models that accelerate has dispatched: hooks move the inputs of modules, and may offload their parameters.
 
-A module has such a hook as its attribute ``_hf_hook``, and a forward that calls the hook. Where the hook offloads, the
-parameters are on the meta device between calls; its ``weights_map`` holds them by name, in host memory or in files.
-Here they are read from there when they are needed, and the module stays as it is. accelerate itself is not imported.
+The attribute ``_hf_hook`` of a module is such a hook, and the forward of the module calls it. Offloaded parameters are
+on the meta device between calls; the ``weights_map`` of the hook holds them by name, in host memory or in files. This
+file reads them from there and leaves the module as it is. It does not import accelerate.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from quantize.shell.config import refusal
 
-# Of the name of a parameter and its value, the value to put in its place.
+# A function of the name and the value of a parameter; it returns the new value.
 Change = Callable[[str, Tensor], Tensor]
 _HOOK, _FORWARD = "_hf_hook", "_old_forward"
 
@@ -32,7 +32,7 @@ def dispatched(module: nn.Module) -> bool:
 
 
 def keeper(module: nn.Module) -> Any:
-    """The hook that keeps the parameters of ``module`` elsewhere, or None."""
+    """The hook that offloads the parameters of ``module``, or None."""
     hooks = [module.__dict__.get(_HOOK)]
     for hook in hooks:
         hooks += getattr(hook, "hooks", ())
@@ -40,7 +40,7 @@ def keeper(module: nn.Module) -> Any:
 
 
 def device(module: nn.Module) -> torch.device:
-    """Where ``module``, which has a weight, computes."""
+    """The device on which ``module``, which has a weight, computes."""
     hook = keeper(module)
     return torch.device(hook.execution_device) if hook is not None else cast("Tensor", module.weight).device
 
@@ -52,21 +52,21 @@ def devices(root: nn.Module) -> frozenset[torch.device]:
 
 
 def buffers(root: nn.Module) -> dict[str, Tensor]:
-    """The buffers of ``root`` that are not kept elsewhere, by name."""
+    """The buffers of ``root`` that are not offloaded, by name."""
     return {name: buffer for name, buffer in root.named_buffers() if not buffer.is_meta}
 
 
 def weight(layer: nn.Module, name: str) -> Tensor:
-    """The weight of the layer ``name`` where it computes: its own, or a copy of what is kept elsewhere.
+    """The weight of ``layer``, on the device where it computes: its parameter, or a copy of the offloaded one.
 
     Raises:
-        QuantizeError: it cannot be read.
+        QuantizeError: it cannot be read; the error names the layer ``name``.
     """
     return cast("Tensor", _read(layer, name, "weight"))
 
 
 def bias(layer: nn.Module, name: str) -> Tensor | None:
-    """The bias, as :func:`weight`; None where the layer has none."""
+    """The bias of ``layer``, read as by :func:`weight`; None if it has none."""
     return _read(layer, name, "bias")
 
 
@@ -86,32 +86,32 @@ def _read(module: nn.Module, name: str, key: str) -> Tensor | None:
 
 
 class Away(NamedTuple):
-    """Where a layer computes whose tensors are kept elsewhere: in files of ``folder``, or in host memory."""
+    """The storage of offloaded tensors, in ``folder`` or host memory, and the ``device`` that computes with them."""
 
     device: torch.device
     folder: str | None
 
     def here(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors where the layer computes."""
+        """The tensors, moved to the device where the layer computes."""
         return {name: tensor.to(self.device) for name, tensor in held.items()}
 
     def put(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors where they are kept."""
+        """The tensors, moved to the storage."""
         return {name: self._stored(tensor) for name, tensor in held.items()}
 
     def _stored(self, tensor: Tensor) -> Tensor:
-        # A copy of the model may be where the folder is not.
+        # The folder may be missing where a copy of the model is used.
         if self.folder is None or not Path(self.folder).is_dir() or not tensor.numel():
             return tensor.cpu()
         with tempfile.NamedTemporaryFile(dir=self.folder) as file:
-            # The file has no name any more when this returns: it lasts as long as the tensor.
+            # The name is deleted at the end of this block; the file itself lasts as long as the tensor.
             mapped = torch.from_file(file.name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
-        # A dense tensor keeps its strides.
+        # The copy has the strides of the tensor.
         return mapped.as_strided(tensor.shape, torch.empty_like(tensor, device="meta").stride()).copy_(tensor)
 
 
 def away(layer: nn.Module) -> Away | None:
-    """Where the weight of ``layer`` is kept and where it computes, None where both are the same."""
+    """The storage of the weight of ``layer`` if it is offloaded, else None."""
     if (hook := keeper(layer)) is None:
         return None
     kept, _, entry = _source(hook.weights_map, "weight")
@@ -119,21 +119,21 @@ def away(layer: nn.Module) -> Away | None:
 
 
 def _source(kept: Any, key: str) -> tuple[Any, str, Any]:
-    """The map of the model that ``kept``, the map of a module, reads ``key`` from; the key there; its file, if any."""
+    """For ``key`` in ``kept``, the map of a module: the map of the model behind it, the key there, its file if any."""
     while (whole := getattr(kept, "dataset", None)) is not None:
-        kept, key = whole, kept.names.get(key, key) if isinstance(kept, _Changed) else kept.prefix + key
+        kept, key = whole, kept.names.get(key, key) if isinstance(kept, _MapView) else kept.prefix + key
     return kept, key, None if key in getattr(kept, "state_dict", ()) else getattr(kept, "index", {}).get(key)
 
 
 def ties(root: nn.Module) -> dict[nn.Parameter, nn.Parameter]:
-    """Of tied parameters that are kept elsewhere, which accelerate makes several of, the one: as transformers says."""
+    """By offloaded parameter, the one it is tied to: accelerate copies tied parameters, transformers names them."""
     told: dict[str, str] = getattr(root, "all_tied_weights_keys", None) or {}
     named = dict(root.named_parameters(remove_duplicate=False))
     return {p: named.get(told[key], p) for key, p in named.items() if key in told and p.is_meta}
 
 
 def state(root: nn.Module, **options: Any) -> dict[str, Any]:
-    """The ``state_dict`` of ``root`` with these ``options``; what is kept elsewhere is read as by :func:`weight`."""
+    """The ``state_dict`` of ``root`` with these ``options``, with offloaded tensors read as by :func:`weight`."""
     found: dict[str, Any] = root.state_dict(**options)
     for name, module in root.named_modules(remove_duplicate=False):
         for key in (*module._parameters, *module._buffers) if keeper(module) is not None else ():
@@ -144,36 +144,36 @@ def state(root: nn.Module, **options: Any) -> dict[str, Any]:
 
 
 def follow(new: nn.Module, old: nn.Module, names: Mapping[str, str], part: Change, *, inside: bool = False) -> None:
-    """Let the hook of ``old``, if it has one, run around ``new``, whose parameters are parts of those ``names``.
+    """Give ``new`` the hook of ``old``, if any. ``part`` makes its parameters from those of ``old`` called ``names``.
 
-    With ``inside``, ``new`` runs inside of it: then it only keeps the parameters, if it does.
+    With ``inside``, ``new`` runs inside ``old``. Then it gets only a hook that offloads parameters.
     """
     kept = keeper(old)
     if (hook := kept if inside else old.__dict__.get(_HOOK)) is None:
         return
     if kept is not None:
         devices = {key: at[name] for key, name in names.items() if name in (at := kept.original_devices)}
-        hook = _altered(hook, kept, weights_map=_Changed(kept.weights_map, names, part), original_devices=devices)
+        hook = _copied(hook, kept, weights_map=_MapView(kept.weights_map, names, part), original_devices=devices)
     forward = functools.update_wrapper(functools.partial(old.__dict__["forward"].func, new), new.forward)
     new.__dict__.update({_HOOK: hook, _FORWARD: new.forward, "forward": forward})
     settle(new)
 
 
 def settle(module: nn.Module) -> None:
-    """Let the hook of ``module`` leave its parameters alone, if they are not on the meta device."""
+    """Turn off offloading in the hook of ``module``, unless a parameter is on the meta device."""
     if _HOOK in module.__dict__ and not any(p.is_meta for p in module.parameters(recurse=False)):
-        module.__dict__[_HOOK] = _altered(module.__dict__[_HOOK], keeper(module), offload=False, weights_map=None)
+        module.__dict__[_HOOK] = _copied(module.__dict__[_HOOK], keeper(module), offload=False, weights_map=None)
 
 
 def hooked(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Let ``forward`` of a class call the hooks of its instances; it reads offloaded parameters itself."""
+    """Wrap the ``forward`` of a class so that it calls accelerate's hook; it reads offloaded parameters itself."""
 
     @functools.wraps(forward)
     def called(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        # accelerate has replaced the forward of this instance if there is an old one: then the hook was called.
+        # With an old forward, accelerate has replaced that of this instance, and has already called the hook.
         if _HOOK not in module.__dict__ or _FORWARD in module.__dict__:
             return forward(module, *args, **kwargs)
-        hook = _altered(module.__dict__[_HOOK], keeper(module), offload=False, weights_map=None)
+        hook = _copied(module.__dict__[_HOOK], keeper(module), offload=False, weights_map=None)
         args, kwargs = hook.pre_forward(module, *args, **kwargs)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not getattr(hook, "no_grad", False)):
             output = forward(module, *args, **kwargs)
@@ -182,8 +182,8 @@ def hooked(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return called
 
 
-class _Changed:
-    """What a hook keeps under the ``names``, by a function each time it is read; the rest as it is."""
+class _MapView:
+    """The map of a hook in which a function changes the tensors ``names`` whenever they are read."""
 
     def __init__(self, kept: Any, names: Mapping[str, str], function: Change, *, folded: bool = False) -> None:
         self.dataset, self.names, self._function, self.folded = kept, names, function, folded
@@ -195,36 +195,36 @@ class _Changed:
 
 
 def _mapped(kept: Any, key: str) -> Any:
-    """The tensor ``key`` of the map of a module; of one in a file, no more is read than is used."""
+    """The tensor ``key`` of the map of a module. A tensor in a file is mapped, so that only the used part is read."""
     whole, name, entry = _source(kept, key)
-    if entry is None or isinstance(kept, _Changed):
+    if entry is None or isinstance(kept, _MapView):
         return kept[key]
     if entry.get("safetensors_file"):
-        # Without the device that the model computes on, to which all of it would be copied.
+        # A map without a device: accelerate's would copy the whole tensor to the device that computes.
         return type(whole)(index={name: entry})[name]
     file, dtype = f"{whole.save_folder}/{name}.dat", getattr(torch, entry["dtype"])
     return torch.from_file(file, size=torch.Size(entry["shape"]).numel(), dtype=dtype).view(entry["shape"])
 
 
 def change(module: nn.Module, keys: Collection[str], function: Change) -> Callable[[], None]:
-    """Make new parameters ``keys`` of ``module``, those that it has, by ``function``. Returns what undoes this.
+    """Replace the parameters ``keys`` that ``module`` has by new ones from ``function``; returns a function to undo it.
 
-    What is kept elsewhere stays as it is, and is changed whenever it is read.
+    Offloaded tensors stay as they are, and are changed whenever they are read.
     """
     if (hook := keeper(module)) is None:
         before = {key: p for key, p in module._parameters.items() if p is not None and key in keys}
         after = {key: nn.Parameter(function(key, p.detach()), p.requires_grad) for key, p in before.items()}
         module._parameters.update(after)
         return functools.partial(module._parameters.update, before)
-    old, values = module.__dict__[_HOOK], _Changed(hook.weights_map, {key: key for key in keys}, function, folded=True)
-    module.__dict__[_HOOK] = _altered(old, hook, weights_map=values)
+    old, values = module.__dict__[_HOOK], _MapView(hook.weights_map, {key: key for key in keys}, function, folded=True)
+    module.__dict__[_HOOK] = _copied(old, hook, weights_map=values)
     return functools.partial(module.__dict__.__setitem__, _HOOK, old)
 
 
 def hold(root: nn.Module) -> None:
-    """Give modules that contain others all of their own parameters to keep, until their attributes are put back.
+    """Load the offloaded parameters of all modules with children, until the modules' attributes are restored.
 
-    A pass that stops inside of such a module would lose them when another one ends.
+    A pass that pauses inside such a module would lose them when another pass leaves the module.
     """
     for module in root.modules():
         if (hook := keeper(module)) is not None and [*module.children()] and not hook.place_submodules:
@@ -233,16 +233,16 @@ def hold(root: nn.Module) -> None:
 
 
 def changed(root: nn.Module) -> bool:
-    """Whether :func:`change` is in force for something that is kept elsewhere."""
+    """Whether :func:`change` applies to any offloaded tensor of ``root``."""
     return any(getattr(getattr(keeper(each), "weights_map", None), "folded", False) for each in root.modules())
 
 
-def _altered(hook: Any, kept: Any, **values: Any) -> Any:
-    """``hook``, or where it is or holds ``kept``, a copy with other attributes that knows of no tied parameters."""
+def _copied(hook: Any, kept: Any, **values: Any) -> Any:
+    """``hook``; if it is or contains ``kept``, a copy with new attributes ``values`` and without tied parameters."""
     if hook is kept:
         values |= {"tied_params_map": None, "tied_params_names": set()}
     elif hasattr(hook, "hooks"):
-        values = {"hooks": tuple(_altered(each, kept, **values) for each in hook.hooks)}
+        values = {"hooks": tuple(_copied(each, kept, **values) for each in hook.hooks)}
     else:
         return hook
     new = copy.copy(hook)

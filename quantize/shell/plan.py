@@ -12,27 +12,32 @@ from torch import nn
 from quantize.core import LayerSpec
 from quantize.shell import offload
 from quantize.shell.config import Config, refusal
+from quantize.shell.progress import progress
 from quantize.shell.report.rows import Skipped, share
 from quantize.shell.views import known, modules
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# Children whose weight their owner reads without calling them.
+# Children whose owner reads their weight without calling them.
 _READ_DIRECTLY: dict[type[nn.Module], tuple[str, ...]] = {
     nn.MultiheadAttention: ("out_proj",),
     nn.TransformerEncoderLayer: ("linear1", "linear2"),
 }
 _NO_FORMAT = "no weights entry of quant_cfg matches it"
+_NO_DATA = "its weight is on the meta device, without data"
 _REPLACED = "its forward is replaced on the instance"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What :func:`plan` found: the ``layers`` to quantize, each with all names that it will have in the model.
+    """The result of :func:`plan`: which layers are quantized, and in which format.
 
-    ``specs``: the format of each, by first name. ``views``: what to put in the place of modules first, so that their
-    weights are such layers; see :mod:`.views`. ``unmatched``: entries of ``skip_layers`` that match no module with a
-    weight matrix, and patterns of ``quant_cfg`` that match no layer. ``elements``: those of all weight matrices of the
-    model, each tensor counted once.
+    - ``layers``: the layers to quantize, each with all names that it will have in the model.
+    - ``specs``: the format of each layer, by its first name.
+    - ``views``: replacements for modules that store linear layers in another form, see :mod:`.views`. They come first.
+    - ``skipped``: the modules with a weight matrix that stay as they are, each with the reason.
+    - ``unmatched``: entries of ``skip_layers`` that match no module with a weight matrix, and patterns of ``quant_cfg``
+      that match no layer.
+    - ``elements``: the number of elements of all weight matrices of the model; each tensor counts once.
     """
 
     layers: Mapping[nn.Linear, tuple[str, ...]]
@@ -43,10 +48,11 @@ class Plan:
     elements: int
 
 
-def plan(model: nn.Module, config: Config) -> Plan:
+def plan(model: nn.Module, config: Config, *, outline: bool = False) -> Plan:
     """Decide for every module with a weight matrix; nothing is changed.
 
-    Refuses a model without anything to quantize, and layers as :func:`check_parameters`.
+    Refuses a model without anything to quantize, and layers as :func:`check_parameters`. ``outline``: the model is on
+    the meta device and stands for one whose weights will be read, so no weight is looked at.
     """
     names: dict[nn.Module, list[str]] = {}
     views: dict[nn.Module, nn.Module] = {}
@@ -59,13 +65,14 @@ def plan(model: nn.Module, config: Config) -> Plan:
     total = sum(p.numel() for p in {tied.get(p, p) for p in model.parameters()} if p.ndim >= 2)
     layers, specs = dict[nn.Linear, tuple[str, ...]](), dict[str, LayerSpec]()
     skipped, matched, counted = list[Skipped](), set[str](), set[nn.Parameter]()
-    for module, all_names in names.items():
+    for module, all_names in progress(names.items(), "check the weights", unit="module"):
         matrices = {tied.get(p, p) for p in module.parameters(recurse=False) if p.ndim >= 2}
         if not matrices and not isinstance(module, nn.Linear):
             continue
         asked = [word for word in config.skip_layers if any(word in name for name in all_names)]
         matched.update(asked)
         reason = f"skip_layers: {asked[0]!r}" if asked else _reason(module, all_names, owners.get(module), total)
+        reason = None if outline and reason == _NO_DATA else reason
         spec = config.spec(all_names) if reason is None else None
         matched.update(str(each) for each in config.formats if spec is not None and each.matches(all_names))
         reason = reason or _unfit(cast("nn.Linear", module), spec)
@@ -76,11 +83,12 @@ def plan(model: nn.Module, config: Config) -> Plan:
                 counted |= matrices
         elif isinstance(module, nn.Linear) and spec is not None:
             layers[module], specs[all_names[0]] = tuple(all_names), spec
-            check_parameters(all_names[0], module)
+            if not outline:
+                check_parameters(all_names[0], module)
     if not layers:
         found = "; ".join(f"{s.name or type(model).__name__!r}: {s.reason}" for s in skipped) or "no weight matrix"
         raise refusal("model", f"nothing to quantize ({found})", "a model that contains an nn.Linear")
-    # A module of which nothing is quantized stays as it is.
+    # A module without any quantized layer stays as it is.
     views = {old: new for old, new in views.items() if any(module in layers for module in new.modules())}
     wanted = [*config.skip_layers, *(str(each) for each in config.formats if each.pattern is not None)]
     unmatched = tuple(word for word in wanted if word not in matched)
@@ -88,7 +96,7 @@ def plan(model: nn.Module, config: Config) -> Plan:
 
 
 def swap(model: nn.Module, replacements: Mapping[Any, nn.Module]) -> None:
-    """Put every replacement in the place of its original, under all names."""
+    """Replace each original by its replacement, under all names that it has in ``model``."""
     for parent in list(model.modules()):
         for key, child in parent._modules.items():
             if child is not None and child in replacements:
@@ -96,7 +104,7 @@ def swap(model: nn.Module, replacements: Mapping[Any, nn.Module]) -> None:
 
 
 def check_parameters(name: str, layer: nn.Module) -> None:
-    """Refuse a weight with NaN or inf, which has no scale, and parameters that lie apart or cannot be read."""
+    """Refuse a weight with NaN or inf, parameters on different devices, and parameters that cannot be read."""
     weight, bias = offload.weight(layer, name), offload.bias(layer, name)
     if not bool(torch.isfinite(weight).all()):
         raise refusal(f"layer {name!r}", "a weight with NaN or inf", "finite weights, or the layer in skip_layers")
@@ -113,16 +121,17 @@ def _reason(module: nn.Module, names: list[str], owner: str | None, total: int) 
         wrong = f"{kind} is not an nn.Linear"
         if "forward" in module.__dict__ and known(module):
             wrong = _REPLACED + ", by a hook of accelerate" * offload.dispatched(module)
-        # Experts of a class of their own may be most of a model; those of torch's convolutions are no experts.
+        # The 3-D parameters of an unknown class may be experts, and most of the model. Those of torch's convolutions
+        # are not.
         stacked = sum(p.numel() for p in module.parameters(recurse=False) if p.ndim == 3)
         told = f": its 3-D parameters, such as those of experts, are {share(stacked, total)}"
         return wrong + told * (stacked > 0 and not module.__module__.startswith("torch."))
     if type(module) is not nn.Linear:
         return f"{kind} is a subclass of nn.Linear: its forward may do something else"
     if "" in names:
-        return "the model is the layer itself: nothing holds it to put another in its place"
+        return "the model is the layer itself: it has no parent module"
     if module._parameters.get("weight") is None:
-        return "its weight is no parameter of its own, but computed by a hook"
+        return "its weight is not a parameter: a hook computes it"
     if "forward" in module.__dict__ and not offload.dispatched(module):
         return _REPLACED
     if 0 in module.weight.shape:
@@ -130,7 +139,7 @@ def _reason(module: nn.Module, names: list[str], owner: str | None, total: int) 
     if module.weight.dtype not in _FLOATS:
         return f"its weight is {module.weight.dtype}"
     if module.weight.is_meta and offload.keeper(module) is None:
-        return "its weight is on the meta device, without data"
+        return _NO_DATA
     return None
 
 

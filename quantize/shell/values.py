@@ -1,4 +1,4 @@
-"""What a model is called with: what of it can be kept and given a second time."""
+"""Arguments of a model: which can be copied and passed again, and which tokens they contain."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-# What can be kept, saved and given again, in lists, tuples and dicts.
+# Types that can be copied, saved and passed again, in lists, tuples and dicts.
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 
 
 def keepable(value: Any) -> bool:
-    """Whether ``value`` is tensors and plain values in lists, tuples and dicts: it can be given a second time."""
+    """Whether ``value`` can be passed again: it consists of tensors and plain values in lists, tuples and dicts."""
     if type(value) in (list, tuple):
         return all(map(keepable, value))
     if type(value) is dict:
@@ -25,9 +25,9 @@ def keepable(value: Any) -> bool:
 
 
 def copied(value: Any) -> Any:
-    """The same with tensors of their own: what was one tensor stays one, and views share memory as they did.
+    """A deep copy: a tensor that occurs twice stays one tensor, and views still share their memory.
 
-    Small views of something large, such as two rows of a data set, are copied apart.
+    Small views of a large tensor, such as two rows of a data set, are copied separately.
     """
     tensors = {id(leaf): leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)}
     covered = Counter[int]()
@@ -42,17 +42,17 @@ def copied(value: Any) -> Any:
 
 
 def with_tokens(x: Tensor, places: Tensor | None, total: int) -> Tensor:
-    """``x`` ``[t, c]`` itself, which knows from now on that its rows are the tokens ``places`` ``[t]`` of ``total``."""
-    x._quantize_tokens = places, total  # type: ignore[attr-defined] # an attribute of our own
+    """Mark the rows of ``x`` ``[t, c]`` as the tokens ``places`` ``[t]`` of ``total``; returns ``x`` itself."""
+    x._quantize_tokens = places, total  # type: ignore[attr-defined] # an attribute of this library
     return x
 
 
 def tokens_of(x: Tensor) -> tuple[Tensor | None, int]:
-    """What :func:`with_tokens` told of ``x``."""
+    """``places`` and ``total`` as :func:`with_tokens` set them on ``x``; None and 0 without."""
     known: tuple[Tensor | None, int] = getattr(x, "_quantize_tokens", (None, 0))
     return known
 
 
 def kept(x: Tensor) -> Tensor:
-    """A copy of ``x`` that nobody writes to, and that knows as much of its tokens."""
+    """A private copy of ``x``, with the marks of :func:`with_tokens`."""
     return with_tokens(x.detach().clone(), *tokens_of(x))

@@ -1,7 +1,7 @@
-"""Linear layers that a model keeps in another form, as ``nn.Linear`` on views of the same memory.
+"""Linear layers that a model stores in another form, as ``nn.Linear`` on views of the same memory.
 
-- A mixture of experts as transformers keeps it: 3-D parameters in a module whose class was decorated by
-  ``use_experts_implementation``. It is known by the attributes that the decorator leaves, not by its name.
+- The experts of transformers: 3-D parameters in a module whose class has the decorator ``use_experts_implementation``.
+  The attributes that the decorator sets identify it, not its name.
 - ``Conv1D`` of transformers (GPT-2): a linear layer with its weight transposed.
 """
 
@@ -24,9 +24,9 @@ _MARKS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_
 def modules(
     model: nn.Module, views: dict[nn.Module, nn.Module], *, skip: Collection[str] = ()
 ) -> Iterator[tuple[str, nn.Module]]:
-    """All modules under all names, as they will be with the views, which are written into ``views`` on the way.
+    """All modules of ``model`` under all names, with views in place of their originals; it adds these to ``views``.
 
-    What has one of the words ``skip`` in its name gets no view.
+    A module with one of the words ``skip`` in its name gets no view.
 
     Raises:
         QuantizeError: as :func:`view`.
@@ -46,7 +46,7 @@ def modules(
 
 
 def view(name: str, module: nn.Module) -> nn.Module | None:
-    """What to put in the place of ``module`` so that its weights are linear layers; None if it needs no other form.
+    """The replacement for ``module`` whose weights are linear layers; None if it needs none.
 
     Raises:
         QuantizeError: experts whose attributes do not fit their parameters; it names the module.
@@ -62,10 +62,10 @@ def view(name: str, module: nn.Module) -> nn.Module | None:
 
 
 def adopt(new: nn.Module, old: nn.Module) -> None:
-    """Give ``new`` what users attach to a module: attributes, buffers, flags, and hooks, the very same dicts."""
+    """Give ``new`` the attributes, buffers, flags and hooks that users attached to ``old``; the dicts are shared."""
     own = *getattr(old, "own", ()), "_old_forward"
     for key, value in vars(old).items():
-        # That of accelerate may be another already.
+        # ``new`` may already have an accelerate hook of its own.
         if ("_hook" in key and key != "_hf_hook") or not (key in own or hasattr(new, key)):
             vars(new)[key] = value
     new._buffers = {**old._buffers, **new._buffers}
@@ -75,18 +75,18 @@ def adopt(new: nn.Module, old: nn.Module) -> None:
 
 
 def known(module: nn.Module) -> bool:
-    """Whether ``module`` is of a kind that has such a view, provided that its forward is that of its class."""
+    """Whether the class of ``module`` has a view. Its forward must be that of the class."""
     kind = type(module)
     if kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers."):
         return module._parameters.get("weight") is not None
-    # Where a subclass has a forward of its own, that of the decorator is not what runs.
+    # A subclass with its own forward does not run that of the decorator.
     decorated = getattr(kind.forward, "__globals__", {}).get("__name__") == "transformers.integrations.moe"
     decorated = decorated and all(hasattr(module, mark) for mark in _MARKS)
     return decorated and module._parameters.get("down_proj") is not None
 
 
 def release(model: nn.Module) -> None:
-    """Give weights of experts that stay in floating point memory of their own, so that the rest of it is freed."""
+    """Copy the weights of experts that stay in floating point, so that the memory they shared is freed."""
     for module in model.modules():
         for p in module.parameters() if isinstance(module, Experts) else ():
             if p.nbytes < p.untyped_storage().nbytes():
@@ -94,9 +94,9 @@ def release(model: nn.Module) -> None:
 
 
 class Experts(nn.Module):
-    """A mixture's experts, each a module ``0``, ``1``, ... with ``gate_proj`` (if any), ``up_proj`` and ``down_proj``.
+    """A mixture's experts: modules ``0``, ``1``, ... with ``gate_proj`` (if any), ``up_proj`` and ``down_proj``.
 
-    All else is the original's: the gate function, the norm after an expert, hooks, attributes. The router is outside.
+    The gate function, the norm after an expert, hooks and attributes are those of the original. The router is outside.
     """
 
     num_experts: int
@@ -139,12 +139,12 @@ class Experts(nn.Module):
         offload.follow(self, original, {key: key for key in self._parameters}, lambda _, tensor: tensor)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """``[t, h]`` by way of the experts ``[t, k]`` with their weights ``[t, k]``: ``[t, h]``.
+        """Run each token of ``[t, h]`` through its experts ``[t, k]``, and sum the outputs weighted by ``[t, k]``.
 
-        The index ``num_experts`` stands for no expert, as in transformers.
+        The index ``num_experts`` means no expert, as in transformers.
 
         Raises:
-            QuantizeError: an index of no expert.
+            QuantizeError: another index outside the experts.
         """
         chosen, k = top_k_index.flatten(), top_k_index.shape[1]
         outside = chosen[(chosen < 0) | (chosen > self.num_experts)]
@@ -176,12 +176,12 @@ def _part(place: tuple[Any, ...], transposed: bool, key: str, tensor: Tensor) ->
 
 
 def _linear(original: nn.Module, names: dict[str, str], part: offload.Change, *, inside: bool) -> nn.Linear:
-    """A linear layer whose parameters are each a ``part`` of those ``names`` of ``original``, if it has them."""
+    """A linear layer: each parameter is the ``part`` of the parameter of ``original`` that ``names`` maps it to."""
     held = {key: p for key, name in names.items() if (p := original._parameters.get(name)) is not None}
     n, c = part("weight", held["weight"]).shape
     layer = nn.Linear(c, n, bias="bias" in held, device="meta").train(original.training)
     for key, p in held.items():
         layer._parameters[key] = nn.Parameter(part(key, p.detach()), p.requires_grad)
-    # The hook of a mixture runs around all of its experts.
+    # The hook of a mixture runs once, around all of its experts.
     offload.follow(layer, original, names, part, inside=inside)
     return layer

@@ -3,9 +3,9 @@
 python -m tests.benchmarks.speed [--seconds 0.5] [--json FILE]
 
 A layer of 2048x2048, and the linear layers of a decoder block of SmolLM2-135M (576 channels, 1536 in the middle, one
-after the other on inputs of their own), with 1, 16 and 256 tokens. Every number is a median over alternating rounds:
-``float`` is the time of nn.Linear over that of the kernel, ``reference`` the same for the reference kernel; above 1 the
-kernel is faster.
+after the other on inputs of their own), with 1, 16 and 256 tokens. A format that ends on ``cpu-bf16`` asks for that
+kernel. Every number is a median over alternating rounds: ``float`` is the time of nn.Linear over that of the kernel,
+``reference`` the same for the reference kernel; above 1 the kernel is faster.
 """
 
 import argparse
@@ -23,6 +23,7 @@ INT8 = {"type": "int8", "symmetric": True, "strategy": "channel"}
 FORMATS = {
     "int8 channel": {"weights": INT8},
     "int4 group 64": {"weights": {"type": "int4", "symmetric": True, "strategy": "group", "group_size": 64}},
+    "int4 group 64, cpu-bf16": {"weights": {"type": "int4", "symmetric": True, "strategy": "group", "group_size": 64}},
     "int8 channel, int8 token": {"weights": INT8, "inputs": {"type": "int8", "symmetric": True, "strategy": "token"}},
     "int8 channel, int8 tensor": {"weights": INT8, "inputs": {"type": "int8", "symmetric": True, "strategy": "tensor"}},
 }
@@ -80,10 +81,13 @@ def main():
     for size, shapes in SIZES.items():
         for dtype in (torch.bfloat16, torch.float32):
             for name, formats in FORMATS.items():
+                asked = "cpu-bf16" if name.endswith("cpu-bf16") else None
+                if asked and dtype == torch.bfloat16:
+                    continue
                 calibration = {c: torch.randn(64, c, dtype=dtype) for _, c in shapes}
                 models = {"float": Layers(shapes, dtype)}
-                for kernel in (None, "reference"):
-                    models[kernel or "kernel"] = converted(shapes, dtype, formats, calibration, kernel)
+                for key, kernel in (("kernel", asked), ("reference", "reference")):
+                    models[key] = converted(shapes, dtype, formats, calibration, kernel)
                 kernel = models["kernel"].layers[0].kernel
                 for t in TOKENS:
                     taken = medians(models, {c: torch.randn(t, c, dtype=dtype) for _, c in shapes}, given.seconds)

@@ -1,8 +1,8 @@
-"""Scale up the weights that meet large inputs, so that their rounding errors shrink where it matters.
+"""Scale up the weights of channels with large inputs, which reduces their rounding errors.
 
 Source: Lin et al. 2024, "AWQ: Activation-aware Weight Quantization for On-Device LLM Compression and Acceleration",
-section 3.2, equations 4 and 5. The loss here is exact and comes from the Gram matrix: no inputs are kept, and the
-layer is not run again.
+section 3.2, equations 4 and 5. The loss here is exact and comes from the Gram matrix, so no inputs are stored and the
+layer does not run again.
 """
 
 from __future__ import annotations
@@ -21,21 +21,24 @@ from quantize.core.qtensor import QTensor
 
 QUANTIZES_INPUTS = frozenset({False, True})
 
-# The mean magnitudes of the input channels, their Gram matrix, and with quantized inputs their ranges.
+# Mean magnitudes of the input channels, their Gram matrix, and for quantized inputs their ranges.
 Statistic = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
 class Options(BaseOptions):
-    """The paper's search, and what improves on it in the same deployed format.
+    """The paper's search, and improvements in the same deployed format. In brackets: default; accepted values.
 
-    - ``grids_num``: how many exponents ``i / grids_num`` from 0 are tried.
-    - ``clip``: with each of them, search the clipping ranges of the scaled weight as well, and keep those of the output
-      channels that gain.
-    - ``signed_scale``: symmetric scales may be negative, see :func:`~quantize.core.ranges.search`; without effect on
-      layers with quantized inputs.
-    - ``shrink``: the strength with which correlations are shrunk as far as chance explains them, see
-      :func:`~quantize.core.shrinkage.intensity`; with 0, the errors on the tokens that were seen decide alone.
+    - ``grids_num`` (20; an int, at least 1): number of exponents ``i / grids_num``, from 0, that are tried.
+    - ``clip`` (True): also search the clipping ranges of the scaled weight for each exponent. An output channel keeps
+      the full range unless the search reduces its error.
+    - ``signed_scale`` (True): allow negative symmetric scales, see :func:`~quantize.core.ranges.search`. It has no
+      effect on layers with quantized inputs.
+    - ``shrink`` (4.0; a number from 0 to 1e6): strength of the shrinkage of correlations, see
+      :func:`~quantize.core.shrinkage.intensity`. With 0, only the errors on the tokens seen decide.
+
+    >>> Options(clip=False).grids_num
+    20
     """
 
     grids_num: int = option(20, "an int, at least 1", lambda value: value >= 1)
@@ -44,14 +47,18 @@ class Options(BaseOptions):
     shrink: float = option(4.0, "a number from 0 to 1e6", lambda value: 0 <= value <= 1e6)
 
 
-# Candidates of the clipping range for each exponent.
-_STEPS = 8
+# How many clipping ranges are tried for each exponent.
+_CLIPPING_RANGES = 8
 
 
 def algorithm(spec: LayerSpec, options: Options = Options()) -> Algorithm:
-    """AWQ; remembers the mean magnitude of the input channels and their Gram matrix.
+    """AWQ for the format ``spec``, with ``options``.
 
-    With quantized inputs it remembers their ranges, too.
+    Its statistic is the mean magnitude of the input channels, their Gram matrix, and for quantized inputs their ranges.
+
+    >>> from quantize.core import Scheme
+    >>> algorithm(LayerSpec(Scheme(bits=4))).fewest
+    16
     """
     observed = [observers.channel_absmean, observers.gram, *[observers.channel_range] * (spec.inputs is not None)]
     return Algorithm(
@@ -63,11 +70,12 @@ def algorithm(spec: LayerSpec, options: Options = Options()) -> Algorithm:
 
 
 def candidate_scale(absmean: Tensor, ratio: float) -> Tensor:
-    """``absmean^ratio`` over ``sqrt(max * min)`` of itself, ``[c]``; dead channels get 1, ratio 0 gives 1.
+    """``absmean^ratio`` for ``absmean`` ``[c]``, divided by ``sqrt(max * min)`` of the powers: ``[c]``.
 
-    Normalized in the log domain, so that a tiny channel neither underflows nor makes the rest infinite.
+    Dead channels get 1. The normalization is in the log domain, so a tiny channel neither underflows nor makes the
+    other channels infinite.
 
-    Source: AWQ, equation 5; the normalization is that of the authors' code.
+    Source: AWQ, equation 5. The authors' code has the same normalization.
 
     >>> candidate_scale(torch.tensor([1., 4., 0.]), 0.5)
     tensor([0.7071, 1.4142, 1.0000])
@@ -85,9 +93,17 @@ def rounded(
 ) -> tuple[QTensor, Tensor]:
     """``Q(W s)`` ``[n, c]``, and its errors ``[2]``: ``tr(delta H delta^T)`` with ``delta = Q(W s) / s - W``.
 
-    The first error is that on ``gram`` ``[c, c]`` as it is, the second that with the part ``rho`` of the correlations
-    taken out. With ``options.clip``, every output channel has its range searched, and keeps the full range unless both
-    errors fall. ``weight`` is ``[n, c]``, ``scale`` ``[c]``. Source: AWQ, equation 4.
+    ``weight`` is ``[n, c]`` and ``scale`` ``[c]``. The first error uses ``gram`` ``[c, c]`` as it is, and the second
+    one removes the fraction ``rho`` ``[]`` of its correlations. With ``options.clip``, the range of every output
+    channel is searched; the full range is kept unless both errors fall. ``spec`` is the format.
+
+    Source: AWQ, equation 4.
+
+    >>> from quantize.core import Scheme
+    >>> weight, spec = torch.tensor([[7.0, 2.4]]), LayerSpec(Scheme(bits=4))
+    >>> q, errors = rounded(weight, torch.ones(2), torch.eye(2), spec, Options(clip=False))
+    >>> q.codes.tolist(), errors
+    ([[7, 2]], tensor([0.1600, 0.1600]))
     """
     scaled, diagonal = weight * scale, gram.diagonal()
 
@@ -101,7 +117,7 @@ def rounded(
     if not options.clip:
         return plain, found.sum(1)
     signed = options.signed_scale and spec.inputs is None
-    params = ranges.search(scaled, spec.weight, diagonal / scale.square(), steps=_STEPS, signed=signed)
+    params = ranges.search(scaled, spec.weight, diagonal / scale.square(), steps=_CLIPPING_RANGES, signed=signed)
     searched = affine.quantize(scaled, params, spec.weight)
     others = errors(searched)
     if spec.weight.strategy == "tensor":
@@ -116,14 +132,21 @@ def rounded(
 def common_scale(
     spec: LayerSpec, options: Options, weights: Sequence[Tensor], statistic: Statistic, tie: Tensor | None = None
 ) -> Tensor:
-    """The best scale ``[c]`` for all ``weights`` ``[n, c]`` together; ``statistic`` as for :func:`solve`.
+    """The best scale ``[c]`` for all ``weights`` ``[n, c]`` together.
 
-    The candidates have the exponents ``0, 1/grids_num, ...`` below 1, of which the first of equals wins. A candidate
-    counts by the larger of the two errors of :func:`rounded`, each relative to that of exponent 0, which is plain
-    rounding or better: so the result is never worse on the tokens that were seen, and does not live on chance. The
-    errors of the weights add up, and with quantized inputs that of :func:`~quantize.core.input_loss.lost_power`.
+    ``spec`` and ``options`` are those of :func:`algorithm`, and ``statistic`` is as for :func:`solve`. The candidates
+    have the exponents ``0, 1/grids_num, ...`` below 1. A candidate has the two errors of :func:`rounded`, summed over
+    the weights; quantized inputs add their :func:`~quantize.core.input_loss.lost_power`. Each error is divided by that
+    of exponent 0, which is plain rounding or better, and the larger quotient counts. The first candidate with the
+    smallest quotient wins. So the result is never worse than plain rounding on the tokens seen, and does not rely on
+    correlations that chance explains.
 
-    Channels with the same number in ``tie`` ``[c]`` get one scale, by the mean of their magnitudes.
+    Channels with the same number in ``tie`` ``[c]`` get one scale, from the mean of their magnitudes.
+
+    >>> from quantize.core import Scheme
+    >>> statistic = torch.ones(2), observers.SumState(16 * torch.eye(2), torch.tensor(16))
+    >>> common_scale(LayerSpec(Scheme(bits=4)), Options(), [torch.ones(1, 2)], statistic)
+    tensor([1., 1.])
     """
     absmean, sums = tied(statistic[0], tie, mean=True), statistic[1]
     rho = shrinkage.intensity(sums, options.shrink)
@@ -138,17 +161,26 @@ def common_scale(
 
     scales = torch.stack([candidate_scale(absmean, i / options.grids_num) for i in range(options.grids_num)])
     found = torch.stack([errors(scale) for scale in scales.unbind()])
-    # Nothing to 0 is as good; anything else to 0 is infinitely worse.
+    # An error of 0 is as good as the 0 of exponent 0; any other error is infinitely worse than that 0.
     return refine.least(scales, torch.where(found == 0, 0.0, found / found[0]).amax(1))
 
 
 def solve(
     spec: LayerSpec, options: Options, weight: Tensor, statistic: Statistic, smoothing: Tensor | None = None
 ) -> Solution:
-    """Scale and round ``weight`` ``[n, c]``; ``statistic``: mean magnitudes ``[c]`` and the Gram matrix ``[c, c]``.
+    """Scale and round ``weight`` ``[n, c]``.
 
-    With quantized inputs, also the ranges ``[c]`` of the channels. Without ``smoothing`` ``[c]`` the scale is
-    :func:`common_scale`. Notes: ``dead_channels``, input channels that were zero in all of the tokens.
+    ``spec`` and ``options`` are those of :func:`algorithm`. ``statistic`` is the mean magnitudes ``[c]`` of the input
+    channels, their Gram matrix ``[c, c]``, and for quantized inputs their ranges ``[c]``. The scale is ``smoothing``
+    ``[c]`` if given, else :func:`common_scale`.
+
+    Notes: ``dead_channels``, the number of input channels that were zero in all tokens.
+
+    >>> from quantize.core import Scheme
+    >>> statistic = torch.ones(2), observers.SumState(16 * torch.eye(2), torch.tensor(16))
+    >>> spec = LayerSpec(Scheme(bits=4))
+    >>> solve(spec, Options(clip=False), torch.tensor([[7., 2.4]]), statistic).weight.codes.tolist()
+    [[7, 2]]
     """
     absmean, sums = statistic[:2]
     wide = weight.to(affine.working_dtype(weight))
@@ -159,7 +191,7 @@ def solve(
     error, baseline = errors[0], metrics.output_error(plain, sums.total)
     static, notes = None, dict[str, Tensor]()
     if spec.inputs is not None:
-        # What the inputs lose counts on both sides.
+        # Both errors include the rounding of the inputs.
         error, baseline = (
             each + (input_loss.lost_power(spec.inputs, statistic[2], sums, s) * (wide * s).square()).sum()
             for each, s in ((error, scale), (baseline, torch.ones_like(scale)))

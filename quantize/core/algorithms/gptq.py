@@ -1,4 +1,4 @@
-"""Quantize column by column, and let the columns that follow make up for the error of those before.
+"""Quantize column by column; each column compensates the rounding errors of the columns before it.
 
 Source: Frantar et al. 2023, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
 equations 2 and 3 and algorithm 1. The recursion here is the equivalent LDL form of Chee et al. 2023, "QuIP: 2-Bit
@@ -24,21 +24,22 @@ QUANTIZES_INPUTS = frozenset({False, True})
 
 @dataclass(frozen=True)
 class Options(BaseOptions):
-    """The paper's algorithm, and switches for what improves on it in the same deployed format.
+    """The paper's algorithm, and improvements in the same deployed format. In brackets: default; accepted values.
 
-    - ``act_order``: quantize channels with large inputs first.
-    - ``damp``: part of the mean diagonal of the Gram matrix that is added to its diagonal.
-    - ``block_size``: columns between two large matmuls; a matter of speed alone.
-    - ``search_range``: clip ranges by a search, weighted by the pivots of the factorization.
-    - ``signed_scale``: symmetric scales may be negative, see :func:`~quantize.core.ranges.search`. Without effect on
-      layers with quantized inputs: not every kernel for those takes such a scale.
-    - ``shrink``: the strength with which correlations are shrunk as far as chance explains them, see
-      :func:`~quantize.core.shrinkage.intensity`; 0 leaves them as they are. Measured on text, 4 is best.
-    - ``sweeps``: rounds of coordinate descent on the codes, and of refitted scales, after the pass.
-    - ``guard``: for every output channel, keep plain rounding where it is better.
-    - ``asymmetric``: the fraction of the upstream error that each layer compensates, with a paired statistic, see
-      :func:`~quantize.core.correction.corrected`; 0 compensates none. Measured on text, 0.5 is best, and with it
-      fitting layers in the order of execution is better than one pass, without it not.
+    - ``act_order`` (True): quantize channels with large inputs first.
+    - ``damp`` (0.01; a number from 0 to 1): this fraction of the Gram matrix's mean diagonal is added to its diagonal.
+    - ``block_size`` (128; an int, at least 1): columns between two large matmuls. It affects the speed only.
+    - ``search_range`` (True): search clipping ranges, weighted by the pivots of the factorization.
+    - ``signed_scale`` (True): allow negative symmetric scales (:func:`~quantize.core.ranges.search`). Ignored with
+      quantized inputs, because some of their kernels cannot use such scales.
+    - ``shrink`` (4.0; a number from 0 to 1e6): strength of :func:`~quantize.core.shrinkage.intensity`; 4 suits text.
+    - ``sweeps`` (0; an int, at least 0): rounds of coordinate descent on the codes and refitted scales, at the end.
+    - ``guard`` (True): keep plain rounding for the output channels where it is better.
+    - ``asymmetric`` (0.5; a number from 0 to 1): fraction of the upstream error that each layer compensates, with a
+      paired statistic (:func:`~quantize.core.correction.corrected`). 0.5 suits text; 0 needs no paired statistic.
+
+    >>> Options(damp=0.1).block_size
+    128
     """
 
     act_order: bool = option(True, "True or False")
@@ -53,17 +54,17 @@ class Options(BaseOptions):
 
 
 PAPER = Options(act_order=False, search_range=False, shrink=0.0, sweeps=0, guard=False, asymmetric=0.0)
-"""The paper's algorithm 1, to the last code, with the scales of groups fixed before the pass.
-
-Channels that were zero in all tokens are rounded; the authors' code sets them to zero, which the outputs on these
-tokens cannot tell apart.
-"""
+"""The paper's algorithm 1, with the scales of groups fixed before the pass. Dead channels are rounded, not zeroed."""
 
 
 def algorithm(spec: LayerSpec, options: Options = Options()) -> Algorithm:
-    """GPTQ; remembers the Gram matrix of the inputs, and to correct, what they lack of the float model's.
+    """GPTQ for the format ``spec``, with ``options``.
 
-    With quantized inputs it remembers their ranges, too.
+    Its statistic is the Gram matrix of the inputs, or the paired one, and for quantized inputs also their ranges.
+
+    >>> from quantize.core import Scheme
+    >>> algorithm(LayerSpec(Scheme(bits=4)), PAPER).paired is None
+    True
     """
     observer, paired = observers.gram, observers.paired_gram
     if spec.inputs is not None:
@@ -79,45 +80,50 @@ def algorithm(spec: LayerSpec, options: Options = Options()) -> Algorithm:
 
 
 Statistic = observers.SumState | observers.PairedState
+Observed = Statistic | input_loss.Statistic  # With quantized inputs, the ranges of the channels come first.
 
 
 def solve(
-    spec: LayerSpec,
-    options: Options,
-    weight: Tensor,
-    statistic: Statistic | input_loss.Statistic,
-    smoothing: Tensor | None = None,
+    spec: LayerSpec, options: Options, weight: Tensor, statistic: Observed, smoothing: Tensor | None = None
 ) -> Solution:
-    """Quantize ``weight`` ``[n, c]`` for inputs with the Gram matrix ``total`` ``[c, c]``.
+    """Quantize ``weight`` ``[n, c]``; ``statistic`` is the Gram matrix ``H`` ``[c, c]`` of the inputs, or a paired one.
 
-    With ``U`` and ``d`` of :func:`~quantize.core.refine.factor`, in the order of processing, column ``j`` becomes
-    ``q_j = Q(w_j + sum over i < j of (w_i - q_i) U_ij)``. Then ``(w - q) H (w - q)^T = sum of d_j r_j^2``, with ``r``
-    the rounding errors: each is as small as it can be when its column is reached. So the pivots ``d`` are also what
-    the search of the ranges weighs errors with.
+    ``spec`` and ``options`` are those of :func:`algorithm`. In the order of processing, column ``j`` becomes
+    ``q_j = Q(w_j + sum over i < j of (w_i - q_i) U_ij)`` with ``U`` and ``d`` of :func:`~quantize.core.refine.factor`.
+    Then ``(w - q) H (w - q)^T = sum of d_j r_j^2`` with rounding errors ``r``; the range search weighs them by ``d``.
 
-    A paired statistic moves the weight first, see :func:`~quantize.core.correction.corrected`; errors are then those
-    against the moved weight, also the one of plain rounding, which rounds ``weight`` itself. With quantized inputs, the
-    weight is fitted to the rounded inputs, divided by ``smoothing`` ``[c]`` if given, see
-    :func:`~quantize.core.input_loss.met`.
+    A paired statistic moves the weight first, see :func:`~quantize.core.correction.corrected`. All errors are then
+    measured from the moved weight; plain rounding still rounds ``weight`` itself. For quantized inputs, the weight is
+    fitted to the rounded inputs, divided by ``smoothing`` ``[c]`` if given; see :func:`~quantize.core.input_loss.met`.
 
-    Never fails on finite arguments. Notes: ``damp``, as large as the factorization needed it; ``dead_channels``;
-    ``kept_rounding``, output channels that the guard gave back; ``corrected``, the relative change of the weight.
+    Notes: ``damp``, the damping that the factorization needed; ``dead_channels``; ``kept_rounding``, the number of
+    output channels with plain rounding; ``corrected``, the relative change of the weight.
+
+    Raises:
+        ValueError: a statistic that is not finite, or that lacks the ranges of quantized inputs.
+
+    >>> from quantize.core import Scheme
+    >>> statistic = observers.SumState(torch.eye(2), torch.tensor(16))
+    >>> solve(LayerSpec(Scheme(4)), PAPER, torch.tensor([[7.0, 2.4]]), statistic).weight.codes.tolist()
+    [[7, 2]]
     """
     return solve_together(spec, options, [weight], statistic, smoothing)[0]
 
 
 def solve_together(
-    spec: LayerSpec,
-    options: Options,
-    weights: Sequence[Tensor],
-    statistic: Statistic | input_loss.Statistic,
-    smoothing: Tensor | None = None,
+    spec: LayerSpec, options: Options, weights: Sequence[Tensor], statistic: Observed, smoothing: Tensor | None = None
 ) -> list[Solution]:
-    """:func:`solve` for several weights ``[n_i, c]`` of one dtype that read the same inputs: one factorization.
+    """:func:`solve` for several ``weights`` ``[n, c]`` of one dtype that read the same inputs: one factorization.
 
-    Rows are independent, so the weights are put one below the other; with strategy ``tensor`` each has its own scale.
+    Rows are independent, so the weights are concatenated, unless the strategy is ``tensor``. ``spec``, ``options``,
+    ``statistic`` and ``smoothing`` are as for :func:`solve`.
+
+    >>> from quantize.core import Scheme
+    >>> weight, statistic = torch.ones(1, 2), observers.SumState(torch.eye(2), torch.tensor(16))
+    >>> len(solve_together(LayerSpec(Scheme()), Options(), [weight, weight], statistic))
+    2
     """
-    met, finished = _met(spec, statistic, smoothing, stacked=False)
+    met, finished = _after_rounding(spec, statistic, smoothing, stacked=False)
     prepared = _prepare(options, met)
     if spec.weight.strategy == "tensor":
         solutions = [_solve(spec, options, weight, met, prepared, smoothing)[0] for weight in weights]
@@ -128,28 +134,29 @@ def solve_together(
 
 
 def solve_stack(
-    spec: LayerSpec,
-    options: Options,
-    weights: Tensor,
-    statistics: Statistic | input_loss.Statistic,
-    smoothing: Tensor | None = None,
+    spec: LayerSpec, options: Options, weights: Tensor, statistics: Observed, smoothing: Tensor | None = None
 ) -> Solution:
-    """:func:`solve` for every weight of a stack ``[e, n, c]`` at once, as the experts of a mixture are.
+    """:func:`solve` for a stack of ``weights`` ``[e, n, c]``, such as the experts of a mixture, in one call.
 
-    The tensors of ``statistics``, ``smoothing`` and the solution have the leading axis as well. What is added in
-    another order than by :func:`solve` differs by roundings.
+    ``spec`` and ``options`` are those of :func:`algorithm`. ``smoothing`` is ``[e, c]``. The tensors of ``statistics``
+    and of the result also have the leading axis ``e``. Sums in another order differ from :func:`solve` by rounding.
+
+    >>> from quantize.core import Scheme
+    >>> statistics = observers.SumState(torch.eye(2)[None], torch.tensor([16]))
+    >>> solve_stack(LayerSpec(Scheme(4)), PAPER, torch.tensor([[[7.0, 2.4]]]), statistics).weight.codes.tolist()
+    [[[7, 2]]]
     """
-    met, finished = _met(spec, statistics, smoothing, stacked=True)
+    met, finished = _after_rounding(spec, statistics, smoothing, stacked=True)
     return finished(_solve(spec, options, weights, met, _prepare(options, met), smoothing)[0], weights)
 
 
-def _met(
-    spec: LayerSpec, statistic: Statistic | input_loss.Statistic, smoothing: Tensor | None, *, stacked: bool
+def _after_rounding(
+    spec: LayerSpec, statistic: Observed, smoothing: Tensor | None, *, stacked: bool
 ) -> tuple[Statistic, Callable[[Solution, Tensor], Solution]]:
-    """The statistic of what a layer meets, and how to say in the solution of a weight what happens to the inputs."""
+    """The statistic of the inputs after smoothing and rounding, and a function that adds those to a solution."""
     if isinstance(statistic, observers.SumState | observers.PairedState):
         if spec.inputs is not None:
-            raise ValueError("statistic: without ranges; accepted: that of algorithm(spec), with quantized inputs")
+            raise ValueError("statistic: without the ranges of the inputs; accepted: one of algorithm(spec).observer")
         return statistic, lambda solution, weight: solution
     assert spec.inputs is not None
     inputs, given = spec.inputs, () if smoothing is None else (smoothing,)
@@ -172,7 +179,7 @@ def _met(
 
 
 class _Prepared(NamedTuple):
-    """What depends on the inputs alone; of a stack, with a leading axis."""
+    """The results that depend on the inputs only; for a stack, with a leading axis."""
 
     order: Tensor
     upper: Tensor
@@ -193,9 +200,8 @@ def _prepare(options: Options, statistic: Statistic) -> _Prepared:
     if options.act_order:
         order = torch.argsort(diagonal, dim=-1, descending=True, stable=True)
     # Rows, and then columns as the rows of the transposed matrix.
-    upper, pivots, damp = refine.factor(
-        refine.picked(refine.transposed(refine.picked(trusted, order)), order).mT, options.damp
-    )
+    trusted = refine.picked(refine.transposed(refine.picked(trusted, order)), order).mT
+    upper, pivots, damp = refine.factor(trusted, options.damp)
     pivots = pivots.gather(-1, torch.argsort(order, dim=-1)).masked_fill(diagonal == 0, 0.0)
     return _Prepared(order, upper, pivots, {"damp": damp, "dead_channels": (diagonal == 0).sum(-1)})
 
@@ -209,14 +215,14 @@ def _solve(
     smoothing: Tensor | None,
     heights: Sequence[int] | None = None,
 ) -> list[Solution]:
-    """The solutions of a weight ``[n, c]`` that is put together of some with ``heights`` rows; or one, of a stack."""
+    """The solutions of weights with ``heights`` rows, concatenated to ``[n, c]``; without ``heights``, a single one."""
     stacked, gram = weight.ndim == 3, observers.single(statistic).total
     wide = weight.to(affine.working_dtype(weight))
     wide = target = wide if smoothing is None else wide * smoothing[..., None, :]
     if isinstance(statistic, observers.PairedState):
         target = refine.each(partial(correction.corrected, strength=options.asymmetric), stacked)(wide, statistic)
     rounded = refine.each(partial(affine.round_to_nearest, scheme=spec.weight), stacked)(wide)
-    # Without a step, the search gives the full ranges.
+    # With no steps, the search returns the full ranges.
     steps, signed = 20 if options.search_range else 0, options.signed_scale and spec.inputs is None
     params = ranges.search(target, spec.weight, prepared.pivots, steps=steps, signed=signed)
     q = refine.sweep(target, target, prepared.upper, params, spec.weight, prepared.order, block_size=options.block_size)

@@ -1,4 +1,8 @@
-"""Rounding to the nearest code, with the scales of the full ranges: the baseline of every other algorithm."""
+"""Rounding to the nearest code, with the scales of the full ranges: the baseline of every other algorithm.
+
+Source: Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
+Inference", section 2.1; for the symmetric rule see :func:`~quantize.core.affine.qparams`.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +19,17 @@ QUANTIZES_INPUTS = frozenset({False, True})
 
 @dataclass(frozen=True)
 class Options(BaseOptions):
-    """minmax has no options."""
+    """minmax has no options.
+
+    >>> Options()
+    Options()
+    """
 
 
 def algorithm(spec: LayerSpec, options: Options = Options()) -> Algorithm:
-    """Round to nearest. Weights need no data; inputs with strategy ``tensor`` take the range of the tokens seen.
+    """Rounding to nearest for the format ``spec``; ``options`` has no fields.
+
+    Weights need no data. Inputs with strategy ``tensor`` take the range of the tokens seen.
 
     >>> import torch
     >>> from quantize.core import Scheme
@@ -32,9 +42,18 @@ def algorithm(spec: LayerSpec, options: Options = Options()) -> Algorithm:
 
 
 def solve(spec: LayerSpec, weight: Tensor, inputs: tuple[observers.Range, observers.SumState] | None) -> Solution:
-    """Quantize ``weight`` ``[n, c]`` by its own ranges; ``inputs``: ranges and squares ``[c]`` of the input channels.
+    """Quantize ``weight`` ``[n, c]`` to the format ``spec``, by its own ranges.
 
-    ``inputs`` is read with static inputs only. Notes for those: :func:`~quantize.core.input_loss.loss_notes`.
+    Static inputs also need ``inputs``: the ranges and squares ``[c]`` of the input channels. They give the notes of
+    :func:`~quantize.core.input_loss.loss_notes`.
+
+    Raises:
+        ValueError: static inputs, and ``inputs`` is None.
+
+    >>> import torch
+    >>> from quantize.core import Scheme
+    >>> solve(LayerSpec(Scheme(bits=4)), torch.tensor([[0.7, -0.2]]), None).weight.codes.tolist()
+    [[7, -2]]
     """
     static, notes = None, dict[str, Tensor]()
     if spec.inputs is not None and spec.inputs.strategy == "tensor":

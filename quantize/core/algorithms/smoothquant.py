@@ -1,4 +1,4 @@
-"""Move the range of outlier channels from the inputs into the weights, where it costs less.
+"""Move the range of outlier channels from the inputs into the weights, where rounding it costs less.
 
 Source: Xiao et al. 2023, "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language Models",
 equations 3 and 4.
@@ -20,19 +20,24 @@ from quantize.core.algorithms.contract import Algorithm, BaseOptions, LayerSpec,
 
 QUANTIZES_INPUTS = frozenset({True})
 
-# The ranges of the channels and the sums of their squares; for a search over strengths and for gptq, the Gram matrix or
-# the paired one in place of the squares.
+# Ranges of the channels, and the sums of their squares. The search over strengths and gptq need the Gram matrix or the
+# paired statistic instead of the squares.
 Statistic = input_loss.Statistic
 
 
 @dataclass(frozen=True)
 class Options(BaseOptions):
-    """The paper's strength, and what improves on it in the same deployed format.
+    """The paper's strength, and improvements in the same deployed format. In brackets: default; accepted values.
 
-    - ``smooth_strength``: how much of the inputs' range moves into the weight; alpha in the paper.
-    - ``grids_num``: 0 takes ``smooth_strength``; else every layer takes the best of the strengths ``i / grids_num``
-      from 0 to 1, and of no smoothing at all.
-    - ``rounding``: how the smoothed weight is rounded: ``nearest`` as in the paper, or by ``gptq`` with its defaults.
+    - ``smooth_strength`` (0.5; a number strictly between 0 and 1): the paper's alpha, which moves the range of the
+      inputs into the weight.
+    - ``grids_num`` (0; an int, at least 0): 0 uses ``smooth_strength``. Otherwise every layer takes the best of the
+      strengths ``i / grids_num`` from 0 to 1 and of no smoothing.
+    - ``rounding`` ('nearest'; 'nearest' or 'gptq'): how the smoothed weight is rounded: to the nearest code as in the
+      paper, or by gptq with its default options.
+
+    >>> Options(grids_num=10).smooth_strength
+    0.5
     """
 
     smooth_strength: float = option(0.5, "a number strictly between 0 and 1", lambda value: 0 < value < 1)
@@ -41,9 +46,14 @@ class Options(BaseOptions):
 
 
 def algorithm(spec: LayerSpec, options: Options = Options()) -> Algorithm:
-    """SmoothQuant; remembers ranges and squares of the input channels, which give static inputs their scale as well.
+    """SmoothQuant for the format ``spec``, with ``options``.
 
-    The search and gptq remember the Gram matrix in place of the squares.
+    Its statistic is the ranges of the input channels, which also give static inputs their scale, and their squares. The
+    search over strengths and gptq need the Gram matrix instead of the squares.
+
+    >>> from quantize.core import Scheme
+    >>> algorithm(LayerSpec(Scheme(), Scheme(strategy="token"))).paired is None
+    True
     """
     bound, scale = partial(solve, spec, options), partial(common_scale, spec, options)
     if options.rounding == "gptq":
@@ -57,8 +67,8 @@ def algorithm(spec: LayerSpec, options: Options = Options()) -> Algorithm:
 def smoothing_scale(input_amax: Tensor, weight_amax: Tensor, strength: float) -> Tensor:
     """The divisor of the inputs, ``[c]``: ``input_amax^strength / weight_amax^(1 - strength)``.
 
-    Both maxima are ``[c]`` magnitudes of the input channels. A channel that is dead on either side gets 1. With
-    strength 0.5 both sides end with equal maxima, the geometric mean of the two.
+    ``input_amax`` and ``weight_amax`` ``[c]`` are the largest magnitudes of the input channels in inputs and weight. A
+    channel that is zero in either gets 1. With ``strength`` 0.5 both end with the same maximum, the geometric mean.
 
     Source: SmoothQuant, equation 4.
 
@@ -74,13 +84,20 @@ def smoothing_scale(input_amax: Tensor, weight_amax: Tensor, strength: float) ->
 def expected_error(
     spec: LayerSpec, weight: Tensor, smoothing: Tensor, inputs: observers.Range, gram: observers.SumState
 ) -> Tensor:
-    """What the outputs lose when inputs are divided by ``smoothing`` ``[c]`` and both sides are rounded, ``[]``.
+    """The squared error ``[]`` of the outputs in the format ``spec``, when inputs are divided by ``smoothing`` ``[c]``.
 
-    1. The weight's part is exact: ``tr(delta H delta^T)`` with ``delta = Q(W s) / s - W``.
-    2. The errors of the inputs are taken as independent of each other and of the weight's, so that of each channel, see
-       :func:`~quantize.core.input_loss.lost_power`, counts ``|W s|^2`` of its column.
+    1. The part of the weight is exact: ``tr(delta H delta^T)`` with ``delta = Q(W s) / s - W``.
+    2. The errors of the inputs are taken as independent of each other and of the error of the weight. So each channel
+       adds its :func:`~quantize.core.input_loss.lost_power` times ``|W s|^2`` of its column.
 
-    ``weight`` is ``[n, c]``, ``inputs`` ``[c]``, ``gram`` ``[c, c]``.
+    ``weight`` is ``[n, c]``, the ranges ``inputs`` are ``[c]``, and ``gram`` is ``[c, c]``.
+
+    >>> from quantize.core import Scheme
+    >>> ranges = observers.Range(torch.tensor([-127.0]), torch.tensor([127.0]))
+    >>> gram = observers.SumState(torch.tensor([[12.0]]), torch.tensor(12))
+    >>> spec = LayerSpec(Scheme(), Scheme(strategy="tensor"))
+    >>> expected_error(spec, torch.tensor([[127.0]]), torch.ones(1), ranges, gram) == 127**2
+    tensor(True)
     """
     scaled = weight * smoothing
     reached = affine.dequantize(affine.round_to_nearest(scaled, spec.weight)) / smoothing
@@ -102,7 +119,13 @@ def search_scale(
 ) -> Tensor:
     """The divisor ``[c]`` with the least :func:`expected_error`, among ``grids_num + 1`` strengths and the identity.
 
-    The errors of several weights ``[n, c]`` add up; ``tie`` as in :func:`common_scale`.
+    ``weight`` is ``[n, c]``, or several of them, whose errors add up. ``spec``, ``inputs`` and ``gram`` are as there,
+    and ``tie`` ``[c]`` is as for :func:`common_scale`.
+
+    >>> from quantize.core import Scheme
+    >>> ranges, gram = observers.Range(-torch.ones(2), torch.ones(2)), observers.SumState(torch.eye(2), torch.tensor(2))
+    >>> search_scale(LayerSpec(Scheme()), torch.ones(1, 2), ranges, gram, grids_num=2)
+    tensor([1., 1.])
     """
     weights = [weight] if isinstance(weight, Tensor) else weight
     input_amax, weight_amax = _maxima(weights, inputs, tie)
@@ -117,9 +140,16 @@ def search_scale(
 def common_scale(
     spec: LayerSpec, options: Options, weights: Sequence[Tensor], statistic: Statistic, tie: Tensor | None = None
 ) -> Tensor:
-    """The divisor ``[c]`` for all ``weights`` ``[n, c]`` together; ``statistic`` as for :func:`solve`.
+    """The divisor ``[c]`` for all ``weights`` ``[n, c]`` together.
 
-    Channels with the same number in ``tie`` ``[c]`` get one divisor, by the largest of their magnitudes.
+    ``spec`` and ``options`` are those of :func:`algorithm`, and ``statistic`` is as for :func:`solve`. Channels with
+    the same number in ``tie`` ``[c]`` get one divisor, from the largest of their magnitudes.
+
+    >>> from quantize.core import Scheme
+    >>> ranges = observers.Range(torch.tensor([-16.0]), torch.tensor([0.0]))
+    >>> statistic = ranges, observers.SumState(torch.tensor([256.0]), torch.tensor(1))
+    >>> common_scale(LayerSpec(Scheme(), Scheme(strategy="token")), Options(), [torch.tensor([[4.0]])], statistic)
+    tensor([2.])
     """
     wide = [weight.to(affine.working_dtype(weight)) for weight in weights]
     inputs, gram = statistic
@@ -131,11 +161,21 @@ def common_scale(
 def solve(
     spec: LayerSpec, options: Options, weight: Tensor, statistic: Statistic, smoothing: Tensor | None = None
 ) -> Solution:
-    """Smooth and round ``weight`` ``[n, c]``; ``statistic``: the ranges ``[c]`` of the channels, and their squares.
+    """Smooth and round ``weight`` ``[n, c]``.
 
-    For the search over strengths and for gptq, the Gram matrix ``[c, c]`` or the paired one takes the place of the
-    squares. Without ``smoothing`` ``[c]`` the divisor is :func:`common_scale`. Notes: ``dead_channels``, input channels
-    that were zero in all of the tokens; :func:`~quantize.core.input_loss.loss_notes`; and those of gptq.
+    ``spec`` and ``options`` are those of :func:`algorithm`. ``statistic`` is the ranges ``[c]`` of the input channels,
+    and their squares ``[c]``. For the search over strengths and for gptq, the Gram matrix ``[c, c]`` or the paired
+    statistic replaces the squares. The divisor is ``smoothing`` ``[c]`` if given, else :func:`common_scale`.
+
+    Notes: ``dead_channels``, the number of input channels that were zero in all tokens, and those of
+    :func:`~quantize.core.input_loss.loss_notes`; with gptq, its notes.
+
+    >>> from quantize.core import Scheme
+    >>> ranges = observers.Range(torch.tensor([-16.0]), torch.tensor([0.0]))
+    >>> statistic = ranges, observers.SumState(torch.tensor([256.0]), torch.tensor(1))
+    >>> spec = LayerSpec(Scheme(), Scheme(strategy="token"))
+    >>> solve(spec, Options(), torch.tensor([[4.0]]), statistic).smoothing
+    tensor([2.])
     """
     wide = weight.to(affine.working_dtype(weight))
     if smoothing is None:
@@ -152,7 +192,18 @@ def solve(
 
 
 def solve_stack(spec: LayerSpec, options: Options, weights: Tensor, statistics: input_loss.Statistic) -> Solution:
-    """:func:`solve` with gptq for every weight of a stack ``[e, n, c]`` at once; all else has the leading axis, too."""
+    """:func:`solve` with gptq for a stack of ``weights`` ``[e, n, c]``, in one call.
+
+    ``spec`` and ``options`` are those of :func:`algorithm`. The tensors of ``statistics`` and of the result have the
+    leading axis ``e``, too.
+
+    >>> from quantize.core import Scheme
+    >>> ranges = observers.Range(-torch.ones(1, 2), torch.ones(1, 2))
+    >>> statistics = ranges, observers.SumState(torch.eye(2)[None], torch.tensor([16]))
+    >>> spec = LayerSpec(Scheme(), Scheme(strategy="token"))
+    >>> solve_stack(spec, Options(rounding="gptq"), torch.ones(1, 1, 2), statistics).weight.codes.tolist()
+    [[[127, 127]]]
+    """
     wide = weights.to(affine.working_dtype(weights))
     smoothing = torch.func.vmap(lambda weight, its: common_scale(spec, options, [weight], its))(wide, statistics)
     return gptq.solve_stack(spec, gptq.Options(), wide, statistics, smoothing)

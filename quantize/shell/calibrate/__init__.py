@@ -1,1 +1,1 @@
-"""Watch the inputs of layers, then solve: in one pass, or layer after layer in lock step; alone, or with ranks."""
+"""Observe the inputs of layers, then quantize them: all after one pass or layer by layer, on one process or several."""

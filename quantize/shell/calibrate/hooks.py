@@ -1,4 +1,4 @@
-"""The hooks on a model under calibration: they watch its forward passes, count them, and solve after the last."""
+"""The hooks on a model under calibration: they observe and count its forward passes, and solve after the last one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from quantize.shell.calibrate.watching import Fingerprints, Statistics
 from quantize.shell.config import refusal
 from quantize.shell.values import keepable
 
-# The attribute of a model that holds what removes the hooks.
+# The attribute of a model that holds the handles of its hooks.
 _HANDLES = f"{KEY}_hooks"
 
 
@@ -25,35 +25,35 @@ def attach(model: nn.Module, session: Session) -> None:
     """Put ``session`` and its hooks on ``model``."""
     model.__dict__[KEY] = session
     handles = model.__dict__[_HANDLES] = list[RemovableHandle]()
-    # First of all: what is kept is what the caller gave, not what other hooks make of it.
+    # Before all other hooks, so that the arguments are kept as the caller passed them.
     handles.append(model.register_forward_pre_hook(_begin, with_kwargs=True, prepend=True))
     handles.append(model.register_forward_hook(_end, with_kwargs=True))
     handles.append(model.register_state_dict_post_hook(_saved))  # type: ignore[no-untyped-call] # torch leaves it bare
-    handles.append(model.register_load_state_dict_pre_hook(_loaded))  # type: ignore[no-untyped-call] # likewise
+    handles.append(model.register_load_state_dict_pre_hook(_loaded))  # type: ignore[no-untyped-call] # as above
 
 
 def detach(model: nn.Module) -> None:
-    """Remove the hooks of all sessions in ``model``; what they know stays for the report."""
+    """Remove the hooks of all sessions in ``model``. The sessions stay, for the report."""
     for module in model.modules():
         for handle in module.__dict__.pop(_HANDLES, ()):
             handle.remove()
 
 
 def _begin(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Before a forward pass: watch it, if it counts. What an unfinished pass left is forgotten."""
+    """Before a forward pass: observe it, if it counts. The results of an unfinished pass are dropped."""
     session: Session = root.__dict__[KEY]
     if session.solving:
         return
     if not calibrated(root):
         detach(root)
     session.watching = None
-    # An interrupt may have come between keeping a batch and counting it.
+    # An interrupt may have kept a batch that was not counted.
     del session.batches[session.seen :]
     if session.seen >= session.config.batch_num or not unsolved(root, session):
         return
     odd = [each for each in (*args, *kwargs.values()) if not keepable(each)]
     if odd and session.sequential:
-        told = f"an argument of type {type(odd[0]).__name__}, which may not be given twice"
+        told = f"an argument of type {type(odd[0]).__name__}, which cannot be copied and passed again"
         if session.batches:
             raise refusal("model", told, "arguments like those of the batches before: tensors and plain values")
         session.sequential = False
@@ -67,10 +67,10 @@ def _begin(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> No
 
 
 def _end(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any) -> None:
-    """After a forward pass that succeeded: hand over what it told, count it, and solve after the last.
+    """After a successful forward pass: keep its observations, count it, and solve after the last one.
 
     Raises:
-        QuantizeError: NaN or inf among the inputs of a layer; the batch counts for nothing.
+        QuantizeError: NaN or inf among the inputs of a layer; the batch is not counted.
     """
     session: Session = root.__dict__[KEY]
     watching = session.watching
@@ -82,14 +82,14 @@ def _end(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _output
         session.batches.append(watching.batch)
     session.seen += 1
     if session.seen == session.config.batch_num:
-        # The compiler cannot follow a pass that stops half-way; where it was never imported, nothing is compiled.
+        # The compiler cannot trace a pass that pauses. If it was never imported, nothing is compiled.
         compiling = "torch._dynamo" in sys.modules
-        solve = torch.compiler.disable(solve_all) if compiling else solve_all  # type: ignore[no-untyped-call] # likewise
+        solve = torch.compiler.disable(solve_all) if compiling else solve_all  # type: ignore[no-untyped-call] # bare
         solve(root, unsolved(root, session))
 
 
 def _saved(root: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
-    # Its parts may have been converted one by one.
+    # Nothing is left to save if all parts were converted one by one.
     if calibrated(root):
         state[prefix + KEY] = root.__dict__[KEY].state()
 

@@ -1,4 +1,4 @@
-"""The layer that watches, and then computes as the quantized layer will."""
+"""The layer that observes its inputs, and then computes as the quantized layer will."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from quantize.shell.views import adopt
 
 
 class CalibrationLinear(Foldable):
-    """A linear layer under calibration: the original's parameters, and what was learned of its inputs.
+    """A linear layer under calibration: the parameters of the original, and statistics of its inputs.
 
-    Computes in floating point until :attr:`active`, then as the quantized layer will. What is known of this layer alone
-    is here (``tokens``, ``statistics``, ``solution``), so that it copies, pickles, moves and enters a ``state_dict``
-    with the model; the rest is the :attr:`session`'s. ``statistics`` are empty until a pass has reached the layer.
+    It computes in floating point until :attr:`active`, then as the quantized layer will. It holds its own ``tokens``,
+    ``statistics`` and ``solution``, so these are copied, pickled, moved and saved with the model. The :attr:`session`
+    holds everything else. ``statistics`` are empty until a pass has reached the layer.
     """
 
     def __init__(self, original: nn.Linear, names: tuple[str, ...], session: Session) -> None:
-        # Not that of nn.Linear, which would make new parameters.
+        # That of nn.Linear would make new parameters.
         nn.Module.__init__(self)
         self.names, self.session = names, session
         self.out_features, self.in_features = original.weight.shape
-        # The very same objects: ties to other modules, gradients and optimizers stay.
+        # The same objects, so that ties to other modules, gradients and optimizers stay valid.
         self._parameters.update(original._parameters)
         self.tokens, self.active = 0, False
         self.statistics: Any = ()
@@ -47,10 +47,10 @@ class CalibrationLinear(Foldable):
 
     @offload.hooked
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Linear gives it
-        """``input`` ``[..., c]`` to ``[..., n]``: float, or fake-quantized once the model is solved."""
+        """Map ``input`` ``[..., c]`` to ``[..., n]``: in floating point, or fake-quantized once the model is solved."""
         watching = self.session.watching
         quantized = self.active if watching is None or self.active else watching(self, input)
-        # Not before: while it is observed, it may be solved.
+        # Read the solution after the observer has run, which may wait until this layer is solved.
         s = self.solution
         if s is None or not quantized:
             x = input if self.folded is None else input * self.folded.to(input.dtype)
@@ -62,7 +62,7 @@ class CalibrationLinear(Foldable):
             )
 
     def updated(self, statistics: Any, tokens: Tensor, *originals: Tensor) -> Any:
-        """The ``statistics`` after ``tokens`` ``[..., c]`` more, for which the float model may have ``originals``."""
+        """``statistics`` with ``tokens`` ``[..., c]`` added; ``originals`` are the inputs of the float model."""
         return self.observer.update(statistics or self.initial(), tokens, *originals)
 
     def initial(self) -> Any:
@@ -71,22 +71,22 @@ class CalibrationLinear(Foldable):
         return self.observer.init(self.in_features, dtype=dtype, device=device)
 
     def float_weight(self) -> Tensor:
-        """The weight ``[n, c]`` where the layer computes, without gradients; read from where it is kept."""
+        """The weight ``[n, c]`` on the device where the layer computes, without gradients; read if it is offloaded."""
         return offload.weight(self, self.names[0]).detach()
 
     def statistic(self) -> Any:
-        """What the algorithm learns from the inputs, in the dtype that it computes in."""
-        # The model may have been cast since: one dtype for weight and statistic.
+        """The final statistic of the inputs, in the dtype in which the algorithm computes."""
+        # The model may have been cast since; weight and statistic need one dtype.
         dtype, found = affine.working_dtype(self.weight), self.observer.finalize(self.statistics)
         return pytree.tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, found)
 
     def adopt(self, solution: Solution) -> None:
-        """Take over ``solution``; the statistics are dropped."""
+        """Set the ``solution``, and drop the statistics."""
         self.solution, self.statistics = solution, ()
         self._follow_weight()
 
     def deployed(self, kernel: str | None = None, *, kept: bool = False) -> deployment.QuantizedLinear:
-        """The layer to put in the place of this one, once it is solved; ``kept`` where its float weight is kept."""
+        """The deployed layer that replaces this one; with ``kept``, its tensors are stored with the float weight."""
         assert self.solution is not None
         row = replace(self.record(), stage="converted")
         bias, away = offload.bias(self, self.names[0]), offload.away(self) if kept else None
@@ -98,7 +98,7 @@ class CalibrationLinear(Foldable):
 
     @property
     def spec(self) -> LayerSpec:
-        """The format that the layer shall have."""
+        """The format in which the layer is quantized."""
         return self.session.specs[self.names[0]]
 
     @property
@@ -108,13 +108,13 @@ class CalibrationLinear(Foldable):
 
     @property
     def observer(self) -> Observer:
-        """What is learned of the inputs."""
+        """The observer of the inputs: the paired one if the layers are fitted in the order of execution."""
         algorithm = self.algorithm
         return algorithm.observer if algorithm.paired is None or not self.session.sequential else algorithm.paired
 
     @property
     def fell_back(self) -> bool:
-        """Whether too few tokens reached a layer whose algorithm needs them."""
+        """Whether too few tokens reached the layer for its algorithm, so that it uses minmax."""
         return self.tokens < self.algorithm.fewest and not self.algorithm.data_free
 
     def record(self) -> Row:
@@ -149,7 +149,7 @@ class CalibrationLinear(Foldable):
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.spec.weight}, {done}"
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Plain containers of tensors and numbers, so that ``torch.load`` reads them with ``weights_only``."""
+        """The state in plain containers of tensors and numbers, which ``torch.load`` reads with ``weights_only``."""
         return {
             "format": self.format(),
             "seen": self.session.seen,
@@ -161,13 +161,13 @@ class CalibrationLinear(Foldable):
         }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Continue where the saved layer was.
+        """Continue from the ``state`` of a saved layer.
 
         Raises:
             QuantizeError: the saved layer was quantized with another config.
         """
         self.check(state)
-        # So that parts of a model may be loaded one by one.
+        # Each layer sets this, so that parts of a model can be loaded one by one.
         self.session.seen = state["seen"]
         self.tokens, self.active = state["tokens"], state["active"]
         self.statistics, self.solution, self.folded = (), None, state["folded"]
@@ -187,7 +187,7 @@ class CalibrationLinear(Foldable):
             raise refusal(f"layer {self.names[0]!r}", str(found), f"a state of {self.format()}")
 
     def format(self) -> str:
-        """Algorithm, schemes and options: what a saved state must agree in."""
+        """The algorithm, schemes and options as text; a saved state must have the same."""
         config, (weight, inputs) = self.session.config, (self.spec.weight, self.spec.inputs or "float")
         return f"{config.name}, weights {weight}, inputs {inputs}, {config.options}, {config.schedule}"
 
@@ -205,10 +205,10 @@ class CalibrationLinear(Foldable):
 
 
 def check_states(model: nn.Module, state: Mapping[str, Any], prefix: str = "") -> None:
-    """Refuse ``state``, in which ``model`` is at ``prefix``, before anything of it is taken over.
+    """Check ``state``, in which ``model`` is at ``prefix``, before any of it is loaded.
 
     Raises:
-        QuantizeError: as :meth:`CalibrationLinear.check`, of any layer.
+        QuantizeError: :meth:`CalibrationLinear.check` refuses the state of a layer.
     """
     for name, module in model.named_modules():
         key = f"{prefix}{name}.{saved.EXTRA}"
@@ -220,13 +220,13 @@ QUANTIZED = (CalibrationLinear, deployment.QuantizedLinear)
 
 
 def check_model(model: object) -> None:
-    """Refuse what is no module."""
+    """Refuse a value that is not a module."""
     if not isinstance(model, nn.Module):
         raise refusal("model", shown(model), "a torch.nn.Module")
 
 
 def check_float(model: object) -> None:
-    """Refuse what is no model in floating point."""
+    """Refuse a value that is not a model in floating point."""
     check_model(model)
     for name, module in cast("nn.Module", model).named_modules():
         if isinstance(module, QUANTIZED):
@@ -239,10 +239,10 @@ def calibrated(model: nn.Module) -> list[CalibrationLinear]:
 
 
 def unsolved(model: nn.Module, session: Session | None = None) -> list[CalibrationLinear]:
-    """Those that still compute in floating point: all, or the ones of ``session``."""
+    """The layers that still compute in floating point: all, or those of ``session``."""
     return [layer for layer in calibrated(model) if not layer.active and session in (None, layer.session)]
 
 
 def dynamic(inputs: Scheme | None) -> Scheme | None:
-    """The format of inputs whose range is not known: one scale a token."""
+    """The format of inputs whose range is not known: one scale for each token."""
     return None if inputs is None else replace(inputs, strategy="token")

@@ -1,14 +1,15 @@
 """Calibration in lock step: all batches go through the model side by side, one unit of layers after the other.
 
-A *walk* is one run of the model's forward on one batch, in a greenlet that stops at layers which are not solved. When
-all walks have stopped, the first unit that any of them waits for is solved with what they brought, and they go on
-through the quantized layers. So every batch runs once, and nothing is remembered or replayed. For algorithms that look
-at the float model as well, each batch has a second walk through the float weights. Where a layer is called several
-times, it is observed at all calls in floating point; once it is solved, the walks that came through it begin again.
+A *walk* is one run of the model's forward on one batch, in a greenlet that pauses at layers which are not solved. When
+all walks have paused, the first unit that any of them waits for is solved from the inputs of all walks, and they
+continue through the quantized layers. So every batch runs once, and no outputs are stored. Algorithms that also need
+the float model have a second walk for each batch, through the float weights. A layer that is called several times is
+observed at all calls in floating point. Once it is solved, the walks that passed through it start again.
 
-Walks share the model's attributes. So each float walk has to see what the user's own pass saw, by fingerprint and up to
-roundings (in bfloat16, 3 % of another batch are noticed); two are run for that where the algorithm does not ask for
-any. Where something else is seen, or a walk cannot stop, :attr:`Walks.trouble` says why: every batch has to run alone.
+Walks share the attributes of the model, so batches could disturb each other. So every float walk is compared with the
+user's own pass, by fingerprints and up to rounding (in bfloat16, 3 % of another batch are noticed). Two float walks run
+for this check if the algorithm needs none. If a walk differs or cannot pause, :attr:`Walks.trouble` gives the reason,
+and every batch has to run alone.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from quantize.shell.values import kept
 
 
 class Unwound(BaseException):
-    """Ends a walk where it stands, so that the model can tidy up."""
+    """Ends a paused walk, so that the ``finally`` blocks of the model run."""
 
 
 class Walk:
@@ -41,45 +42,45 @@ class Walk:
 
     def __init__(self, walks: Walks, number: int, *, floating: bool) -> None:
         self.number, self.floating, self._walks, self._batch = number, floating, walks, walks.batches[number]
-        # Units that need nothing of it any more.
+        # Units that need no more inputs from this walk.
         self.served = {unit for unit in walks.order if unit.solved}
         self.begin()
 
     def begin(self) -> None:
-        """Be at the root, and know nothing."""
-        # The unit that is observed now. Whether the walk waits until it is solved; and whether it has passed others
-        # meanwhile, because that one is called again.
+        """Start at the root, without any recorded inputs."""
+        # The unit that is observed now. ``parked``: the walk waits until it is solved. ``skipped``: the walk has passed
+        # other units meanwhile, because this one is called again.
         self.unit: Unit | None = None
         self.parked, self.skipped, self._place = False, False, 0
-        # By unit: the tokens [..., c] that its calls have read, until it is solved; and which tensors they were.
+        # By unit: the inputs [..., c] of its calls, until it is solved; and the identities of these tensors.
         self.tokens: dict[Unit, list[Tensor]] = {}
         self._read: dict[Unit, list[object]] = {}
         self._known, self._calls = Known(), Counter[CalibrationLinear]()
         self.greenlet = greenlet(partial(self._batch.run, self._walks.root))
-        # What a model keeps in context variables belongs to its walk.
+        # Each walk has its own values of the model's context variables.
         self.greenlet.gr_context = contextvars.copy_context()
         self._restore, self._unwinding = self._walks.restore, False
 
     @property
     def ended(self) -> bool:
-        """Whether the model has returned, or nobody waits for it."""
+        """Whether the model has returned, or the walk was unwound."""
         return self._unwinding or bool(self.greenlet.dead)
 
     def go_on(self) -> None:
-        """Run to the next layer that is not solved, or to the end."""
+        """Continue to the next layer that is not solved, or to the end."""
         if self.ended or self._walks.trouble:
             return
         try:
             self._switch(self.greenlet.switch)
         except Exception as error:
-            # Its own, or because of another batch: a pass of its own will tell.
-            self._walks.tell(f"{type(error).__name__} where batches run side by side: {error}")
+            # The model or another batch may be the cause; a pass of this batch alone will show it.
+            self._walks.tell(f"{type(error).__name__} when batches run side by side: {error}")
 
     def unwind(self) -> None:
-        """End where it stands."""
+        """End the walk where it is paused."""
         self._unwinding = True
         if self.parked:
-            # A model may make another error of it: that is none of anybody's.
+            # The model may turn it into another error, which does not matter.
             with contextlib.suppress(Unwound, Exception):
                 self._switch(partial(self.greenlet.throw, Unwound))
 
@@ -94,7 +95,7 @@ class Walk:
             self._walks.restore()
 
     def arrive(self, layer: CalibrationLinear, unit: Unit, x: Tensor) -> None:
-        """A call of ``layer``; stops until it is solved, if it has to be."""
+        """Record a call of ``layer`` with ``x``; pause until the layer is solved, if necessary."""
         if self._unwinding:
             raise Unwound
         call, place, tell = self._calls[layer], self._walks.order[unit], self._walks.tell
@@ -102,28 +103,28 @@ class Walk:
         if unit in self.served and unit not in self._read:
             return
         if self.unit not in (None, unit):
-            # That one comes first, and is called again: then this walk begins anew.
+            # The observed unit comes first and is called again; after it is solved, this walk starts again.
             self.skipped = True
             return
         tensor, before = self._known.get(x, object), self._read.setdefault(unit, [])
         if call < len(before):
             if before[call] is not tensor:
-                tell(f"layer {layer.names[0]!r} read another tensor than the layers that it shares with")
+                tell(f"layer {layer.names[0]!r} reads another tensor than the layers that had the same inputs")
             return
         if unit.solved or place < self._place:
-            tell(f"layer {layer.names[0]!r} is called where it was not called in floating point")
+            tell(f"layer {layer.names[0]!r} is called at another point of the pass than in floating point")
             return
         numbers = self._batch.reads.get(layer.names[0], [])
         last = call + 1 >= len(numbers)
         self.unit, self._place = unit, place
         before.append(tensor)
-        # What runs on may write to it.
+        # Copied if the walk continues, which may write to it.
         self.tokens.setdefault(unit, []).append(x if last else kept(x))
         seen = self._batch.prints[numbers[call]] if self.floating and call < len(numbers) else None
         if seen is not None and not near(seen, fingerprint(x, self._batch.mask).tolist()):
-            tell(f"layer {layer.names[0]!r} reads something else where batches run side by side")
+            tell(f"layer {layer.names[0]!r} reads other inputs when batches run side by side")
         elif last and fixed() != self._walks.fixed:
-            tell(f"layer {layer.names[0]!r} is called inside of a mode of torch that cannot be put back")
+            tell(f"layer {layer.names[0]!r} is called inside a mode of torch that cannot be restored")
         elif last:
             self.parked = True
             try:
@@ -132,7 +133,7 @@ class Walk:
                 self.parked = False
 
     def solved(self, unit: Unit) -> None:
-        """Drop what ``unit`` has read. A walk that came through unsolved layers, which differ now, begins again."""
+        """Drop the inputs of ``unit``. A walk that passed through its unsolved layers starts again."""
         calls, parked = len(self.tokens.pop(unit, ())), self.parked and self.unit is unit
         if calls:
             self.served.add(unit)
@@ -144,25 +145,25 @@ class Walk:
 
 
 class Walks:
-    """The walks of all batches, and what the layers ask while one runs."""
+    """The walks of all batches. Layers call this object while a walk runs."""
 
     def __init__(self, root: nn.Module, units: list[Unit], batches: list[Batch], *, floats: int) -> None:
         self.root, self.batches, self.devices = root, batches, offload.devices(root)
         self.restore, self.fixed = snapshot(self.devices), fixed()
         self.trouble: str | None = None
-        # The place of the first unit that a quantized walk has read and that is not solved.
+        # The place of the first unsolved unit that a quantized walk has read.
         self.first: int | None = None
         self.order = {unit: place for place, unit in enumerate(units)}
-        self._of = {layer: unit for unit in units for layer in unit.layers}
-        # The float walk of a batch comes first: it hands its inputs over.
+        self._unit_of = {layer: unit for unit in units for layer in unit.layers}
+        # Float walks come first, so that they reach a layer before the quantized walks.
         ways = [(number, True) for number in range(floats)] + [(number, False) for number in range(len(batches))]
         self._walks = [Walk(self, number, floating=way) for number, way in ways]
         self.current: Walk | None = None
 
     def __call__(self, layer: CalibrationLinear, x: Tensor) -> bool:
-        """A call of ``layer`` with ``x`` ``[..., c]``: whether it is to compute as quantized."""
-        walk, unit = self.current, self._of[layer]
-        # Another thread, or a greenlet of the model's own.
+        """Record a call of ``layer`` with ``x`` ``[..., c]``; returns whether the layer computes as quantized."""
+        walk, unit = self.current, self._unit_of[layer]
+        # The call comes from another thread, or from a greenlet of the model.
         if walk is None or getcurrent() is not walk.greenlet:
             self.tell(f"layer {layer.names[0]!r} is called from another thread")
             return unit.solved
@@ -170,7 +171,7 @@ class Walks:
         return unit.solved and not walk.floating
 
     def tell(self, trouble: str) -> None:
-        """What makes lock step impossible; the first is kept."""
+        """Set the reason why lock step is impossible; the first one stays."""
         self.trouble = self.trouble or trouble
 
     def advance(self) -> None:
@@ -182,12 +183,12 @@ class Walks:
                 walk.go_on()
             read = (self.order[walk.unit] for walk in self._walks if not walk.floating and walk.unit is not None)
             self.first = min(read, default=None)
-            # Where the quantized model takes another way, the float one does not wait for it.
+            # A float walk does not wait at a unit that the quantized walks do not call.
             ready = [walk for walk in self._walks if walk.floating and walk.parked and walk.unit is not None
                      and self.first is not None and self.order[walk.unit] < self.first]  # fmt: skip
 
     def read(self, unit: Unit) -> list[Reading]:
-        """What the layers of ``unit`` have read."""
+        """The inputs of the layers of ``unit``, from all walks."""
         found = [Inputs(batch.mask, [], []) for batch in self.batches]
         for walk in self._walks:
             _, arriving, originals = found[walk.number]
@@ -195,16 +196,16 @@ class Walks:
         return [(unit.layers, found)]
 
     def solved(self, unit: Unit) -> None:
-        """``unit`` is solved: its inputs are dropped, and walks that came through it in floating point begin again."""
+        """Tell all walks that ``unit`` is solved, see :meth:`Walk.solved`."""
         for walk in self._walks:
             walk.solved(unit)
 
     def close(self) -> None:
         """End all walks."""
         with contextlib.ExitStack() as stack:
-            # One after the other, whatever happens.
+            # Every walk is unwound, even if another one fails.
             for walk in self._walks:
                 stack.callback(walk.unwind)
-        # Greenlets and walks refer to each other: the layers must not wait for the garbage collector.
+        # Greenlets and walks form cycles; clearing them frees the layers without the garbage collector.
         for each in (*self._walks, self):
             vars(each).clear()

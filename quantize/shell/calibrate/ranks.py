@@ -1,4 +1,4 @@
-"""Calibration on several processes: what each has seen is merged, and each solves a part of the layers."""
+"""Calibration on several processes: their statistics are merged, and each process solves a part of the layers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Stack = list[list[CalibrationLinear]]
 
 
 class Ranks:
-    """The processes of a group, which all call the same methods in the same order; one process without a group."""
+    """The processes of a group, or this process alone. All of them call the same methods in the same order."""
 
     def __init__(self, group: Any = None) -> None:
         self._group = group
@@ -28,7 +28,7 @@ class Ranks:
         self._rank = 0 if group is None else dist.get_rank(group)
 
     def gather(self, value: Any) -> list[Any]:
-        """The plain ``value`` of every rank, in their order."""
+        """The values, made of plain types, that all ranks passed, in the order of the ranks."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -36,7 +36,7 @@ class Ranks:
         return values
 
     def together(self, work: Callable[[], Any]) -> Any:
-        """What ``work`` gives; where it fails on one rank, all fail, so that none waits for another.
+        """The result of ``work``. If it fails on one rank, all ranks fail, so that none waits for ever.
 
         Raises:
             QuantizeError: another rank failed; it names it.
@@ -52,11 +52,11 @@ class Ranks:
             raise failure
         for rank, message in enumerate(told):
             if message is not None:
-                raise QuantizeError(f"rank {rank}: {message}; accepted: ranks that all go on")
+                raise QuantizeError(f"rank {rank}: {message}; accepted: no failure on any rank")
         return result
 
     def agree(self, layers: list[CalibrationLinear], mode: str) -> None:
-        """Refuse models or configs that differ, before any statistics are exchanged.
+        """Refuse models or configs that differ between ranks, before any statistics are exchanged.
 
         Raises:
             QuantizeError: on every rank; it names the first difference.
@@ -68,10 +68,10 @@ class Ranks:
                     raise refusal(f"rank {rank}", found, f"as on rank 0: {first}")
 
     def merge(self, layers: list[CalibrationLinear]) -> None:
-        """Give every rank the statistics and token counts of all, the same to the last bit."""
+        """Merge the statistics and token counts of all ranks; afterwards they are equal on all, to the last bit."""
         if self.size == 1:
             return
-        # Layers that share a state do so on all ranks that have one, or are taken for different.
+        # Layers share a merged state only if they share one on every rank.
         place = {id(()): 0}
         mine = [(place.setdefault(id(layer.statistics), len(place)), layer.tokens) for layer in layers]
         everyone = self.gather(mine)
@@ -88,7 +88,7 @@ class Ranks:
         layers: list[CalibrationLinear],
         progress: Callable[[list[Stack]], Iterable[Stack]] = iter,
     ) -> None:
-        """Solve every layer on one rank, those that share their statistics on the same, and give all the solutions.
+        """Solve each layer on one rank, and send the solutions to all. Layers with shared statistics stay together.
 
         Raises:
             QuantizeError: a rank could not solve a layer; it names rank and layer.
@@ -104,7 +104,7 @@ class Ranks:
                 if self.size == 1:
                     error.add_note(f"while solving layer {names}; the others are as they were")
                     raise
-                # The others wait for an answer.
+                # Not raised here: the other ranks wait for an answer.
                 failures |= dict.fromkeys(map(id, stack), f"{type(error).__name__}: {error}")
         if self.size > 1:
             for unit, owner in zip(units, owners, strict=True):
@@ -124,7 +124,7 @@ class Ranks:
             layer.adopt(solution)
 
     def _owners(self, units: list[list[CalibrationLinear]]) -> list[int]:
-        """Which rank solves which unit: the longest first, each to the rank that has least to do."""
+        """The rank that solves each unit: the longest unit comes first, and goes to the rank with the least work."""
         loads, owners = [0] * self.size, [0] * len(units)
         for place in sorted(range(len(units)), key=lambda place: -(units[place][0].in_features ** 3)):
             c = units[place][0].in_features

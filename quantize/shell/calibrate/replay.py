@@ -1,4 +1,4 @@
-"""What a model was called with, kept so that the call can be made again."""
+"""The arguments and conditions of a forward pass, kept so that the pass can run again."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from quantize.shell.values import copied
 
 @dataclass
 class Batch:
-    """One forward pass: its arguments, what was switched on, and what it gave to the layers.
+    """One forward pass: its arguments, the global state of torch, and the tensors that the layers read.
 
-    - ``dtype``, ``device``: of the model at that time; arguments of these follow the model where it goes.
-    - ``buffers``: of the first batch, the buffers of the model before it.
-    - ``reads``: by layer, in the order of the first calls, the number of the tensor that it read at each call.
+    - ``dtype``, ``device``: the model's at that time. Arguments with the same dtype or device follow the model later.
+    - ``buffers``: the buffers of the model before the pass; only in the first batch.
+    - ``reads``: by layer, the numbers of the tensors that it read at its calls; in the order of the first calls.
     - ``prints``: the fingerprints of these tensors.
     """
 
@@ -39,7 +39,7 @@ class Batch:
 
     @classmethod
     def of(cls, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, first: bool) -> Batch:
-        """The pass of ``root`` that begins now."""
+        """The pass of ``root`` that begins now, with ``args`` and ``kwargs``."""
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         kind = tensors[0].device.type if tensors else "cpu"
         autocast = (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
@@ -51,7 +51,7 @@ class Batch:
             return cls(args, kwargs, mask, weight.dtype, weight.device, autocast, random, buffers)
 
     def run(self, root: nn.Module, *modes: Any) -> Any:
-        """The same pass once more, without gradients and under ``modes``; returns what ``root`` gives."""
+        """Run the pass again, without gradients and under ``modes``; returns the outputs of ``root``."""
         kind, enabled, dtype = self.autocast
         now = next(root.parameters())
 
@@ -69,13 +69,13 @@ class Batch:
             return root(*args, **kwargs)
 
     def written(self, root: nn.Module) -> dict[str, Tensor | None]:
-        """The buffers of ``root`` that are not as before this first batch: what they were, None for new ones."""
+        """The buffers of ``root`` that changed since this first batch, with their old values, or None for new ones."""
         before = self.buffers or {}
         return {name: before.get(name) for name, now in offload.buffers(root).items()
                 if name not in before or not torch.equal(before[name].to(now), now)}  # fmt: skip
 
     def rewind(self, root: nn.Module) -> None:
-        """Put the buffers of ``root`` back as they were before this batch, if it was the first."""
+        """Restore the buffers of ``root`` to their values before this batch, if it was the first."""
         for name, value in self.written(root).items():
             if value is not None:
                 owner, _, last = name.rpartition(".")
@@ -83,13 +83,13 @@ class Batch:
 
 
 def attention_mask(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """Which tokens ``[b, t]`` are no padding, where the model is called with such an argument."""
+    """The mask ``[b, t]`` of tokens that are no padding, if the arguments contain an attention mask."""
     try:
         given = inspect.signature(root.forward).bind_partial(*args, **kwargs).arguments
     except (TypeError, ValueError):
         given = {}
     mask = given.get("attention_mask", kwargs.get("attention_mask"))
-    # Masks of floats are added to scores: 0 means the opposite there.
+    # Float masks are added to scores, where 0 means the opposite.
     if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.is_floating_point():
         return None
     return mask != 0

@@ -1,8 +1,8 @@
-"""Fit every layer to the inputs that the quantized layers before it give: in lock step, or else in full passes."""
+"""Fit every layer to the outputs of the quantized layers before it: in lock step if possible, else in full passes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -17,17 +17,17 @@ from quantize.shell.calibrate.session import Session
 from quantize.shell.calibrate.units import Inputs, Reading, Unit, units
 from quantize.shell.calibrate.watching import check_finite, counted
 from quantize.shell.modes import same_attributes, undisturbed
-from quantize.shell.progress import layers_progress
+from quantize.shell.progress import progress
 from quantize.shell.values import kept
 
 
 def fit(root: nn.Module, session: Session, layers: list[CalibrationLinear], ranks: Ranks) -> None:
-    """Solve unit after unit of ``layers``, those of ``session``; what has a solution keeps it."""
+    """Solve the units of ``layers``, those of ``session``, in order. Layers with a solution keep it."""
     before, batches = {layer: layer.solution for layer in layers}, session.batches
     reads = ranks.gather([batch.reads for batch in batches])
     ordered = units(layers, [each for theirs in reads for each in theirs])
     stateful = any(ranks.gather(any(batch.written(root) for batch in batches[:1])))
-    # Compiled parts run as they were written: the compiler cannot follow a pass that stops half-way.
+    # Compiled parts run uncompiled, because the compiler cannot trace a pass that pauses.
     with torch.compiler.set_stance("force_eager"), undisturbed(root), same_attributes(root, layers):
         offload.hold(root)
         trouble = "the model writes to its buffers" if stateful else _in_lock_step(root, session, ordered, ranks)
@@ -36,18 +36,18 @@ def fit(root: nn.Module, session: Session, layers: list[CalibrationLinear], rank
         for layer, solution in before.items():
             layer.solution = solution
         session.remark(f"calibrated in full passes for each layer, which is slow, and not in lock step: {trouble}")
-        for unit in layers_progress([unit for unit in ordered if not unit.solved]):
+        for unit in _progress(ordered, "solve in full passes"):
             _fit_unit(unit, ranks, partial(_full_passes, root, session, unit))
 
 
 def _in_lock_step(root: nn.Module, session: Session, ordered: list[Unit], ranks: Ranks) -> str | None:
-    """Solve the units in lock step; or say why that cannot be."""
+    """Solve the units in lock step; returns the reason if that is impossible, else None."""
     batches = session.batches
-    # Where the algorithm has no use for float walks, two of them tell whether batches disturb each other.
+    # If the algorithm does not need float walks, two of them still show whether batches disturb each other.
     floats = len(batches) if session.paired else 2 * (len(batches) > 1)
     session.watching = walks = Walks(root, ordered, batches, floats=floats)
     try:
-        for _ in layers_progress([unit for unit in ordered if not unit.solved]):
+        for _ in _progress(ordered, "solve in lock step"):
             ranks.together(walks.advance)
             told = ranks.gather((walks.trouble, walks.first))
             trouble: str | None = min((each for each, _ in told if each is not None), default=None)
@@ -62,18 +62,23 @@ def _in_lock_step(root: nn.Module, session: Session, ordered: list[Unit], ranks:
     return None
 
 
-def _full_passes(root: nn.Module, session: Session, unit: Unit) -> list[Reading]:
-    """What the layers of ``unit`` read, each for itself, where every batch runs from the root, alone.
+def _progress(ordered: list[Unit], what: str) -> Iterable[Unit]:
+    rest = [unit for unit in ordered if not unit.solved]
+    return progress(rest, what, unit="layer", size=lambda unit: len(unit.layers))
 
-    Slow, and right for every model that gives the same twice. Batches run in their order, and the buffers that they
-    write to are at first as they were.
+
+def _full_passes(root: nn.Module, session: Session, unit: Unit) -> list[Reading]:
+    """The inputs of each layer of ``unit``, from separate full passes of all batches.
+
+    This is slow, and right for every deterministic model. Batches run in their order, after the buffers of the model
+    are restored.
     """
     found = {layer: [Inputs(batch.mask, [], []) for batch in session.batches] for layer in unit.layers}
 
     def watch(number: int, floating: bool, layer: CalibrationLinear, x: Tensor) -> bool:
         if layer in found:
             _, arriving, originals = found[layer][number]
-            # What runs on may write to it.
+            # Copied, because the rest of the pass may write to it.
             (originals if floating else arriving).append(kept(x))
         return layer.solution is not None and not floating
 
@@ -86,7 +91,7 @@ def _full_passes(root: nn.Module, session: Session, unit: Unit) -> list[Reading]
 
 
 def _fit_unit(unit: Unit, ranks: Ranks, read: Callable[[], list[Reading]]) -> None:
-    """Solve the layers of ``unit`` on what ``read`` gives: layers that share statistics, and their inputs by batch."""
+    """Solve the layers of ``unit`` from the result of ``read``: layers that share statistics, and their inputs."""
     rest = [layer for layer in unit.layers if layer.solution is None]
 
     def observe() -> None:
@@ -104,7 +109,7 @@ def _fit_unit(unit: Unit, ranks: Ranks, read: Callable[[], list[Reading]]) -> No
 
 
 def _statistics(layer: CalibrationLinear, inputs: list[Inputs]) -> tuple[Any, int]:
-    """What the algorithm's observer makes of the ``inputs`` of ``layer``, and how many tokens they were."""
+    """The statistics of the ``inputs`` of ``layer``, and the number of tokens."""
     state: Any = ()
     tokens, paired = 0, layer.algorithm.paired is not None
     for number, (mask, arriving, originals) in enumerate(inputs):

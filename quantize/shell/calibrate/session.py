@@ -1,4 +1,4 @@
-"""What belongs to one call of ``quantize``: shared by the model, where it is kept, and by all of its layers."""
+"""The state of one call of ``quantize``. The model holds it, and all of its layers refer to it."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from quantize.shell.plan import Plan
 
 # The attribute of a model that holds its session, and the key of the session in a state_dict.
 KEY = "_quantization"
-# Who is told of every call of a layer with the inputs [..., c]; returns whether it is to compute as quantized.
+# Called for every call of a layer with its inputs [..., c]; returns whether the layer computes as quantized.
 Watching = Callable[[Any, Tensor], bool]
 
 
 class Session:
-    """The config, what was left out, and how far calibration is. It holds no module, so it copies with the model.
+    """The config, the skipped modules, and the progress of calibration. It holds no module, so models can be copied.
 
     - ``specs``: the format of every layer, by its first name.
-    - ``paired``: whether a layer has a use for the inputs that it has in the float model.
-    - ``seen``: forward passes that were counted.
-    - ``batches``: what will run again was called with: all batches with ``sequential``, the first with ``fold``.
-    - ``remarks``: what was not done as asked.
-    - ``watching``: who observes the layers now. ``solving``: the passes that run now are not the user's.
+    - ``paired``: whether any layer uses its inputs in the float model.
+    - ``seen``: the number of counted forward passes.
+    - ``batches``: the passes that will run again: all with ``sequential``, the first one with ``fold``.
+    - ``remarks``: deviations from the config.
+    - ``watching``: the current observer of the layers. ``solving``: whether the current passes are the library's own.
     """
 
     def __init__(self, config: Config, plan: Plan) -> None:
@@ -39,21 +39,21 @@ class Session:
         self.solving = False
 
     def remark(self, *told: str, prefix: str = "") -> None:
-        """Put what was not done as asked into the report and into one warning."""
+        """Add deviations from the config to the report, and issue one warning."""
         self.remarks = tuple(dict.fromkeys((*self.remarks, *told)))
         if told:
             warnings.warn(prefix + "; ".join(told), QuantizeWarning, stacklevel=3)
 
     def state(self) -> dict[str, Any]:
-        """Plain containers of tensors and numbers, so that ``torch.load`` reads them with ``weights_only``."""
+        """The state in plain containers of tensors and numbers, which ``torch.load`` reads with ``weights_only``."""
         batches = [vars(batch) for batch in self.batches]
         return {"seen": self.seen, "sequential": self.sequential, "remarks": list(self.remarks), "batches": batches}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Undo :meth:`state`."""
+        """Set the ``state`` that :meth:`state` returned."""
         self.seen, self.sequential, self.remarks = state["seen"], state["sequential"], tuple(state["remarks"])
         self.batches = [Batch(**batch) for batch in state["batches"]]
 
     def __getstate__(self) -> dict[str, Any]:
-        # An unfinished pass is no part of a copy.
+        # A copy does not continue an unfinished pass.
         return {**self.__dict__, "watching": None, "solving": False}

@@ -1,4 +1,4 @@
-"""Solve the layers of a model under calibration: all at once, or in the order of execution; alone, or with ranks."""
+"""Solve the layers of a model under calibration: at once or in the order of execution, on one process or several."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from quantize.shell.config import QuantizeWarning, refusal
 from quantize.shell.fold import folding
 from quantize.shell.modes import undisturbed, untracked
 from quantize.shell.plan import check_parameters
-from quantize.shell.progress import layers_progress
+from quantize.shell.progress import progress
 from quantize.shell.report.rows import folded, span
 
 
 def finish(model: nn.Module, ranks: Ranks) -> None:
-    """Solve with what was seen so far, or stay as it is where all is solved; see :func:`quantize.finish`."""
+    """Solve with the batches seen so far, if any layer is not solved; see :func:`quantize.finish`."""
     layers = unsolved(model)
     everyone = ranks.gather([(layer.names[0], layer.session.seen) for layer in layers])
     solved = ranks.gather(_checksum(model) if not layers and ranks.size > 1 else None)
     if not any(everyone):
         # Ranks that finished together hold equal codes; ranks that finished alone do not.
         if any(each != solved[0] for each in solved):
-            raise refusal("model", "solved on every process alone", "batch_num above what any process runs")
+            raise refusal("model", "every process quantized its layers alone", "a larger batch_num, and finish on all")
         return
     for rank, theirs in enumerate(everyone):
         if not theirs:
-            raise refusal(f"rank {rank}", "solved already, alone", "batch_num above what any process runs")
-    # By place: parts that were quantized apart may have layers of one name.
+            raise refusal(f"rank {rank}", "has quantized its layers alone", "a larger batch_num, and finish on all")
+    # Compared by position, because parts of a model that were quantized separately may use the same names.
     for (name, seen), *others in zip(*everyone, strict=False):
         if not (seen or any(number for _, number in others)):
             raise refusal(f"layer {name!r}", "0 batches seen", "a model after at least one forward pass")
@@ -45,9 +45,9 @@ def finish(model: nn.Module, ranks: Ranks) -> None:
 
 
 def solve_all(model: nn.Module, layers: list[CalibrationLinear], ranks: Ranks | None = None) -> None:
-    """Solve ``layers`` of ``model``, then let all compute as quantized; layers solved before an interruption are kept.
+    """Solve ``layers`` of ``model``, then let all of them compute as quantized. Layers with a solution keep it.
 
-    With ``ranks``, on what all of them have seen.
+    With ``ranks``, their statistics are merged first.
 
     Raises:
         QuantizeError: a weight became NaN or inf since ``quantize``; models or configs that differ between ranks.
@@ -60,7 +60,7 @@ def solve_all(model: nn.Module, layers: list[CalibrationLinear], ranks: Ranks | 
     if ranks.size > 1 and any(session.config.schedule.fold for session in parts):
         raise refusal("algorithm.fold", "True with a process group", "False, or one process")
     ranks.together(partial(_check, layers, roots))
-    # Ranks that stopped at different layers go on from the layers that all have solved.
+    # Ranks that were interrupted at different layers keep only the solutions that all ranks have.
     for layer, *solved in zip(layers, *ranks.gather([layer.solution is not None for layer in layers]), strict=False):
         if layer.session.sequential and not all(solved):
             layer.solution = None
@@ -78,13 +78,13 @@ def solve_all(model: nn.Module, layers: list[CalibrationLinear], ranks: Ranks | 
             for session, own in parts.items():
                 if session.config.schedule.fold and session in roots:
                     _fold(roots[session], session, own)
-            ranks.divide(rest, layers_progress)
+            ranks.divide(rest, partial(progress, what="solve", unit="layer", size=lambda stack: sum(map(len, stack))))
     finally:
         for session in parts:
             session.solving, session.watching = False, None
     for layer in layers:
         layer.active = True
-    # A part of a model may be solved before the rest.
+    # Other sessions keep their batches, because only a part of their model may be solved.
     for session in parts.keys() & roots.keys():
         session.batches = []
     idle = [layer for layer in layers if layer.fell_back]
@@ -98,7 +98,7 @@ def solve_all(model: nn.Module, layers: list[CalibrationLinear], ranks: Ranks | 
 
 
 def _fold(root: nn.Module, session: Session, layers: list[CalibrationLinear]) -> None:
-    """Fold the scales of a session, once: after an interrupted solve what is folded stays so."""
+    """Fold the scales of a session, once: after an interruption, folded scales stay folded."""
     if any(layer.folded is not None for layer in layers):
         return
     rest = [layer for layer in layers if layer.solution is None and not layer.fell_back]
@@ -109,7 +109,7 @@ def _fold(root: nn.Module, session: Session, layers: list[CalibrationLinear]) ->
         found: Tensor = scale([layer.float_weight() for layer in readers], readers[0].statistic(), rows)
         return found
 
-    told = ["all scales at run time: the model was called with what may not be given twice"]
+    told = ["all scales at run time: the model's arguments cannot be copied and passed again"]
     if session.batches:
         with undisturbed(root):
             told = folding.fold(root, siblings(rest), partial(session.batches[0].run, root), common)
@@ -119,11 +119,11 @@ def _fold(root: nn.Module, session: Session, layers: list[CalibrationLinear]) ->
 def _check(layers: list[CalibrationLinear], roots: Mapping[Session, nn.Module]) -> None:
     for layer in layers:
         check_parameters(layer.names[0], layer)
-        # The batches run from the root of the session.
+        # Batches run from the root of the session, so ``model`` must contain it.
         if layer.session.sequential and layer.session not in roots:
             raise refusal("model", "a part of a model that is calibrated layer by layer", "the model given to quantize")
 
 
 def _checksum(model: nn.Module) -> list[int]:
-    """A number for the solution of every layer, equal where the codes are."""
+    """A checksum of the codes of every solved layer."""
     return [int(layer.solution.weight.codes.sum(dtype=torch.int64)) for layer in calibrated(model) if layer.solution]

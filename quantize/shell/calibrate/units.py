@@ -1,4 +1,4 @@
-"""Which layers are solved together, in which order, and how: units that read the same tensors, and stacks of units."""
+"""Group layers that are solved together: units, which read the same tensors, and stacks of units of one shape."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from quantize.shell import offload
 from quantize.shell.calibrate.layer import CalibrationLinear, dynamic
 from quantize.shell.report.rows import starred
 
-# Measured: on the CPU, one after the other is as fast. More at once than this do not gain, and take memory.
-_ALONE, _MOST = frozenset({"cpu"}), 16
+# On the CPU, solving one after the other is as fast. Larger stacks than this are no faster, and take more memory.
+_ONE_BY_ONE, _LARGEST = frozenset({"cpu"}), 16
 
 
 class Inputs(NamedTuple):
-    """What the calls of a layer read in one batch, ``[..., c]`` each: as quantized so far, and in the float model.
+    """The inputs ``[..., c]`` of all calls of a layer in one batch.
 
-    ``mask`` ``[b, t]``: which tokens count.
+    ``arriving`` are those behind the layers quantized so far, and ``originals`` those in the float model. ``mask``
+    ``[b, t]`` says which tokens count.
     """
 
     mask: Tensor | None
@@ -31,13 +32,13 @@ class Inputs(NamedTuple):
     originals: list[Tensor]
 
 
-# Layers that have read the same, and what that was, by batch.
+# Layers that read the same tensors, and these inputs by batch.
 Reading = tuple[list[CalibrationLinear], list[Inputs]]
 
 
 @dataclass(eq=False)
 class Unit:
-    """Layers that read the same tensors at all of their calls, in every pass of the user. They share statistics."""
+    """Layers that read the same tensors at all of their calls, in every pass of the user, and share statistics."""
 
     layers: list[CalibrationLinear] = field(default_factory=list)
 
@@ -48,12 +49,12 @@ class Unit:
 
 
 def units(layers: list[CalibrationLinear], passes: Sequence[Mapping[str, list[int]]]) -> list[Unit]:
-    """All ``layers`` in units, in the order of execution; ``passes``: what each of them read, as :attr:`Batch.reads`.
+    """All ``layers`` in units, in the order of execution; ``passes`` are the :attr:`Batch.reads` of all batches.
 
-    A layer that was never called, such as an idle expert, stands alone, behind the one before it in the model: there
-    it would be called if quantization changed the route.
+    A layer that was never called, such as an idle expert, is a unit of its own, behind the layer before it in the
+    model. A pass through the quantized layers may take another route and call it there.
     """
-    # By name, the number of the unit: that of its first layer in the model.
+    # A unit has the number of its first layer in the model.
     unit_of: dict[str, int] = {}
     first: dict[object, int] = {}
     for number, (name, *_) in enumerate(layer.names for layer in layers):
@@ -71,7 +72,7 @@ def units(layers: list[CalibrationLinear], passes: Sequence[Mapping[str, list[in
 
 
 def merged(sequences: list[list[int]]) -> list[int]:
-    """One sequence in which what comes first in any sequence comes first, as far as they agree; else the smaller.
+    """Merge sequences into one that keeps the order of each, as far as they agree; ties take the smaller number first.
 
     >>> merged([[3, 5], [1, 3], [1, 4]])
     [1, 3, 4, 5]
@@ -81,7 +82,7 @@ def merged(sequences: list[list[int]]) -> list[int]:
     order: list[int] = []
     while rest := [sequence for sequence in rest if sequence]:
         heads = Counter(sequence[0] for sequence in rest)
-        # Where the sequences contradict each other, the one with most before it has its way.
+        # If the sequences contradict each other, the longest remaining one decides.
         item = min((head for head in heads if heads[head] == left[head]), default=max(rest, key=len)[0])
         order.append(item)
         for sequence in rest:
@@ -91,7 +92,7 @@ def merged(sequences: list[list[int]]) -> list[int]:
 
 
 def solve_stack(units: list[list[CalibrationLinear]]) -> None:
-    """Solve a stack of units, each of layers that share their statistics; at once, where that saves work."""
+    """Solve a stack of units, each a list of layers that share statistics; in one call if that saves work."""
     first, algorithm = units[0][0], units[0][0].algorithm
     if len(units) > 1:
         statistics = pytree.tree_map(lambda *leaves: torch.stack(leaves), *(unit[0].statistic() for unit in units))
@@ -109,7 +110,7 @@ def solve_stack(units: list[list[CalibrationLinear]]) -> None:
 
 
 def _solution(layer: CalibrationLinear) -> Solution:
-    """That of one layer from its statistics; with too few tokens that of minmax, without a range of the inputs."""
+    """The solution of one layer from its statistics; with too few tokens, the one of minmax with dynamic inputs."""
     algorithm, spec, weight = layer.algorithm, layer.spec, layer.float_weight()
     if layer.fell_back:
         return minmax.algorithm(replace(spec, inputs=dynamic(spec.inputs))).solve(weight, None)
@@ -120,20 +121,20 @@ def _solution(layer: CalibrationLinear) -> Solution:
 
 
 def stacks(units: list[list[CalibrationLinear]]) -> list[list[list[CalibrationLinear]]]:
-    """The units in stacks: experts of one mixture and one shape, some at a time, where many small calls cost most."""
+    """The units in stacks: experts of one mixture and shape on an accelerator, where many small calls are slow."""
     found: dict[object, list[list[CalibrationLinear]]] = {}
     for unit in units:
         first, device = unit[0], offload.device(unit[0])
         name = starred(first.names[0])
-        alone = name == first.names[0] or device.type in _ALONE or first.algorithm.data_free
+        alone = name == first.names[0] or device.type in _ONE_BY_ONE or first.algorithm.data_free
         alone = alone or first.fell_back or any(layer.folded is not None for layer in unit)
         shapes = tuple((layer.weight.shape, layer.weight.dtype, layer.spec) for layer in unit)
         found.setdefault(id(unit) if alone else (first.session, name, device, shapes), []).append(unit)
-    return [stack[start : start + _MOST] for stack in found.values() for start in range(0, len(stack), _MOST)]
+    return [stack[start : start + _LARGEST] for stack in found.values() for start in range(0, len(stack), _LARGEST)]
 
 
 def siblings(layers: list[CalibrationLinear], *, alike: bool = False) -> list[list[CalibrationLinear]]:
-    """The layers by the statistics that they share, in their order; with ``alike``, by their format as well."""
+    """Group layers that share statistics, in their order; with ``alike``, also by their format."""
     found: dict[object, list[CalibrationLinear]] = {}
     for layer in layers:
         leaves = pytree.tree_leaves(layer.statistics)

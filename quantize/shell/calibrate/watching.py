@@ -1,4 +1,4 @@
-"""What one forward pass of the user tells, kept apart from the layers until the pass has succeeded."""
+"""The observations of one forward pass, kept apart from the layers until the pass has succeeded."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ from quantize.shell.values import tokens_of
 
 
 class Known:
-    """Values by tensor, as long as it lives and nobody writes to it.
+    """A cache of values by tensor, valid while the tensor lives and is not written to.
 
-    Inference tensors do not tell whether they were written to, and are not known.
+    Nothing is cached for inference tensors, because they do not count writes.
     """
 
     def __init__(self) -> None:
         self._values = WeakTensorKeyDictionary()
 
     def get(self, x: Tensor, make: Callable[[], Any], *key: Any) -> Any:
-        """What ``make`` gave when it was first asked for with ``x`` and the very same objects in ``key``."""
+        """The cached result of ``make()`` for ``x`` and the objects in ``key``, which are compared by identity."""
         if x.is_inference():
             return make()
         values = self._values.setdefault(x, {})  # type: ignore[no-untyped-call] # torch leaves it bare
         place = x._version, *map(id, key)
         if place not in values:
-            # The key is kept, so that no new object takes its ids.
+            # The key is stored, so that no new object can reuse its ids.
             values[place] = key, make()
         return values[place][1]
 
 
 class Statistics:
-    """The statistics of one pass, for layers that are solved together at the end.
+    """The observer of a pass whose layers are all solved at the end: it collects their statistics.
 
-    ``mask`` ``[b, t]``: which tokens count. ``batch``: the pass itself, where it will be made again.
+    ``mask`` ``[b, t]``: which tokens count. ``batch``: the pass itself, if it will run again.
     """
 
     def __init__(self, mask: Tensor | None, batch: Batch | None = None) -> None:
@@ -53,17 +53,17 @@ class Statistics:
         state, tokens = self._pending.get(layer, (layer.statistics, layer.tokens))
         with untracked(x.device):
             found = counted(x, self._mask)
-            # Layers that always read the same tensor start from none, and share their statistics to the end.
+            # Layers that always read the same tensors start with empty states, and share their statistics throughout.
             leaves = pytree.tree_leaves(state)
             state = self._known.get(x, lambda: layer.updated(state, found), layer.observer, *leaves)
         self._pending[layer] = state, tokens + found.numel() // layer.in_features
         return False
 
     def close(self, number: int) -> None:
-        """Hand the statistics over to the layers.
+        """Store the statistics in the layers.
 
         Raises:
-            QuantizeError: NaN or inf among the inputs of a layer in batch ``number``; nothing is handed over.
+            QuantizeError: NaN or inf among the inputs of a layer in batch ``number``; nothing is stored.
         """
         for layer, (state, tokens) in self._pending.items():
             if tokens:
@@ -73,7 +73,7 @@ class Statistics:
 
 
 class Fingerprints:
-    """Which tensors a pass gave to each layer, and their fingerprints: for ``batch``, which will run again."""
+    """The observer of a pass that will run again: it records which tensors each layer read, and their fingerprints."""
 
     def __init__(self, batch: Batch) -> None:
         self.batch, self._known = batch, Known()
@@ -90,7 +90,7 @@ class Fingerprints:
         return False
 
     def close(self, number: int) -> None:
-        """Write the fingerprints down.
+        """Store the fingerprints in the batch.
 
         Raises:
             QuantizeError: NaN or inf among the inputs of a layer in batch ``number``; it names the layer.
@@ -101,7 +101,7 @@ class Fingerprints:
 
 
 def counted(x: Tensor, mask: Tensor | None) -> Tensor:
-    """The tokens of ``x`` that are no padding, where ``mask`` ``[b, t]`` belongs to it."""
+    """The tokens of ``x`` that are no padding, if ``mask`` ``[b, t]`` applies to ``x``; else ``x``."""
     if mask is None:
         return x
     mask = mask.to(x.device)
@@ -112,20 +112,20 @@ def counted(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def fingerprint(x: Tensor, mask: Tensor | None) -> Tensor:
-    """What tells tokens ``[..., c]`` from others, float64 ``[6]``: their magnitude, their precision, four projections.
+    """The fingerprint of tokens ``x`` ``[..., c]``, float64 ``[6]``: magnitude, precision, and four projections.
 
-    The magnitude is the sum of ``|x|`` over the root of their number; it is not finite if any of them is not.
+    The magnitude is the sum of ``|x|`` over the root of the number of elements. It is not finite if any element is not.
     """
     with untracked(x.device):
         tokens = counted(x.detach(), mask).reshape(-1, x.shape[-1])
-        # A sum of large numbers leaves the range of float16.
+        # Sums can overflow float16.
         tokens = tokens.float() if x.dtype == torch.float16 else tokens
         waves = torch.arange(1, 5, dtype=torch.float64, device=x.device)
         rows, columns = (torch.arange(1, n + 1, device=x.device)[:, None].mul(waves).cos_() for n in tokens.shape)
-        # Transposed, the product is several times as fast.
+        # The transposed product is several times faster.
         projections = ((columns.T.to(tokens.dtype) @ tokens.T).double() * rows.T).sum(1)
         magnitudes = tokens.abs()
-        # A sum may leave the range of float32 where no number does.
+        # A sum of finite numbers can overflow float32, which must not look like an infinite input.
         size = magnitudes.sum(1).double().nan_to_num(posinf=1e300).sum() / max(tokens.numel(), 1) ** 0.5
         if magnitudes.numel():
             size = torch.where(torch.isfinite(magnitudes.amax()), size, torch.nan)
@@ -133,7 +133,7 @@ def fingerprint(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def near(first: list[float], second: list[float]) -> bool:
-    """Whether two fingerprints are of the same tokens up to roundings: three quarters of the digits agree."""
+    """Whether two fingerprints belong to the same tokens up to rounding: three quarters of their digits agree."""
     (size, eps, *mine), (other, others_eps, *theirs) = first, second
     apart = max(abs(a - b) for a, b in zip([size, *mine], [other, *theirs], strict=True))
     return bool(apart <= max(eps, others_eps) ** 0.75 * size)
@@ -141,7 +141,8 @@ def near(first: list[float], second: list[float]) -> bool:
 
 def check_finite(layer: CalibrationLinear, found: Any, number: int) -> None:
     """Refuse NaN or inf in ``found``, a tree of tensors that is made of what ``layer`` read in batch ``number``."""
-    leaves = [leaf for leaf in pytree.tree_leaves(found) if leaf.is_floating_point()]
-    if not all(bool(torch.isfinite(leaf).all()) for leaf in leaves):
+    leaves = [leaf for leaf in pytree.tree_leaves(found) if leaf.is_floating_point() and leaf.numel()]
+    # Extremes carry NaN along, and make no copy of the tensor.
+    if not all(bool(torch.isfinite(extreme)) for leaf in leaves for extreme in torch.aminmax(leaf)):
         told = f"NaN or inf in batch {number}"
         raise refusal(f"layer {layer.names[0]!r}", told, "finite inputs; the batch is not counted")

@@ -3,158 +3,171 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import sys
-import warnings
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from quantize.shell import api
 from quantize.shell.budget import FORMATS, assign_formats
-from quantize.shell.calibrate.layer import QUANTIZED
 from quantize.shell.cli import output
+from quantize.shell.cli.arguments import parser
+from quantize.shell.cli.forecast import forecast
+from quantize.shell.cli.outcome import demonstrate
 from quantize.shell.cli.subjects import Language, Subject, subject_in
-from quantize.shell.config import QuantizeError, QuantizeWarning, parse, refusal
+from quantize.shell.config import QuantizeError, parse, refusal
 from quantize.shell.disk import export
+from quantize.shell.plan import plan
 from quantize.shell.progress import progress
 from quantize.shell.report import picture
-from quantize.shell.report.rows import Report
+from quantize.shell.report.report import Report
 
 SENTENCES = Path(__file__).with_name("sentences.txt")
 _INT8 = {"type": "int8", "symmetric": True}
 _FORMATS = {"weights": {**_INT8, "strategy": "channel"}, "inputs": {**_INT8, "strategy": "token"}}
 CONFIG: dict[str, Any] = {"batch_num": 4, "quant_cfg": _FORMATS, "algorithm": "minmax"}
-_EPILOG = """\
-examples:
-  python -m quantize
-  python -m quantize --model DIR --config int4.json --text prose.txt --evaluate \\
-      --out NEW --format compressed-tensors --plot layers.png
-
-  where int4.json, for a language model by GPTQ, may hold:
-    {"batch_num": 32, "algorithm": "gptq", "skip_layers": ["lm_head"], "quant_cfg": {"weights":
-        {"type": "int4", "symmetric": true, "strategy": "group", "group_size": 64}}}
-
-exit status:
-  0    done
-  2    refused, or a file that cannot be read or written: one line on stderr says what and why
-  130  interrupted
-"""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise QuantizeError(f"{message}; see --help")
+_WIDTH, _CONFIG_LINES = 100, 4
+_Say = Callable[[str], None]
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status, as ``--help`` lists them. The report goes to stdout."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    # Also where they are refused.
+    as_json, status, told = "--json" in arguments, 0, dict[str, Any]()
     try:
-        _run(_parser().parse_args(arguments))
+        # Under --json nobody else writes to stdout.
+        with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+            told = _run(parser().parse_args(arguments))
+        if as_json:
+            _print_json({"exit_status": 0, **told})
     except (QuantizeError, OSError) as error:
         # Those of other libraries have many lines.
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
+        status, message = 2, " ".join(str(error).split())
+        print("error:", message, file=sys.stderr)
+        if isinstance(error, BrokenPipeError):
+            # Python writes what is left of stdout when it ends, and would fail again.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+        status, message = 130, "interrupted"
+        print(message, file=sys.stderr)
+    if as_json and status:
+        _print_json({"exit_status": status, "error": message})
+    return status
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="python -m quantize",
-        description="Quantize a model of transformers on the CPU, and print what was done to every layer.\n"
-        "Without --model: a demonstration with all-MiniLM-L6-v2 from the demo extra.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    what = parser.add_argument_group("what is quantized, and how").add_argument
-    what("--model", type=Path, metavar="DIR", help="a Hugging Face model directory with a tokenizer: a causal language "
-         "model, else a sentence encoder")  # fmt: skip
-    what("--config", type=Path, metavar="FILE.json", help="the config of the README as JSON, where a list or a string "
-         "stands for a set (default: minmax, int8 channel weights, int8 token inputs, 4 batches)")  # fmt: skip
-    what("--budget", type=_share, metavar="SHARE", help="choose the format of every layer so that the weights fit into "
-         "this share of their bytes with the smallest errors; in place of quant_cfg (default: gptq)")  # fmt: skip
-    calibration = parser.add_argument_group("calibration").add_argument
-    calibration("--text", type=Path, metavar="FILE", help="UTF-8 text; a language model needs one, unless nothing is "
-                "calibrated or measured, and takes lines from the first on, joined into rows; for an encoder every "
-                "line is a sentence (default: 32 of its own)")  # fmt: skip
-    calibration("--batch-size", type=_integer(1), default=4, metavar="N",
-                help="rows or sentences in a batch (default: 4)")  # fmt: skip
-    calibration("--length", type=_integer(2), metavar="N", help="tokens in a row (default: 512, or what the model can "
-                "take), or at most in a sentence (default: 256)")  # fmt: skip
-    results = parser.add_argument_group("results").add_argument
-    results("--evaluate", action="store_true", help="measure before and after: the perplexity on the lines after those "
-            "that calibrate, or the cosine of sentence embeddings on every second line, while the others calibrate "
-            "(default: in the demonstration only)")  # fmt: skip
-    results("--out", type=Path, metavar="DIR", help="write the quantized model here, and all files "
-            "that stand beside its weights, such as tokenizer and chat template: new, or empty")  # fmt: skip
-    results("--format", choices=("quantize", *export.FORMATS),
-            help="of the files in --out; quantize: for quantize.load into "
-            "a model of transformers made with from_config (default: quantize)")  # fmt: skip
-    results("--plot", type=Path, metavar="FILE", help=f"draw the layers into this file: {', '.join(picture.SUFFIXES)}")
-    return parser
+def _print_json(told: Mapping[str, Any]) -> None:
+    """As strict JSON: what is not finite becomes null."""
+    finite = json.loads(json.dumps(told), parse_constant=lambda _: None)
+    print(json.dumps(finite, allow_nan=False), flush=True)
 
 
-def _share(text: str) -> float:
-    try:
-        share = float(text)
-    except ValueError:
-        share = 0.0
-    if not 0 < share < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}; accepted: a number between 0 and 1")
-    return share
-
-
-def _integer(least: int) -> Callable[[str], int]:
-    def integer(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r}; accepted: an int, at least {least}")
-        return int(text)
-
-    return integer
-
-
-def _run(given: argparse.Namespace) -> None:
+def _run(given: argparse.Namespace) -> dict[str, Any]:
+    """Print the report, unless it shall be JSON; returns all of it as plain values."""
     # All that can be refused at once is refused here, before a model is read or hours are spent.
     config = CONFIG if given.config is None else _read("--config", given.config, json.loads, "a JSON file")
     if given.budget is not None:
         config = _budgeted(config if given.config is not None else {"batch_num": 4, "algorithm": "gptq"})
-    data_free = parse(config).data_free and given.budget is None
+    parsed = parse(config)
+    batches = 0 if parsed.data_free and given.budget is None else parsed.batch_num
     if given.plot is not None:
         picture.check(given.plot)
     if given.out is not None:
         output.check(given.out, given.format, config, given.model)
-    elif given.format is not None:
+    elif given.format is not None and not given.dry_run:
         raise refusal("--format", f"{given.format!r} without --out", "--out DIR, or no format")
     lines = _read("--text", given.text or SENTENCES, str.splitlines, "a UTF-8 text file")
     subject = subject_in(given.model, length=given.length)
     evaluate = given.evaluate or given.model is None
-    if isinstance(subject, Language) and given.text is None and (evaluate or not data_free):
+    lacking = isinstance(subject, Language) and given.text is None and (evaluate or batches > 0)
+    if lacking and not given.dry_run:
         raise refusal("--text", "not given", "a file, to calibrate or measure a language model")
-
     text = [line.strip() for line in lines if line.strip()]
-    if given.budget is not None:
-        rows, _ = subject.split(text, config.get("batch_num", 1), given.batch_size, evaluate=evaluate)
-        skipped = config.get("skip_layers")
-        chosen = assign_formats(subject.model, lambda _: subject.losses(rows), given.budget, skip_layers=skipped)
-        config = {**config, "quant_cfg": chosen}
-    write = None
+    calibration, held = ([], []) if lacking else subject.split(text, batches, given.batch_size, evaluate=evaluate)
+
+    model = subject.outline() if given.dry_run else subject.model
+    _check_layers(given, model, config)
+    about: dict[str, Any] = {"directory": str(subject.directory.resolve()), "class": type(model).__name__}
+    about |= {"parameters": sum(p.numel() for p in model.parameters()), "dtype": str(model.dtype).partition(".")[2]}
+    say: _Say = (lambda _: None) if given.json else partial(print, flush=True)
+    say("model: {directory}\n  {class}, {parameters:,} parameters in {dtype}".format(**about))
+    # The formats are not known yet.
+    shown = {key: config[key] for key in config if key != "quant_cfg" or given.budget is None}
+    say(_config(shown, given))
+    source = "a text, which is not given" if lacking else given.text or "sentences of its own"
+    say(f"calibration: {subject.needs(batches, given.batch_size)}, of {source}" if batches else "calibration: none")
+    if evaluate:
+        say(f"evaluation: {subject.held}")
+    needs = {"batches": batches, "batch_size": given.batch_size, "length": subject.length}
+    told = {"model": about, "config": shown, "budget": given.budget, "calibration": needs, "format": given.format}
+    told |= {option: path and str(path) for option, path in (("out", given.out), ("plot", given.plot))}
+    if given.dry_run:
+        tokens = batches * given.batch_size * subject.length
+        return {**told, "dry_run": True, **_plan(given, model, config, tokens, say)}
+    return {**told, "dry_run": False, **_quantize(given, subject, config, calibration, held, say)}
+
+
+def _plan(given: argparse.Namespace, model: nn.Module, config: Any, tokens: int, say: _Say) -> dict[str, Any]:
+    """What a run would do with ``model``, which is an outline."""
+    parsed = parse(config)
+    found = forecast(model, plan(model, parsed, outline=True), parsed, tokens, budget=given.budget)
+    say("\n".join([*_table(found.report, given), str(found)]))
     if given.format in export.FORMATS:
-        output.check_layers(subject.model, given.format, config)
+        say(f"format: {given.format} can hold these layers")
+    return found.as_dict()
+
+
+def _quantize(
+    given: argparse.Namespace, subject: Subject, config: Any, calibration: Sequence[Any], held: Sequence[Any], say: _Say
+) -> dict[str, Any]:
+    """What a run does."""
+    if given.budget is not None:
+        chosen = assign_formats(
+            subject.model,
+            lambda _: subject.losses(progress(calibration, "calibrate for the formats", unit="batch")),
+            given.budget,
+            skip_layers=config.get("skip_layers"),
+        )
+        config = {**config, "quant_cfg": chosen}
+        _check_layers(given, subject.model, config)
+    write = None
     if given.out is not None:
         write = partial(output.write, directory=given.out, format=given.format, source=subject.directory)
-    outcome = demonstrate(subject, config, text, batch=given.batch_size, evaluate=evaluate, write=write)
-    print(f"model: {subject.directory.resolve()}\nconfig: {config}\n{outcome}", flush=True)
+    outcome = demonstrate(subject, config, calibration, held, write=write)
+    say("\n".join([*_table(outcome.report, given), str(outcome)]))
+    if given.out is not None:
+        say(f"written: {given.out}, for {given.format if given.format in export.FORMATS else 'quantize.load'}")
     if given.plot is not None:
         outcome.report.plot(given.plot)
+        say(f"drawn: {given.plot}")
+    return {"config": config, **outcome.as_dict()}
+
+
+def _config(config: Any, given: argparse.Namespace) -> str:
+    """The config as JSON, in a few lines."""
+    text = f"config: {json.dumps(config)}"
+    if given.budget is not None:
+        text += f", with formats that are chosen to fit into {given.budget:g} of the bytes"
+    most = None if given.verbose else _CONFIG_LINES
+    wrapped = textwrap.TextWrapper(_WIDTH, subsequent_indent="  ", break_on_hyphens=False, max_lines=most,
+                                   placeholder=" ... (--verbose prints all)")  # fmt: skip
+    return wrapped.fill(text)
+
+
+def _table(report: Report, given: argparse.Namespace) -> list[str]:
+    """All layers, if they are asked for."""
+    return [report.table(), ""] if given.verbose else []
+
+
+def _check_layers(given: argparse.Namespace, model: nn.Module, config: Any) -> None:
+    if given.format in export.FORMATS:
+        output.check_layers(plan(model, parse(config), outline=True), given.format, config)
 
 
 def _read(option: str, file: Path, reader: Callable[[str], Any], accepted: str) -> Any:
@@ -170,59 +183,3 @@ def _budgeted(config: Any) -> Any:
     if isinstance(given, Mapping) and (found := [key for key in given if key != "weights"]):
         raise refusal("--budget", f"with quant_cfg.{found[0]!r} in the config", "a config for weights alone")
     return {**config, "quant_cfg": {"weights": FORMATS[0]}} if isinstance(config, Mapping) else config
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """A report, ``sizes`` in bytes before and after, and what the held-out text gave. Prints as lines.
-
-    ``measured``: what the subject gave before and after, ``[t, ...]`` each, or nothing; ``comparison``: that in a line.
-    """
-
-    report: Report
-    sizes: Mapping[str, tuple[int, int]]
-    measured: Sequence[Tensor]
-    comparison: str
-
-    def __str__(self) -> str:
-        sizes = [f"{what}: {before:,} bytes before, {after:,} after ({after / before:.3f} x)"
-                 for what, (before, after) in self.sizes.items()]  # fmt: skip
-        return "\n".join([str(self.report), "", *sizes, self.comparison]).rstrip()
-
-
-def demonstrate(
-    subject: Subject, config: object, text: Sequence[str], *, batch: int = 4, evaluate: bool = True, write: Any = None
-) -> Outcome:
-    """Quantize ``subject.model`` in place, calibrated on a part of the lines ``text``; measure it on the rest.
-
-    ``batch``: lines or rows in a forward pass. ``evaluate``: whether to measure. ``write`` is called with the converted
-    model before it is measured.
-    """
-    parsed = parse(config)
-    batches = 0 if parsed.data_free else parsed.batch_num
-    calibration, held = subject.split(text, batches, batch, evaluate=evaluate)
-    model = subject.model
-    measured = _measured(subject, held, "float")
-    # The report, printed in full, says the same.
-    with warnings.catch_warnings(action="ignore", category=QuantizeWarning):
-        api.quantize(model, config)
-        before = _sizes(model)
-        for each in progress(calibration, "calibrate", unit="batch", total=batches):
-            subject(each)
-    api.convert(model)
-    if write is not None:
-        write(model)
-    measured += _measured(subject, held, "quantized")
-    sizes = {what: (before[what], after) for what, after in _sizes(model).items()}
-    return Outcome(api.report(model), sizes, measured, subject.compared(*measured) if measured else "")
-
-
-def _measured(subject: Subject, held: Sequence[Any], what: str) -> list[Tensor]:
-    found = [subject(each) for each in progress(held, f"measure, {what}", unit="batch")]
-    return [torch.cat(found)] if found else []
-
-
-def _sizes(model: nn.Module) -> dict[str, int]:
-    layers = nn.ModuleList(each for each in model.modules() if isinstance(each, QUANTIZED))
-    return {what: sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
-            for what, module in (("quantized layers", layers), ("whole model", model))}  # fmt: skip

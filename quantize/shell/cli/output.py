@@ -17,7 +17,7 @@ from quantize.shell.cli.subjects import described, dtype_in
 from quantize.shell.config import QuantizeError, QuantizeWarning, parse
 from quantize.shell.disk import export, files, storage
 from quantize.shell.disk.parts import Parts
-from quantize.shell.plan import plan
+from quantize.shell.plan import Plan
 
 # Of weights, and of what training leaves; their indexes would name files that are not there.
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".gguf", ".onnx", ".index.json")
@@ -34,17 +34,19 @@ def check(directory: Path, format: str | None, config: Any, source: Path | None)
     # Which layers have the formats of patterns is known once the model is.
     if format not in export.FORMATS or spec is None or any(each.pattern for each in parsed.formats):
         return
-    size = 2 * (spec.weight.group_size or 32)
-    model = nn.Sequential(nn.LayerNorm(size), nn.Linear(size, 8)).to(dtype_in(source))
+    size, dtype = 2 * (spec.weight.group_size or 32), dtype_in(source)
+    # In float32 a model may be refused that is not in bfloat16.
+    dtype = dtype if dtype in (torch.float16, torch.float32) else torch.bfloat16
+    model = nn.Sequential(nn.LayerNorm(size), nn.Linear(size, 8)).to(dtype)
     _try(model, size, format, {**config, "skip_layers": None})
 
 
-def check_layers(model: nn.Module, format: str, config: Any) -> None:  # noqa: A002
+def check_layers(planned: Plan, format: str, config: Any) -> None:  # noqa: A002
     """Refuse formats of layers that the format cannot hold, before any is calibrated: small ones go ahead.
 
-    They have the names of those in ``model``. Which of their inputs are smoothed is not tried.
+    They have the names of those ``planned``. Which of their inputs are smoothed is not tried.
     """
-    planned, tree = plan(model, parse(config)), _Tree()
+    tree = _Tree()
     size = 2 * max(spec.weight.group_size or 32 for spec in planned.specs.values())
     for layer, names in planned.layers.items():
         small = nn.Linear(size, 8, dtype=layer.weight.dtype)

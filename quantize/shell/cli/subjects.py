@@ -17,15 +17,21 @@ from torch.nn.functional import cross_entropy, normalize
 
 from quantize.shell.config import refusal
 from quantize.shell.disk import files
+from quantize.shell.progress import BAR, on_terminal, progress
 
 # Batches to calibrate with, and batches to measure.
-_Split = tuple[Iterable[Any], Sequence[Any]]
+_Split = tuple[Sequence[Any], Sequence[Any]]
 
 
 class _Pretrained:
-    """A model of transformers in a directory, which is read when it is first used, and its tokenizer."""
+    """A model of transformers in a directory, which is read when it is first used, and its tokenizer.
+
+    ``rows``: what the text becomes; ``held``: what of it measures, in words.
+    """
 
     kind: str
+    rows: str
+    held: str
     length: int
 
     def __init__(self, directory: Path, *, length: int | None = None) -> None:
@@ -35,15 +41,27 @@ class _Pretrained:
         if len(self.tokenizer) <= len(self.tokenizer.all_special_ids):
             raise refusal("--model", f"{directory}, whose tokenizer knows no word", "a directory with its tokenizer")
 
+    def needs(self, batches: int, batch: int) -> str:
+        """What calibration takes of the text, in words."""
+        return f"{batches * batch:,} {self.rows.format(self.length)}, in {batches:,} batches of {batch}"
+
     @cached_property
     def model(self) -> nn.Module:
         """The model in the dtype that it was saved in, ready for inference."""
         model: nn.Module = self._read(self.kind).eval()
         return model
 
-    def _read(self, kind: str) -> Any:
+    def outline(self) -> nn.Module:
+        """The model on the meta device, as its config describes it, in the dtype that it was saved in."""
+        with torch.device("meta"):
+            model: nn.Module = self._read(self.kind, self._read("AutoConfig")).eval()
+        return model
+
+    def _read(self, kind: str, config: Any = None) -> Any:
         reader = getattr(_extra("transformers"), kind)
         try:
+            if config is not None:
+                return reader.from_config(config, dtype=dtype_in(self.directory) or torch.float32)
             return reader.from_pretrained(self.directory, local_files_only=True)
         except Exception as error:  # of its own code, and of every architecture's
             raise refusal("--model", str(self.directory), f"what {kind} of transformers reads ({error})") from error
@@ -52,14 +70,15 @@ class _Pretrained:
 class Encoder(_Pretrained):
     """Sentences to unit vectors: mean of the last hidden states, as sentence-transformers pools them."""
 
-    kind, length = "AutoModel", 256
+    kind, length, rows = "AutoModel", 256, "sentences of at most {} tokens"
+    held = "every second sentence, while the others calibrate"
 
     def split(self, text: Sequence[str], batches: int, batch: int, *, evaluate: bool) -> _Split:
         """All sentences, as often as it takes; with ``evaluate`` the even ones calibrate, and the odd are measured."""
         if len(text) < 1 + evaluate:
             raise refusal("--text", f"{len(text)} sentences", f"at least {1 + evaluate} lines of text")
         calibration, held = (text[::2], text[1::2]) if evaluate else (text, ())
-        return islice(cycle(_parts(calibration, batch)), batches), _parts(held, batch)
+        return list(islice(cycle(_parts(calibration, batch)), batches)), _parts(held, batch)
 
     def losses(self, batches: Iterable[Sequence[str]]) -> Iterator[Tensor]:
         """One for each batch, whose gradients tell how much an output matters: a random direction of the embeddings."""
@@ -79,21 +98,23 @@ class Encoder(_Pretrained):
         mask = tokens["attention_mask"][..., None].to(hidden.dtype)
         return normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
 
-    def compared(self, before: Tensor, after: Tensor) -> str:
-        """The cosines, in a line."""
+    def compared(self, before: Tensor, after: Tensor) -> tuple[str, dict[str, float]]:
+        """The cosines, in a line and as numbers."""
         cosine = torch.cosine_similarity(before, after)
+        found = {"sentences": len(cosine), "cosine_mean": cosine.mean().item(), "cosine_lowest": cosine.min().item()}
         what = f"cosine of {len(cosine)} sentence embeddings, before and after"
-        return f"{what}: mean {cosine.mean():.5f}, lowest {cosine.min():.5f}"
+        return f"{what}: mean {found['cosine_mean']:.5f}, lowest {found['cosine_lowest']:.5f}", found
 
 
 class Language(_Pretrained):
     """A causal language model on rows of ``length`` tokens; the first lines calibrate, and the rest is measured."""
 
-    kind, length = "AutoModelForCausalLM", 512
+    kind, length, rows = "AutoModelForCausalLM", 512, "rows of {} tokens"
+    held = "all rows after those, at least one"
 
     def split(self, text: Sequence[str], batches: int, batch: int, *, evaluate: bool) -> _Split:
         """Batches ``[t, length]`` of tokens: what is measured starts with the line after the last that calibrates."""
-        lines, most = iter(text), batches * batch
+        lines, most = iter(progress(text, "tokenize", unit="line")), batches * batch
         rows = list(islice(self._rows(lines), most)), list(self._rows(lines)) if evaluate else []
         if len(rows[0]) < most or (evaluate and not rows[1]):
             found = f"{len(rows[0])} rows of {self.length} tokens to calibrate with"
@@ -118,11 +139,15 @@ class Language(_Pretrained):
         losses = [cross_entropy(row[:-1].float(), tokens[1:]) for row, tokens in zip(logits, batch, strict=True)]
         return torch.stack(losses)
 
-    def compared(self, before: Tensor, after: Tensor) -> str:
-        """The perplexities, in a line: all rows have one length, so that the mean of their means is that of tokens."""
-        first, then = (values.double().mean().exp() for values in (before, after))
+    def compared(self, before: Tensor, after: Tensor) -> tuple[str, dict[str, float]]:
+        """The perplexities, in a line and as numbers.
+
+        All rows have one length, so that the mean of their means is that of tokens.
+        """
+        first, then = (values.double().mean().exp().item() for values in (before, after))
         what = f"perplexity on {len(before)} held-out rows of {self.length} tokens"
-        return f"{what}: {first:.3f} before, {then:.3f} after"
+        found = {"rows": len(before), "perplexity_before": first, "perplexity_after": then}
+        return f"{what}: {first:.3f} before, {then:.3f} after", found
 
     def _rows(self, lines: Iterator[str]) -> Iterator[list[int]]:
         """Rows of ``length`` tokens, each begun as the tokenizer begins a text; of the last line what fills a row."""
@@ -163,8 +188,8 @@ def described(directory: Path) -> dict[str, Any]:
     return told
 
 
-def dtype_in(directory: Path | None) -> torch.dtype:
-    """The dtype in which transformers makes the model: that of its config, else of its first weight."""
+def dtype_in(directory: Path | None) -> torch.dtype | None:
+    """The dtype in which transformers makes the model: that of its config, else of its first weight, if any."""
     directory = packaged() if directory is None else directory
     told = described(directory)
     found = getattr(torch, str(told.get("dtype") or told.get("torch_dtype")), None)
@@ -174,8 +199,7 @@ def dtype_in(directory: Path | None) -> torch.dtype:
             first = min(file.name for file in directory.glob("*.safetensors"))
             tensors, _ = files.read(directory, first)
             found = next((tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), None)
-    # In float32 a model may be refused that is not in bfloat16.
-    return found if found in (torch.float16, torch.float32) else torch.bfloat16
+    return found if isinstance(found, torch.dtype) else None
 
 
 def packaged() -> Path:
@@ -190,9 +214,17 @@ def _extra(name: str) -> Any:
         accepted = "an environment after pip install 'torch-quantize-core[demo]'"
         raise refusal(name, "not installed", accepted) from None
     if name == "transformers":
-        # Bars of its own, over the tensors of a file, which it shows in a pipe as well.
-        module.utils.logging.disable_progress_bar()
+        _show_reading(module.utils.logging)
     return module
+
+
+def _show_reading(logging: Any) -> None:
+    """Its bar over the tensors of a model as one of ours; it would be there in a pipe as well."""
+    hooked = hasattr(logging, "set_tqdm_hook")
+    if hooked:
+        told = {**BAR, "desc": "read the model", "unit": "tensor"}
+        logging.set_tqdm_hook(lambda factory, given, named: factory(*given, **{**named, **told}))
+    (logging.enable_progress_bar if hooked and on_terminal() else logging.disable_progress_bar)()
 
 
 def _parts(items: Any, size: int) -> list[Any]:

@@ -35,6 +35,14 @@ class QuantizedLinear(nn.Module):
         dtype: that of the float layer, and of the inputs to come.
         kernel: the name of the kernel to use wherever it can serve; None chooses the fastest.
         away: where the buffers of the kernel are kept, if not where the layer computes.
+
+    >>> import quantize as qz
+    >>> model = nn.Sequential(nn.Linear(8, 4))
+    >>> weights = {"type": "int8", "symmetric": True, "strategy": "channel"}
+    >>> qz.quantize(model, {"quant_cfg": {"weights": weights}, "algorithm": "minmax"})
+    >>> qz.convert(model, kernel="reference")
+    >>> model[0].weight.shape, model[0].codes.dtype
+    (torch.Size([4, 8]), torch.int8)
     """
 
     bias: nn.Parameter | None

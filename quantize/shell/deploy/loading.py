@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from quantize.shell import offload
 from quantize.shell.config import refusal, shown
 from quantize.shell.deploy import state as saved
-from quantize.shell.deploy.kernels import KERNELS
+from quantize.shell.deploy.kernels import KERNELS, PARTIAL
 from quantize.shell.deploy.layer import QuantizedLinear
 from quantize.shell.plan import swap
 from quantize.shell.views import adopt, modules, release
@@ -29,8 +29,11 @@ def check_kernel(kernel: object) -> None:
 
 
 def check_served(built: Iterable[QuantizedLinear], kernel: str | None) -> None:
-    """Refuse layers that have another kernel than the one that was asked for."""
-    for layer in built:
+    """Refuse layers that have another kernel than the one that was asked for; one of ``PARTIAL`` must serve some."""
+    layers = [*built]
+    if kernel in PARTIAL and any(layer.kernel == kernel for layer in layers):
+        return
+    for layer in layers:
         if kernel is not None and layer.kernel != kernel:
             raise refusal(f"layer {layer.row.name!r}", f"kernel {kernel!r}", f"another kernel ({layer.reason})")
 

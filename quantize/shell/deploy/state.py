@@ -90,7 +90,7 @@ def solution(name: str, held: Mapping[str, Any], layout: Layout) -> Solution:
     """
     notes = {key.removeprefix(_NOTE): value for key, value in held.items() if key.startswith(_NOTE)}
     found = {key: held[key] for key in held if key not in (*_ERRORS, EXTRA) and not key.startswith(_NOTE)}
-    like = _example(layout, smoothed="smoothing" in held)
+    like = example(layout, smoothed="smoothing" in held)
     check(f"layer {name!r}", found, like, f"{', '.join(like)} with {text(layout)}", floats=_FLOATS)
     solved = reference.restore(found, layout)
     return replace(solved, error=held.get("error"), baseline_error=held.get("baseline_error"), notes=notes)
@@ -125,7 +125,7 @@ def text(layout: Layout) -> str:
 
 
 @functools.cache
-def _example(layout: Layout, *, smoothed: bool) -> Mapping[str, Tensor]:
+def example(layout: Layout, *, smoothed: bool) -> Mapping[str, Tensor]:
     """What :func:`reference.prepare` keeps of such a layer, without data."""
     weights, inputs = layout.spec.weight, layout.spec.inputs
     with torch.device("meta"):

@@ -56,6 +56,16 @@ def export(
         QuantizeError: a model that is not converted, a layer that the format cannot hold, a directory with content or
             without one around it, or no safetensors; nothing is left.
         OSError: it cannot be written; nothing is left.
+
+    >>> import pathlib, tempfile, quantize as qz
+    >>> model = nn.Sequential(nn.Linear(8, 4))
+    >>> weights = {"type": "int8", "symmetric": True, "strategy": "channel"}
+    >>> qz.quantize(model, {"quant_cfg": {"weights": weights}, "algorithm": "minmax"})
+    >>> qz.convert(model)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     qz.export(model, f"{folder}/int8", format="compressed-tensors")
+    ...     sorted(file.name for file in pathlib.Path(folder, "int8").iterdir())
+    ['config.json', 'model.safetensors']
     """
     if not (isinstance(format, str) and format in FORMATS):
         raise refusal("format", shown(format), f"one of {', '.join(map(repr, FORMATS))}")

@@ -80,7 +80,11 @@ def write(
         made.mkdir()
         shards: list[dict[str, int]] = []
         for shard in _shards(tensors, limit):
-            safetensors().torch.save_file(shard, made / str(len(shards)), metadata={"format": "pt", **header})
+            try:
+                safetensors().torch.save_file(shard, made / str(len(shards)), metadata={"format": "pt", **header})
+            except safetensors().SafetensorError as error:
+                # A full disk, above all.
+                raise OSError(str(error)) from error
             shards.append({key: tensor.nbytes for key, tensor in shard.items()})
         stem, many = file.removesuffix(".safetensors"), len(shards)
         names = [f"{stem}-{i + 1:05}-of-{many:05}.safetensors" for i in range(many)] if many > 1 else [file]

@@ -15,11 +15,12 @@ from quantize.shell.config import refusal
 from quantize.shell.deploy.layer import QuantizedLinear
 from quantize.shell.deploy.state import Outline
 from quantize.shell.disk.files import as_json
+from quantize.shell.progress import progress
 from quantize.shell.views import Experts
 
 _T = TypeVar("_T")
 # Layers of one module that loaders compute as one matrix.
-_MERGED = (
+MERGED = (
     ("q_proj", "k_proj", "v_proj"),
     ("query", "key", "value"),
     ("q_a_proj", "kv_a_proj_with_mqa"),
@@ -46,7 +47,7 @@ def pairs(
 ) -> Iterator[tuple[str, Tensor]]:
     """All tensors of a file with their names: ``others``, and those that ``tensors`` makes of a layer at a time."""
     yield from others.items()
-    for name, layer in layers.items():
+    for name, layer in progress(layers.items(), "write", unit="layer"):
         yield from ((f"{name}.{key}", tensor) for key, tensor in tensors(layer).items())
 
 
@@ -127,7 +128,7 @@ def _merged(parent: str, module: nn.Module) -> Iterator[list[str]]:
     if isinstance(module, Experts):
         kinds = (nn.Linear, QuantizedLinear)
         yield [name for name, each in module.named_modules(prefix=parent) if isinstance(each, kinds)]
-    for row in _MERGED:
+    for row in MERGED:
         if present := [key for key in row if module._modules.get(key) is not None]:
             yield [f"{parent}.{key}" if parent else key for key in present]
 

@@ -37,6 +37,16 @@ def save(model: nn.Module, directory: str | os.PathLike[str], *, max_shard_size:
         QuantizeError: a model that is not converted, a state that JSON cannot hold, a directory with content or without
             one around it, or no safetensors; nothing is left.
         OSError: it cannot be written; nothing is left.
+
+    >>> import tempfile, quantize as qz
+    >>> model = nn.Sequential(nn.Linear(8, 4))
+    >>> weights = {"type": "int8", "symmetric": True, "strategy": "channel"}
+    >>> qz.quantize(model, {"quant_cfg": {"weights": weights}, "algorithm": "minmax"})
+    >>> qz.convert(model)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     qz.save(model, f"{folder}/int8")
+    ...     os.listdir(f"{folder}/int8")
+    ['model.safetensors']
     """
     files.check_new(directory)
     layers, limit, buffers = quantized(model), files.shard_size(max_shard_size), loading.hidden(model)
@@ -79,6 +89,18 @@ def load(model: nn.Module, directory: str | os.PathLike[str], *, kernel: str | N
         QuantizeError: a directory of something else, a state that does not fit the model, or no safetensors; the model
             is left as it was.
         OSError: a file cannot be read.
+
+    >>> import tempfile, quantize as qz
+    >>> model = nn.Sequential(nn.Linear(8, 4))
+    >>> weights = {"type": "int8", "symmetric": True, "strategy": "channel"}
+    >>> qz.quantize(model, {"quant_cfg": {"weights": weights}, "algorithm": "minmax"})
+    >>> qz.convert(model)
+    >>> again = nn.Sequential(nn.Linear(8, 4))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     qz.save(model, f"{folder}/int8")
+    ...     qz.load(again, f"{folder}/int8")
+    >>> torch.equal(again[0].codes, model[0].codes)
+    True
     """
     where, reader = os.fspath(directory), files.safetensors()
     try:
@@ -102,12 +124,25 @@ def load(model: nn.Module, directory: str | os.PathLike[str], *, kernel: str | N
 def save_calibration(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write the ``state_dict`` of a model under calibration to ``path``: the old file or the new one, never a part.
 
-    Call it between forward passes. It holds the parameters, the statistics, and what was solved already; with
-    ``sequential``, the arguments of the batches: see ``CalibrationLinear.get_extra_state`` and ``Session.state``.
+    Call it between forward passes. The file holds the parameters, the statistics, and the layers that are quantized
+    already; with ``sequential``, also the arguments of the batches.
+
+    Args:
+        model: a model under calibration.
+        path: a file, in a directory that exists.
 
     Raises:
         QuantizeError: a model that is not under calibration.
         OSError: the file cannot be written; what was there stays.
+
+    >>> import tempfile, quantize as qz
+    >>> model = nn.Sequential(nn.Linear(8, 4))
+    >>> weights = {"type": "int4", "symmetric": True, "strategy": "channel"}
+    >>> qz.quantize(model, {"quant_cfg": {"weights": weights}, "algorithm": "gptq", "batch_num": 2})
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     qz.save_calibration(model, f"{folder}/calibration.pt")
+    ...     os.listdir(folder)
+    ['calibration.pt']
     """
     if not calibrated(model):
         raise refusal("model", "not under calibration", _STARTED)
@@ -119,11 +154,29 @@ def save_calibration(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
 
 def load_calibration(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Go on from a file of :func:`save_calibration`, in a model that was given the same config.
+    """Continue a calibration from a file of :func:`save_calibration`.
+
+    Args:
+        model: the same model, after ``quantize`` with the same config.
+        path: a file of :func:`save_calibration`.
 
     Raises:
         QuantizeError: a model that is not under calibration, or of another config.
         OSError: the file cannot be read.
+
+    >>> import tempfile, quantize as qz
+    >>> weights = {"type": "int4", "symmetric": True, "strategy": "channel"}
+    >>> config = {"quant_cfg": {"weights": weights}, "algorithm": "gptq", "batch_num": 2}
+    >>> first, second = nn.Sequential(nn.Linear(8, 4)), nn.Sequential(nn.Linear(8, 4))
+    >>> qz.quantize(first, config)
+    >>> output = first(torch.ones(16, 8))
+    >>> qz.quantize(second, config)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     qz.save_calibration(first, f"{folder}/calibration.pt")
+    ...     qz.load_calibration(second, f"{folder}/calibration.pt")
+    >>> output = second(torch.ones(16, 8))
+    >>> qz.report(second).rows[0].tokens
+    32
     """
     layers, where = calibrated(model), os.fspath(path)
     if not layers:

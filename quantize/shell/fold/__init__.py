@@ -1,1 +1,1 @@
-"""Move the divisor of a layer's inputs into the module that makes them: found in a run of the model, and proven."""
+"""Move the divisor of a layer's inputs into the weights of the module that produces them, if a run proves it right."""

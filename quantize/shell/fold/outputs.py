@@ -1,4 +1,4 @@
-"""What a model gives, kept small, so that the outputs of two runs can be compared."""
+"""A summary of a model's outputs, to compare those of two runs."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# How many numbers of a tensor are compared where bits may change.
-_NUMBERS = 4096
+# How many numbers of a tensor are compared if its bits may change.
+_SAMPLES = 4096
 
 
 class Outputs(pickle.Pickler):
-    """What a model gave, anything that can be pickled: all of it as ``bits``, and some numbers of every tensor.
+    """A summary of outputs that can be pickled: ``bits`` identifies all of them, ``numbers`` samples every tensor.
 
-    ``refused``: why it cannot be compared.
+    ``refused``: why they cannot be compared; empty if they can.
     """
 
     def __init__(self, value: Any) -> None:
@@ -35,18 +35,18 @@ class Outputs(pickle.Pickler):
         self.bits = file.getvalue()
 
     def persistent_id(self, value: Any) -> str | None:
-        """What to write for ``value``: a digest of a tensor, the name of a class, which may be a local one."""
+        """The text that replaces ``value``: a digest of a tensor, the name of a class or function; None for others."""
         if not isinstance(value, Tensor) or value.layout != torch.strided:
             return value.__qualname__ if isinstance(value, (type, FunctionType)) else None
         flat = value.detach().resolve_conj().resolve_neg().contiguous().flatten()
-        # A step without a divisor in common with the shape leaves no channel out.
-        steps = itertools.count(max(1, len(flat) // _NUMBERS))
+        # A step that is coprime to the length samples every channel.
+        steps = itertools.count(max(1, len(flat) // _SAMPLES))
         self.numbers.append(flat[:: next(step for step in steps if math.gcd(step, len(flat)) == 1)].clone())
         digest = hashlib.sha256(flat.cpu().view(torch.uint8).numpy().data).hexdigest()
         return f"{value.shape} {value.dtype} {digest}"
 
     def near(self, other: Outputs | None, layers: int) -> bool:
-        """Whether ``other`` differs by no more than independent roundings of so many layers would make it."""
+        """Whether ``other`` differs by no more than the independent rounding errors of this many ``layers``."""
         if other is None or [each.shape for each in self.numbers] != [each.shape for each in other.numbers]:
             return False
         for old, new in zip(self.numbers, other.numbers, strict=True):

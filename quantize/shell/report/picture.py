@@ -4,29 +4,39 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from operator import attrgetter
 from pathlib import Path
-from textwrap import shorten
-from typing import TYPE_CHECKING, Any
+from textwrap import fill, shorten
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from quantize.shell.config import refusal
+from quantize.shell.report.rows import Row, Skipped, folded, reasons, shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 SUFFIXES = (".pdf", ".png", ".svg")
-_MOST = 56
+# So many lines are drawn at once; of more layers, so many of the worst.
+_MOST, _WORST = 56, 30
+# Characters of a name and inches of a line.
+_ROOM, _LINE = 44, 0.24
 # Okabe and Ito's colours, each with a shape of its own: told apart without colours too.
-_BEFORE: dict[str, Any] = {"color": "#E69F00", "marker": "o", "fillstyle": "none", "label": "before: plain rounding"}
-_AFTER: dict[str, Any] = {"color": "#0072B2", "marker": "o", "label": "after: as quantized"}
-_OUTLIER: dict[str, Any] = {"color": "#D55E00", "marker": "D", "label": "after, an outlier"}
+_BEFORE: dict[str, Any] = {"color": "#E69F00", "marker": "o", "fillstyle": "none", "label": "plain rounding"}
+_AFTER: dict[str, Any] = {"color": "#0072B2", "marker": "o", "label": "as quantized"}
+_OUTLIER: dict[str, Any] = {"color": "#D55E00", "marker": "D", "label": "as quantized, an outlier"}
+_RATIO, _SQNR = 0, 2
+_TITLES = {
+    True: "Error of each layer's outputs after quantization, relative to plain rounding: below 1 is better",
+    False: "Signal to noise ratio of each layer's weight after quantization: more is better",
+}
 _LABELS = (
+    "error vs minmax: squared error of the outputs,\ndivided by that of plain rounding",
     "mean squared error of an output value\n(each layer in a unit of its own: compare within a row)",
-    "error relative to plain rounding\n(1: no gain)",
-    "SQNR of the weight, dB: more is better\n(layers whose output error is not known)",
+    "SQNR of the weight in dB\n(layers whose output error is not known)",
 )
 _Floats = npt.NDArray[np.float64]
 
@@ -43,51 +53,65 @@ def check(path: str | Path) -> Path:
     return path
 
 
-def draw(groups: Sequence[tuple[str, Sequence[Any]]], skipped: Sequence[Any]) -> Figure:
-    """The rows of a report in ``groups`` under their titles, of which at least one is solved, and what was skipped.
+def draw(rows: Sequence[Row], skipped: Sequence[Skipped]) -> Figure:
+    """A line for each of ``rows``, of which at least one is solved, and for what was ``skipped``.
 
-    One line a group, one panel a quantity: output errors before and after, their ratio, or the SQNR of the weight. A
-    line for experts shows the worst of them. Of more lines than fit, the worst are drawn, and the others counted.
+    One panel a quantity: the error over that of plain rounding, both errors, or the SQNR of the weight. A line for
+    experts shows the worst of them. Of more lines than fit the worst are drawn, below a panel with a point a layer.
     """
     from matplotlib.figure import Figure
 
-    layers, total = [min(group, key=_quality) for _, group in groups], sum(len(group) for _, group in groups)
-    if all(row.weight_sqnr is None for _, group in groups for row in group):
+    if all(row.weight_sqnr is None for row in rows):
         raise refusal("report", "no layer is solved yet", "a report after calibration")
+    groups = folded(rows)
+    layers = [min(group, key=attrgetter("rank")) for _, group in groups]
     values = _quantities(layers)
-    scores = excess(values[1, 1], values[2, 1])
-    # The worst first and NaN last; then in the order of the model.
-    chosen = np.sort(np.argsort(-scores, kind="stable")[:_MOST]).tolist()
+    scores = excess(values[_RATIO, 1], values[_SQNR, 1])
+    few = len(groups) <= _MOST
+    # The worst first and NaN last. All are in the order of the model.
+    chosen = np.argsort(-scores, kind="stable")[:_WORST].tolist()
+    chosen = [*range(len(groups))] if few else sorted(chosen, key=lambda i: layers[i].rank)
     known, outliers = np.any(~np.isnan(values), axis=1), scores > 1
-    panels = np.flatnonzero(known[:, chosen].any(1)).tolist() or [2]
-    lines = [(groups[i][0], _OUTLIER["color"] if outliers[i] else "black",
+    panels = np.flatnonzero(known[:, chosen].any(1)).tolist() or [_SQNR]
+    names, prefix = shortened([groups[i][0] for i in chosen], _ROOM)
+    lines = [(name, _OUTLIER["color"] if outliers[i] else "black",
               "" if known[:, i].any() else "not solved yet" if layers[i].weight_sqnr is None else "exact")
-             for i in chosen]  # fmt: skip
-    note = f"{total} layers, in the order of the model" + "; of experts the worst" * (len(groups) < total)
-    if len(groups) + len(skipped) <= _MOST:
-        lines += [(left.name or "the model", "0.4", shorten(f"floating point: {left.reason}", 56, placeholder=" ..."))
-                  for left in skipped]  # fmt: skip
+             for i, name in zip(chosen, names, strict=True)]  # fmt: skip
+    order = "in the order of the model" if few else f"the {len(chosen)} worst of {len(groups)} lines, the worst first"
+    notes = [f"{len(rows)} layers, {order}" + "; of experts the worst" * (len(groups) < len(rows))
+             + f"; a name with .. begins with {prefix}" * bool(prefix)]  # fmt: skip
+    left = [(name, "0.4", shorten(f"floating point: {why}", 56, placeholder=" ...")) for name, why in reasons(skipped)]
+    if len(lines) + len(left) <= _MOST:
+        lines += left
     else:
-        others = total - sum(len(groups[i][1]) for i in chosen)
-        note += f"; the worst are shown, {others} others and {len(skipped)} modules in floating point are not"
+        notes.append(f"{len(skipped)} modules in floating point are not shown")
     if outliers.any():
-        note += "\noutlier: worse than three quarters of the layers, by over 1.5 times the range of the middle half"
+        notes.append("outlier: worse than three quarters of the layers, by over 1.5 times the range of the middle half")
 
-    figure = Figure((3.7 + 3.2 * len(panels), 0.24 * len(lines) + 1.75 + 0.15 * outliers.any()))
+    width, height = 3.7 + 3.2 * len(panels), _LINE * len(lines) + 2.2
+    figure = Figure((width, height if few else height + 2.4))
     figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.08)
-    axes: list[Axes] = list(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0])
+    ratios = [height] if few else [2.2, height]
+    *above, below = figure.subfigures(len(ratios), 1, squeeze=False, height_ratios=ratios)[:, 0]
+    axes: list[Axes] = list(below.subplots(1, len(panels), sharey=True, squeeze=False)[0])
     for ax, quantity in zip(axes, panels, strict=True):
         _panel(ax, quantity, values[quantity][:, chosen], outliers[chosen])
         ax.axhspan(len(chosen) - 0.5, len(lines) - 0.5, color="0.93", linewidth=0)
-    beside: dict[str, Any] = {"transform": axes[0].get_yaxis_transform(), "va": "center"}
-    for i, (title, color, told) in enumerate(lines):
-        short = title if len(title) <= 44 else f"...{title[-41:]}"
-        axes[0].text(-0.03, i, short, ha="right", fontsize=7.5, color=color, **beside)
-        axes[0].text(0.01, i, told, fontsize=7, color="0.4", **beside)
-    axes[0].set(ylim=(len(lines) - 0.4, -0.6), yticks=[])
-    legend = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    figure.legend(legend.values(), legend, loc="outside upper center", ncols=3, frameon=False, fontsize=8)
-    figure.supxlabel(note, fontsize=7.5, color="0.25")
+    _names(axes[0], lines)
+    for part in above:
+        places = {id(row): i for i, row in enumerate(rows)}
+        marked = np.isin(np.arange(len(rows)), [places[id(layers[i])] for i in np.flatnonzero(outliers)])
+        _overview(part.subplots(), panels[0], _quantities(rows)[panels[0], 1], marked)
+    worst = min(rows, key=attrgetter("rank"))
+    value = f"{worst.weight_sqnr:.1f} dB" if worst.ratio is None else f"{worst.ratio:.3f}"
+    title = [_TITLES[worst.ratio is not None], f"worst: {worst.name} ({value})"]
+    # Characters in an inch, of the one size and the other.
+    figure.suptitle("\n".join(fill(line, int(12 * width)) for line in title), fontsize=10, parse_math=False)
+    note = "\n".join(fill(line, int(15 * width)) for line in notes)
+    series = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    legend = figure.legend(series.values(), series, loc="outside lower center", ncols=3, frameon=False, fontsize=8,
+                           title=note, title_fontsize=7.5)  # fmt: skip
+    legend.get_title().set_multialignment("center")
     return figure
 
 
@@ -103,12 +127,8 @@ def excess(ratios: _Floats, sqnr: _Floats) -> _Floats:
     return scores
 
 
-def _quality(row: Any) -> tuple[float, float]:
-    return -(row.ratio or 0), np.inf if row.weight_sqnr is None else row.weight_sqnr
-
-
-def _quantities(rows: Sequence[Any]) -> _Floats:
-    """``[3, 2, rows]``: the errors of the outputs, their ratio, the SQNR; before, after. NaN: not known or shown."""
+def _quantities(rows: Sequence[Row]) -> _Floats:
+    """``[3, 2, rows]``: the ratio of the errors, the errors of the outputs, the SQNR; before, after. NaN: not shown."""
     keys = ("error", "baseline_error", "weight_sqnr", "ratio", "tokens")
     error, before, sqnr, ratio, tokens = (np.array([getattr(row, key) for row in rows], float) for key in keys)
     # The SQNR only where nothing else is known: what lowers the error of the outputs may well raise that of the weight.
@@ -116,22 +136,53 @@ def _quantities(rows: Sequence[Any]) -> _Floats:
     # Sums over tokens and outputs; a zero has no place on a logarithmic axis.
     error[(error == 0) | np.isnan(ratio)] = before[np.isnan(ratio)] = np.nan
     outputs = np.maximum(tokens, 1) * [row.shape[0] for row in rows]
-    return np.array([[before / outputs, error / outputs], [before / before, ratio], [np.nan * sqnr, sqnr]])
+    return np.array([[before / before, ratio], [before / outputs, error / outputs], [np.nan * sqnr, sqnr]])
+
+
+def _names(ax: Axes, lines: Sequence[tuple[str, str, str]]) -> None:
+    """A name in its colour beside each of ``lines``, and what there is to say instead of a point."""
+    beside: dict[str, Any] = {"transform": ax.get_yaxis_transform(), "va": "center", "parse_math": False}
+    for i, (name, color, told) in enumerate(lines):
+        short = name if len(name) <= _ROOM else f"...{name[3 - _ROOM :]}"
+        weight = "bold" if color == _OUTLIER["color"] else "normal"
+        ax.text(-0.03, i, short, ha="right", fontsize=7.5, color=color, weight=weight, **beside)
+        ax.text(0.01, i, told, fontsize=7, color="0.4", **beside)
+    ax.set(ylim=(len(lines) - 0.4, -0.6), yticks=[])
 
 
 def _panel(ax: Axes, quantity: int, values: _Floats, outliers: npt.NDArray[np.bool_]) -> None:
     (before, after), lines = values, np.arange(values.shape[1])
     ax.hlines(lines, before, after, "0.65", linewidth=1.1)
-    for style, x, chosen in ((_BEFORE, before, quantity == 0), (_AFTER, after, ~outliers), (_OUTLIER, after, outliers)):
+    for style, x, chosen in (
+        (_BEFORE, before, quantity != _SQNR),
+        (_AFTER, after, ~outliers),
+        (_OUTLIER, after, outliers),
+    ):
         if np.any(chosen):
             ax.plot(np.where(chosen, x, np.nan), lines, linestyle="none", markersize=5.5, **style)
-    if quantity == 1:
-        ax.axvline(1, color="0.3", linewidth=0.9)
-    if quantity < 2:
-        positive = values[values > 0]
-        ax.set(xscale="log") if positive.max() > 30 * positive.min() else ax.set(xlim=(0, None))
+    _scale(ax, quantity, values, "x")
     ax.set_xlabel(_LABELS[quantity], fontsize=8)
+
+
+def _overview(ax: Axes, quantity: int, after: _Floats, outliers: npt.NDArray[np.bool_]) -> None:
+    """All layers, from left to right."""
+    for style, chosen, size in ((_AFTER, ~outliers, 2.5), (_OUTLIER, outliers, 4.5)):
+        ax.plot(np.where(chosen, after, np.nan), linestyle="none", markersize=size, markeredgewidth=0, **style)
+    _scale(ax, quantity, after, "y")
+    ax.set_ylabel("SQNR in dB" if quantity == _SQNR else "error vs minmax", fontsize=8)
+    ax.set_xlabel("layer, by its place in the model", fontsize=8)
+    ax.set_xlim(-0.01 * len(after), 1.01 * len(after))
+
+
+def _scale(ax: Axes, quantity: int, values: _Floats, axis: Literal["x", "y"]) -> None:
+    """Scale and grid of the ``axis`` that shows ``values``."""
+    if quantity != _SQNR:
+        positive = values[values > 0]
+        wide = len(positive) and positive.max() > 30 * positive.min()
+        ax.set(**{f"{axis}scale": "log"} if wide else {f"{axis}lim": (0, None)})
+    if quantity == _RATIO:
+        (ax.axvline if axis == "x" else ax.axhline)(1, color="0.3", linewidth=0.9)
     ax.tick_params(labelsize=7.5)
-    ax.grid(axis="x", color="0.9", linewidth=0.6)
+    ax.grid(axis=axis, color="0.9", linewidth=0.6)
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)

@@ -1,25 +1,26 @@
-"""What was done to every layer of a model: as values, as plain data and as text."""
+"""What was done to every layer of a model, as values; and the names of layers, shortened by what they share."""
 
 from __future__ import annotations
 
-import glob
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import accumulate
 from math import inf
 from operator import attrgetter
-from pathlib import Path
-from statistics import median_low
 from typing import Any
 
 from quantize.core import Scheme
-from quantize.shell.config import refusal
-from quantize.shell.report import picture
 
-_HEADER = ("layer", "shape", "weights", "inputs", "algorithm", "stage", "kernel", "tokens", "SQNR dB", "error/minmax")
 # What experts in one line have in common beside their names.
 _FORMAT = attrgetter("shape", "weights", "inputs", "algorithm", "stage", "kernel", "kernel_reason")
 _EXPERT = re.compile(r"(?<=\bexperts\.)\d+(?=\.|$)")
+# A number between the dots of a name, alone or in a sentence.
+_NUMBER = re.compile(r"(?<![^. ])\d+(?=[.,:]|$)")
+# Names in a list, before they are put together.
+_MOST = 10
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,11 @@ class Row:
         """The error over that of plain rounding; None where the algorithm does not know them."""
         return None if self.error is None or not self.baseline_error else self.error / self.baseline_error
 
+    @property
+    def rank(self) -> tuple[bool, float, float]:
+        """Sorts the worst layer first: by ``ratio``, after those the layers without one, by ``weight_sqnr``."""
+        return self.ratio is None, -(self.ratio or 0), inf if self.weight_sqnr is None else self.weight_sqnr
+
 
 @dataclass(frozen=True)
 class Skipped:
@@ -72,118 +78,9 @@ class Skipped:
     elements: int = 0
 
 
-@dataclass(frozen=True)
-class Report:
-    """One row a quantized layer, one entry a module left in floating point with its reason.
-
-    ``unmatched``: entries of ``skip_layers`` and patterns of ``quant_cfg`` that matched no name. ``remarks``: what else
-    was not done as asked. ``elements``: those of all weight matrices of the model. Prints as a table; :meth:`as_dict`
-    gives plain values, ready for JSON.
-    """
-
-    rows: tuple[Row, ...]
-    skipped: tuple[Skipped, ...]
-    unmatched: tuple[str, ...]
-    remarks: tuple[str, ...] = ()
-    elements: int = 0
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain dicts, lists, strings and numbers."""
-        return {
-            "layers": [_plain(row) for row in self.rows],
-            "skipped": [asdict(skipped) for skipped in self.skipped],
-            "unmatched": list(self.unmatched),
-            "remarks": list(self.remarks),
-            "elements": self.elements,
-        }
-
-    def plot(self, path: str | Path) -> None:
-        """Draw the errors of the layers, before and after, into the file ``path``: ``.png``, ``.pdf`` or ``.svg``.
-
-        Raises:
-            QuantizeError: another suffix, a file that cannot be written, no layer solved yet, or no matplotlib.
-        """
-        path = picture.check(path)
-        figure = picture.draw(folded(self.rows), self.skipped)
-        try:
-            figure.savefig(path, dpi=150)
-        except OSError as error:
-            raise refusal("plot", f"{path} ({error})", "a file that can be written") from None
-
-    def __str__(self) -> str:
-        slower: dict[str | None, list[str]] = {}
-        for title, (row, *_) in folded(self.rows):
-            slower.setdefault(row.kernel_reason, []).append(title)
-        left, lines = share(sum(skipped.elements for skipped in self.skipped), self.elements), table(self.rows)
-        for heading, entries in {
-            "not as asked": self.remarks,
-            "static inputs that cost most; what to add to quant_cfg": _mends(self.rows),
-            "why not a faster kernel": [f"{reason}: {', '.join(slower[reason])}" for reason in slower if reason],
-            f"{left} stay in floating point": [f"{s.name or 'the model'}: {s.reason}" for s in self.skipped],
-            "entries of skip_layers and quant_cfg that matched nothing": [*map(repr, self.unmatched)],
-        }.items():
-            lines += ["", f"{heading} ({len(entries)})", *(f"  {entry}" for entry in entries)] if entries else []
-        return "\n".join(lines)
-
-
-# Below this part of the outputs' power, what static inputs cost is not worth a scale for each token.
-_COSTLY = 0.01
-
-
-# Loaders compute these as one: they need one format.
-_TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-
-
-def _mends(rows: Iterable[Row]) -> list[str]:
-    """The entries of ``quant_cfg`` that give tokens scales of their own where static inputs cost most; worst first."""
-    losses: dict[str, list[tuple[float, float]]] = {}
-    for row in rows:
-        static, token = row.notes.get("static_loss", 0.0), row.notes.get("token_loss", 0.0)
-        if static > max(_COSTLY, 4 * token):
-            last = row.name.rpartition(".")[2]
-            # A number alone would match the ends of others.
-            losses.setdefault(row.name if last.isdigit() else last, []).append((static, token))
-    mends = []
-    for name, found in sorted(losses.items(), key=lambda item: -max(item[1])[0]):
-        keys = next((group for group in _TOGETHER if name in group), (name,))
-        form = "{'type': 'int8', 'symmetric': True, 'strategy': 'token'}"
-        entries = ", ".join(f"'*{glob.escape(key)}.inputs': {form}" for key in keys)
-        told = f"layers like {name!r} ({len(found)}): the worst loses {max(found)[0]:.1%} of its outputs' power"
-        mends.append(f"{told}, with a scale a token {max(found)[1]:.1%}: {entries}")
-    return mends
-
-
-def table(rows: Iterable[Row]) -> list[str]:
-    """A header, a line for each of ``rows``, and lines with what happened on the way; experts folded to one line.
-
-    Of experts the tokens are the least, the median and the most, and the errors those of the worst.
-    """
-    groups = folded(rows)
-    cells = [_HEADER, *(_cells(title, group) for title, group in groups)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    cells.insert(1, tuple("-" * width for width in widths))
-    lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
-    for title, group in groups:
-        notes = {key: span(row.notes[key] for row in group if key in row.notes) for row in group for key in row.notes}
-        lines += [f"{title}: {', '.join(map(' '.join, notes.items()))}"] * bool(notes)
-    return lines
-
-
-def _cells(title: str, group: list[Row]) -> tuple[str, ...]:
-    row, tokens = group[0], [each.tokens for each in group]
-    sqnrs = [each.weight_sqnr for each in group if each.weight_sqnr is not None]
-    ratios = [each.ratio for each in group if each.ratio is not None]
-    reached = (min(tokens), median_low(tokens), max(tokens)) if len(group) > 1 else tokens
-    return (title, "x".join(map(str, row.shape)), str(row.weights), str(row.inputs or "float"), _algorithm(*group),
-            row.stage, row.kernel or "", "/".join(map(str, reached)),
-            f"{min(sqnrs):.1f}" if sqnrs else "", f"{max(ratios):.3f}" if ratios else "")  # fmt: skip
-
-
-def _algorithm(row: Row, *others: Row) -> str:
-    fallen = sum(each.fell_back for each in (row, *others))
-    if fallen and not others:
-        return f"minmax ({row.tokens or 'no'} tokens)"
-    return row.algorithm + f" ({fallen} fell back to minmax)" * bool(fallen)
+def algorithm(row: Row) -> str:
+    """What solved the layer, in words."""
+    return f"minmax ({row.tokens or 'no'} tokens)" if row.fell_back else row.algorithm
 
 
 def folded(items: Iterable[Any], alike: Callable[[Any], object] = _FORMAT) -> list[tuple[str, list[Any]]]:
@@ -204,6 +101,48 @@ def starred(name: str) -> str:
     return _EXPERT.sub("*", name, count=1)
 
 
+def gathered(names: Iterable[str]) -> list[tuple[str, int]]:
+    """Lines for ``names``, and how many each stands for: more than ten have stars for numbers, first those of experts.
+
+    ``model.layers.3.mlp.experts.* (60)`` stands for 60 names.
+    """
+    names = [*names]
+    groups: dict[object, list[str]] = {i: [name] for i, name in enumerate(names)}
+    for star in (starred, partial(_NUMBER.sub, "*")):
+        if len(groups) > _MOST:
+            groups = {}
+            for name in names:
+                groups.setdefault(star(name), []).append(name)
+    return [(f"{title} ({len(held)})" if len(held) > 1 else held[0], len(held)) for title, held in groups.items()]
+
+
+def listed(names: Iterable[str]) -> list[str]:
+    """The lines of :func:`gathered`; where they are more than ten, the last counts the others."""
+    lines = gathered(names)
+    others = sum(count for _, count in lines[_MOST:])
+    return [line for line, _ in lines[:_MOST]] + [f"{others} more"] * bool(others)
+
+
+def reasons(skipped: Iterable[Skipped]) -> list[tuple[str, str]]:
+    """What was ``skipped``, and why: the names of every reason as :func:`listed`."""
+    names: dict[str, list[str]] = {}
+    for each in skipped:
+        names.setdefault(each.reason, []).append(each.name or "the model")
+    return [(line, reason) for reason, held in names.items() for line in listed(held)]
+
+
+def shortened(names: Sequence[str], room: int) -> tuple[list[str], str]:
+    """``names``, with ``..`` for the prefix that most of them share, if one is longer than ``room``; and the prefix."""
+    # No name begins with a dot, so that names stay as different as they are.
+    if max(map(len, names)) <= room or any(name.startswith("..") for name in names):
+        return [*names], ""
+    shared = Counter(part for name in names for part in accumulate(name.split(".")[:-1], "{}{}.".format, initial=""))
+    prefix = max(shared, key=lambda part: (shared[part] - 1) * len(part))
+    if shared[prefix] == 1 or len(prefix) <= 2:
+        return [*names], ""
+    return [f"..{name.removeprefix(prefix)}" if name.startswith(prefix) else name for name in names], prefix
+
+
 def span(values: Iterable[float]) -> str:
     """The least and the most of ``values``, as ``0.01..0.04``."""
     held = sorted(values)
@@ -215,11 +154,12 @@ def share(elements: int, of: int) -> str:
     return f"{100 * elements / max(of, 1):.1f} % of the model's weights"
 
 
-def _plain(row: Row) -> dict[str, Any]:
+def plain(row: Row) -> dict[str, Any]:
+    """The row as values ready for JSON, with formats in words."""
     told = {**as_plain(row), "weights": str(row.weights), "inputs": row.inputs and str(row.inputs)}
     del told["fell_back"]
     # JSON has no infinity: the ratio of a weight that is exact is no number there.
-    return {**told, "algorithm": _algorithm(row), "weight_sqnr": None if row.weight_sqnr == inf else row.weight_sqnr}
+    return {**told, "algorithm": algorithm(row), "weight_sqnr": None if row.weight_sqnr == inf else row.weight_sqnr}
 
 
 def as_plain(row: Row) -> dict[str, Any]:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from quantize.core import Solution
-from quantize.shell.deploy.kernels import cpu, npu, reference
+from quantize.shell.deploy.kernels import cpu, cpu_bf16, npu, reference
 from quantize.shell.deploy.kernels.reference import Layout
 
-__all__ = ["KERNELS", "OWN", "Kernel", "Layout", "choose"]
+__all__ = ["KERNELS", "OWN", "PARTIAL", "Kernel", "Layout", "choose"]
 
 
 class Kernel(Protocol):
@@ -31,9 +31,12 @@ class Kernel(Protocol):
         """``[..., c]`` to ``[..., n]`` in the dtype of ``x``, as :func:`quantize.core.linear.quantized_linear`."""
 
 
-KERNELS: dict[str, Kernel] = {"reference": reference, "cpu": cpu, "npu": npu}
-# The kernel for a type of device; all others have ``reference``, which runs everywhere.
+KERNELS: dict[str, Kernel] = {"reference": reference, "cpu": cpu, "cpu-bf16": cpu_bf16, "npu": npu}
+# The kernel for a type of device; all others have ``reference``, which runs everywhere. Kernels with more after this
+# name, and a dash, run there when they are asked for.
 OWN = {"cpu": "cpu", "npu": "npu"}
+# Asked for by name, these leave the layers that they do not take to the usual choice.
+PARTIAL = frozenset({"cpu-bf16"})
 
 
 def choose(
@@ -47,7 +50,8 @@ def choose(
     own = OWN.get(device, "reference")
     reasons: list[str] = []
     for name in dict.fromkeys((wanted or own, own)):
-        elsewhere = None if name in (own, "reference") else f"its tensors are on {device!r}, not on {name!r}"
+        home = name.partition("-")[0]
+        elsewhere = None if home in (own, "reference") else f"its tensors are on {device!r}, not on {home!r}"
         if (reason := elsewhere or KERNELS[name].obstacle(solved, bias, dtype)) is None:
             return name, "; ".join(reasons) or None
         reasons.append(f"{name}: {reason}")

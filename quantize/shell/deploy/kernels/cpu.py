@@ -4,9 +4,10 @@ Chosen by measurement on x86 with AVX-512 and VNNI. ``_int_mm`` is exact and sev
 of the same shape. The packed matmuls are fast in bfloat16 and for few tokens; in other dtypes they are scalar code,
 slower than dequantizing.
 
-- int8 inputs: ``_int_mm``, with codes of any width in int8; the very bits of ``reference``.
-- int8 weights alone, one scale a tensor or a channel: in bfloat16 ``_weight_int8pack_mm`` for a few tokens, and for
-  more the weight dequantized in bfloat16; in float32 and float16 :func:`fixed_point_linear`.
+- int8 inputs: :func:`.integers.quantized_linear`, with codes of any width in int8; the very bits of ``reference``.
+- int8 weights alone, one scale a tensor or a channel: in bfloat16 ``_weight_int8pack_mm`` for a few tokens; in float32
+  and float16, large ones by :func:`.integers.fixed_point_linear`; else a float matmul with the codes as they are, and
+  the scales on its result, which leaves tokens above 2^127 / (255 c) no room.
 - int4 weights alone, in bfloat16: ``_weight_int4pack_mm_for_cpu``, and for many tokens the weight dequantized. The
   operator takes ``W = code * scale + zero`` in groups of inputs, scale and zero in bfloat16. The form of its codes
   depends on the processor; :func:`block_rows` asks for it, so that they come back exactly.
@@ -21,14 +22,14 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from quantize.core import QTensor, Scheme, Solution, linear
-from quantize.shell.deploy.kernels import operators, reference
+from quantize.core import Scheme, Solution, linear
+from quantize.shell.deploy.kernels import integers, operators, reference
 from quantize.shell.deploy.kernels.reference import Layout
 
 # Up to so many tokens the packed matmuls of int8 and int4 win over one of the dequantized weight.
-_FEW_INT8, _FEW_INT4 = 16, 64
-# With fewer outputs, splitting the tokens costs more than the integer matmul saves.
-_OUTPUTS = 1024
+_FEW_INT8, _FEW_INT4 = 8, 64
+# With fewer codes, splitting the tokens costs more than the integer matmul saves.
+_CODES = 1 << 20
 
 
 def obstacle(solved: Solution, _bias: Tensor | None, dtype: torch.dtype) -> str | None:
@@ -36,7 +37,7 @@ def obstacle(solved: Solution, _bias: Tensor | None, dtype: torch.dtype) -> str 
     scheme, inputs, (n, c) = solved.weight.scheme, solved.inputs, solved.weight.codes.shape
     alone, half = inputs is None, dtype == torch.bfloat16
     packed = alone and reference.narrow(scheme)
-    integers, block = not (alone and half), block_rows() if packed else 0
+    block = block_rows() if packed else 0
     reasons = {
         f"{dtype} is none of float32, float16, bfloat16": dtype not in (torch.float32, torch.float16, torch.bfloat16),
         f"no matmul takes int{scheme.bits} weights and float inputs": packed and scheme.bits != 4,
@@ -45,12 +46,18 @@ def obstacle(solved: Solution, _bias: Tensor | None, dtype: torch.dtype) -> str 
         "torch packs int4 for this processor in an order that is unknown here": packed and not block,
         f"{n} outputs are no multiple of {block}": block and n % block,
         f"no matmul takes int{scheme.bits} groups": scheme.strategy == "group" and not packed,
-        f"with fewer than {_OUTPUTS} outputs in {dtype} it is no faster": alone and integers and n < _OUTPUTS,
-        "a single input: torch._int_mm misreads a column": integers and c == 1,
-        f"{c} inputs: sums may not fit int32": integers and c >= 1 << 17,
-        "torch._int_mm is not exact on this processor": integers and not operators.exact_int_mm(),
     }
+    reasons |= {} if alone else _no_sums(c)
     return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def _no_sums(c: int) -> dict[str, bool]:
+    """Why :mod:`.integers` cannot serve ``c`` inputs, and whether that holds."""
+    return {
+        "a single input: torch._int_mm misreads a column": c == 1,
+        f"{c} inputs: sums may not fit int32": c > 1 << 16,
+        "torch._int_mm is not exact on this processor": not operators.exact_int_mm(),
+    }
 
 
 def prepare(solved: Solution, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -69,8 +76,10 @@ def prepare(solved: Solution, dtype: torch.dtype) -> dict[str, Tensor]:
     elif solved.inputs is None and dtype == torch.bfloat16:
         held["codes"] = operators.aligned(weight.codes)
         held["row_scale"] = scale.expand(n, 1).flatten().contiguous()
-    else:
+    elif solved.inputs is None and (n * c < _CODES or any(_no_sums(c).values())):
         held["codes"] = weight.codes.contiguous()
+    else:
+        held |= integers.prepare(weight)
     return held
 
 
@@ -81,13 +90,20 @@ def unpack(held: Mapping[str, Tensor], _layout: Layout) -> Tensor:
 
 def forward(x: Tensor, held: Mapping[str, Tensor], layout: Layout, bias: Tensor | None) -> Tensor:
     """See :class:`.Kernel`."""
-    if layout.spec.inputs is not None or x.dtype != layout.dtype:
-        return reference.compute(x, reference.restore(held, layout, unpack), bias, matmul=operators.int_mm)
-    tokens = linear.smooth(x.reshape(-1, layout.c), held.get("smoothing")).to(x.dtype)
-    if layout.dtype == torch.bfloat16:
-        y = _int4(tokens, held, layout, bias) if "scale_and_zero" in held else _int8(tokens, held, layout, bias)
+    tokens = x.reshape(-1, layout.c)
+    if layout.spec.inputs is not None:
+        return integers.quantized_linear(tokens, held, layout, bias).reshape(*x.shape[:-1], layout.n)
+    if x.dtype != layout.dtype:
+        return reference.compute(x, reference.restore(held, layout, unpack), bias)
+    tokens = linear.smooth(tokens, held.get("smoothing")).to(x.dtype)
+    if "scale_and_zero" in held:
+        y = int4_linear(tokens, held, layout, bias)
+    elif "row_scale" in held:
+        y = _int8(tokens, held, layout, bias)
+    elif "sums" in held:
+        y = integers.fixed_point_linear(tokens, held, bias).to(x.dtype)
     else:
-        y = fixed_point_linear(tokens, reference.restore(held, layout, unpack).weight, bias).to(x.dtype)
+        y = _scaled(tokens.float(), held["codes"], held["scale"].T, held.get("zero_point"), bias).to(x.dtype)
     return y.reshape(*x.shape[:-1], layout.n)
 
 
@@ -98,12 +114,18 @@ def _int8(x: Tensor, held: Mapping[str, Tensor], layout: Layout, bias: Tensor | 
     if zero_point is None and layout.c % 16 == 0 and few:
         y = operators.int8pack_mm(x, codes, scale)
         return y if bias is None else y + bias
-    # bfloat16 holds all integers up to 256.
+    return _scaled(x, codes, scale, zero_point, bias)
+
+
+def _scaled(x: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None) -> Tensor:
+    # Even bfloat16 holds all integers up to 256.
     codes = codes.to(x.dtype) if zero_point is None else codes.to(x.dtype) - zero_point
-    return torch.nn.functional.linear(x, codes * scale[:, None], bias)
+    y = torch.nn.functional.linear(x, codes) * scale
+    return y if bias is None else y + bias
 
 
-def _int4(x: Tensor, held: Mapping[str, Tensor], layout: Layout, bias: Tensor | None) -> Tensor:
+def int4_linear(x: Tensor, held: Mapping[str, Tensor], layout: Layout, bias: Tensor | None) -> Tensor:
+    """``x W^T + bias`` of bfloat16 tokens ``[t, c]`` and packed int4 weights: ``[t, n]``."""
     words, pairs = held["codes"], held["scale_and_zero"]
     if torch.compiler.is_exporting() or x.shape[0] <= _FEW_INT4:
         y = operators.int4pack_mm(x, words.view(layout.n, -1), layout.c // len(pairs), pairs)
@@ -142,38 +164,3 @@ def block_rows() -> int:
 def _group_size(scheme: Scheme, c: int) -> int | None:
     """In which groups the int4 operator takes weights of ``c`` inputs, scales of rows repeated; None: in none."""
     return next((size for size in (256, 128, 64, 32) if c % size == 0 and scheme.group_size in (None, size)), None)
-
-
-def fixed_point_linear(x: Tensor, weight: QTensor, bias: Tensor | None) -> Tensor:
-    """``x W^T + bias`` of float tokens ``[t, c]`` and int8 weights, a scale a tensor or a channel, by integer matmuls.
-
-    A token is rounded to multiples of ``step = max(max|x| / (127 * 2^16), 2^-126)``, which has 24 bits as float32 has,
-    and split into three digits of a byte; the product of each digit with the codes is exact. With ``u`` = 2^-24 and
-    ``m = |x| |W|^T + |bias|``::
-
-        |error| <= step * sum |W| + 8 u m
-
-    1. ``x / step`` is at most 2^23: its rounding errors are below 1/2, and rounding it to an integer adds 1/2;
-    2. three sums become float32 (``u`` each) and are added (``2 u``; with a zero point all in float64); two scales
-       multiply (``2 u``), and the bias is added (``u``).
-
-    A token with NaN or inf gives NaN or inf.
-    """
-    t, c = x.shape
-    step = x.abs().amax(1, keepdim=True).float() / (127 * 256**2)
-    step = step.clamp(min=torch.finfo(torch.float32).tiny)
-    fixed = torch.round(x / step).to(torch.int32)
-    # A byte minus 128 is a digit, in two's complement: its highest bit turned. The addition carries to the next.
-    offset = 0x80 * (1 + 256 + 256**2)
-    digits = (fixed + offset).bitwise_xor(offset)[..., None].view(torch.int8)[..., :3]
-    # One call for all digits: the weight is read once.
-    sums = operators.int_mm(digits.permute(2, 0, 1).reshape(3 * t, c), weight.codes)
-    # With a zero point large sums cancel.
-    wide = torch.float32 if weight.zero_point is None else torch.float64
-    low, middle, high = sums.view(3, t, weight.codes.shape[0]).to(wide).unbind()
-    total = (high * 256 + middle) * 256 + low
-    if weight.zero_point is not None:
-        total = total - fixed.sum(1, keepdim=True) * weight.zero_point.T.to(wide)
-    # The scales first: the total times one of them may overflow.
-    y: Tensor = total.float() * (step * weight.scale.T)
-    return y if bias is None else y + bias

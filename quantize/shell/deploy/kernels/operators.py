@@ -8,10 +8,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from quantize.core import linear
-
-# The second operand of _int_mm is reordered at each call, unless there is one row: a loop wins for large weights.
-_ROWS, _LARGE = 8, 1 << 20
+# Up to so many rows, one call for each is faster for weights of so many codes.
+_ROWS, _LARGE = 3, 1 << 20
+# Rows this far apart in memory fall on the same lines of a cache.
+_APART = 1024
 
 
 def aligned(x: Tensor) -> Tensor:
@@ -40,9 +40,17 @@ def _opaque(matmul: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return call
 
 
+def spaced(codes: Tensor) -> Tensor:
+    """``codes`` ``[n, c]`` in rows that do not begin in the same line of a cache; 64 more bytes a row if they did."""
+    n, c = codes.shape
+    if c % _APART:
+        return codes.contiguous()
+    return codes.new_empty(n, c + 64)[:, :c].copy_(codes)
+
+
 @_opaque
 def int_mm(a: Tensor, b: Tensor) -> Tensor:
-    """:func:`quantize.core.linear.int_matmul` by ``torch._int_mm``."""
+    """``a @ b.T`` ``[t, n]`` in int32, of ``a`` ``[t, c]`` in uint8 and ``b`` ``[n, c]`` in int8."""
     # The operator misreads a single row with a stride of 0, as compilers make it: a graph adds a row of zeros.
     if torch.compiler.is_exporting():
         return torch._int_mm(torch.constant_pad_nd(a, (0, 0, 0, 1)), b.T)[:-1]
@@ -54,13 +62,15 @@ def int_mm(a: Tensor, b: Tensor) -> Tensor:
 
 @functools.cache
 def exact_int_mm() -> bool:
-    """Whether ``torch._int_mm`` is exact here: without VNNI, sums of neighbours may saturate at 16 bits."""
+    """Whether :func:`int_mm` is exact here: without VNNI, sums of neighbours may saturate at 16 bits."""
     random = torch.Generator("cpu").manual_seed(0)
-    for t, n, c in ((1, 33, 1030), (2, 64, 64), (40, 7, 515)):
+    for t, n, c in ((1, 33, 1030), (2, 64, 64), (40, 7, 515), (3, 16, 2 * _APART)):
         signs = torch.randint(0, 2, (t + n, c), generator=random, device="cpu")
-        a, b = torch.split(torch.where(signs == 1, 127, -128).to(torch.int8), [t, n])
-        a[0], b[0] = -128, -128
-        if not torch.equal(torch._int_mm(a, b.T), linear.int_matmul(a, b)):
+        a, b = torch.split(signs, [t, n])
+        a, b = (a * 255).to(torch.uint8), (b * 255 - 128).to(torch.int8)
+        a[0], b[0] = 255, -128
+        expected = a.double() @ b.double().T
+        if not torch.equal(torch._int_mm(a, spaced(b).T), expected.to(torch.int32)):
             return False
     return True
 
