@@ -27,9 +27,9 @@ from quantize.shell.deploy.kernels import integers, operators, reference
 from quantize.shell.deploy.kernels.reference import Layout
 
 # Up to so many tokens the packed matmuls of int8 and int4 win over one of the dequantized weight.
-_FEW_INT8, _FEW_INT4 = 8, 64
+_FEW_INT8, _FEW_INT4 = 16, 64
 # With fewer codes, splitting the tokens costs more than the integer matmul saves.
-_CODES = 1 << 20
+_CODES = 1 << 18
 
 
 def obstacle(solved: Solution, _bias: Tensor | None, dtype: torch.dtype) -> str | None:
