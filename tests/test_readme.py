@@ -4,6 +4,7 @@ import re
 import pytest
 
 from quantize.core import ALGORITHMS
+from tests.test_cli import WORDS, saved
 
 README = pathlib.Path(__file__).parent.parent / "README.md"
 TEXT = README.read_text(encoding="utf-8")
@@ -20,12 +21,21 @@ def registry():
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
-def test_its_blocks_run(block):
-    exec(compile(block, str(README), "exec"), {"__name__": "readme"})
+@pytest.mark.filterwarnings("ignore:.*stay in floating point")
+def test_its_blocks_run(block, tmp_path):
+    names = {"__name__": "readme"}
+    if "DIR" in block:
+        from transformers import LlamaConfig
+
+        sizes = {"vocab_size": len(WORDS), "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+        config = LlamaConfig(**sizes, num_attention_heads=4, bos_token_id=1, eos_token_id=0)
+        source = saved(tmp_path / "source", "LlamaForCausalLM", config)
+        names |= {"DIR": source, "NEW": tmp_path / "new", "text": " ".join(WORDS * 50)}
+    exec(compile(block, str(README), "exec"), names)
 
 
 def test_it_has_the_blocks_that_it_promises():
-    assert len(BLOCKS) == 9
+    assert len(BLOCKS) == 10
     assert "@" not in re.sub(r"```.*?```|`[^`]*`", "", TEXT, flags=re.DOTALL)
     for name in ALGORITHMS:
         assert f"| `{name}` |" in TEXT
