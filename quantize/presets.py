@@ -21,7 +21,7 @@ def _config(weights: str, algorithm: str | dict[str, Any], **quant_cfg: Any) -> 
 
 
 INT8_MINMAX_WEIGHT_QUANT_CFG = _config("int8", "minmax")
-INT4_AWQ_WEIGHT_QUANT_CFG = _config("int4", "awq")
+INT4_AWQ_WEIGHT_QUANT_CFG = _config("int4", {"awq": {"grids_num": 20}})
 INT4_GPTQ_WEIGHT_QUANT_CFG = _config("int4", "gptq")
 INT8_SMOOTHQUANT_CFG = _config(
     "int8", {"smoothquant": {"smooth_strength": 0.5}}, inputs={"type": "int8", "symmetric": True, "strategy": "tensor"}

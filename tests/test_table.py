@@ -40,7 +40,8 @@ def refused(weights, inputs, algorithm):
         return "quant_cfg.weights.strategy: 'group'; accepted: 'tensor', 'channel' with quant_cfg.inputs"
     if "smoothquant" in algorithm and not inputs:
         # It balances the errors of inputs and weights.
-        return "algorithm: 'smoothquant'; accepted: 'minmax', 'gptq', 'awq' without quant_cfg.inputs"
+        accepted = "quantized inputs, or one of 'minmax', 'gptq', 'awq'"
+        return f"algorithm: 'smoothquant' with float inputs; accepted: {accepted}"
     return None
 
 

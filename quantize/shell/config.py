@@ -21,7 +21,6 @@ _WEIGHTS = {"type": ("int8", "int4"), "symmetric": (True, False), "strategy": ("
 _INPUTS = {"type": ("int8",), "symmetric": (True, False), "strategy": ("tensor", "token")}
 _PATTERN = re.compile(r".*\*.*\.(weights|inputs)", re.DOTALL)
 _PATTERNS = ", and keys with a '*' that end in '.weights' or '.inputs'"
-_SIZE = "an int, a multiple of 32, at least 32 and below the layer's in_features, with strategy 'group' only"
 _FOLD = "True or False; True without sequential"
 
 
@@ -155,12 +154,12 @@ def _formats(value: Any) -> tuple[Format, ...]:
         if entry is None and not pattern and key not in needed:
             continue
         where = f"quant_cfg.{key!r}" if pattern else f"quant_cfg.{key}"
-        on = entry.get("enable_quant") if part == "inputs" and isinstance(entry, Mapping) else None
-        if on is not None:
-            entry = {word: given for word, given in entry.items() if word != "enable_quant"}
-            if on is not bool(entry):
-                raise refusal(where, shown(value[key]), f"{{'enable_quant': False}} or a dict with {_listed(_INPUTS)}")
-        scheme = None if on is False else _scheme(where, entry, _INPUTS if part == "inputs" else _WEIGHTS)
+        on = True
+        if part == "inputs" and isinstance(entry, Mapping) and "enable_quant" in entry:
+            on, entry = entry["enable_quant"], {word: entry[word] for word in entry if word != "enable_quant"}
+            if type(on) is not bool:
+                raise refusal(f"{where}.enable_quant", shown(on), "True or False")
+        scheme = _scheme(where, entry, _INPUTS if part == "inputs" else _WEIGHTS) if on else None
         found.append(Format(part, pattern or None, scheme))
     return tuple(found)
 
@@ -208,10 +207,11 @@ def _scheme(where: str, value: object, accepted: Mapping[str, tuple[Any, ...]]) 
         if not (isinstance(given[key], type(words[0])) and given[key] in words):
             told = " or ".join(map(str, words)) if key == "symmetric" else _listed(words)
             raise refusal(f"{where}.{key}", shown(given[key]), told)
-    size = given.get("group_size")
-    grouped = type(size) is int and size >= 32 and size % 32 == 0
-    if not (grouped if given["strategy"] == "group" else size is None):
-        raise refusal(f"{where}.group_size", shown(size), _SIZE)
+    size, grouped = given.get("group_size"), given["strategy"] == "group"
+    if not grouped and size is not None:
+        raise refusal(f"{where}.group_size", f"{shown(size)} with strategy {given['strategy']!r}", "strategy 'group'")
+    if grouped and not (type(size) is int and size >= 32 and size % 32 == 0):
+        raise refusal(f"{where}.group_size", shown(size), "an int, a multiple of 32, below the layer's in_features")
     return Scheme(_BITS[given["type"]], given["symmetric"], given["strategy"], size)
 
 
@@ -231,8 +231,9 @@ def _check(where: str, name: str, spec: LayerSpec) -> None:
         raise refusal(f"{where}quant_cfg.weights.strategy", "'group'", "'tensor', 'channel' with quant_cfg.inputs")
     fitting = [each for each, module in ALGORITHMS.items() if (spec.inputs is not None) in module.QUANTIZES_INPUTS]
     if name not in fitting:
-        told = "with" if spec.inputs else "without"
-        raise refusal(f"{where}algorithm", shown(name), f"{_listed(fitting)} {told} quant_cfg.inputs")
+        has, wants = ("quantized", "float") if spec.inputs else ("float", "quantized")
+        wanted = f"{wants} inputs, {'the layer in skip_layers, ' * bool(where)}or one of {_listed(fitting)}"
+        raise refusal(f"{where}algorithm", f"{shown(name)} with {has} inputs", wanted)
 
 
 def _options(name: str, given: Any, quantizes_inputs: bool) -> tuple[Any, Schedule]:
