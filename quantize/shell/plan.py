@@ -138,7 +138,7 @@ def _reason(module: nn.Module, names: list[str], owner: str | None, total: int) 
         return "it is empty"
     if module.weight.dtype not in _FLOATS:
         return f"its weight is {module.weight.dtype}"
-    if module.weight.is_meta and offload.keeper(module) is None:
+    if module.weight.is_meta and offload.offload_hook(module) is None:
         return _NO_DATA
     return None
 

@@ -54,7 +54,7 @@ class QuantizedLinear(nn.Module):
         row: Row,
         dtype: torch.dtype,
         kernel: str | None = None,
-        away: offload.Away | None = None,
+        away: offload.OffloadedStorage | None = None,
     ) -> None:
         super().__init__()
         self.row, self.wanted, self.away = row, kernel, away

@@ -71,7 +71,7 @@ def convert(model: nn.Module, state: object, kernel: str | None) -> None:
     if not isinstance(state, Mapping):
         raise refusal("from_state", shown(state), "the state_dict of a converted model")
     for name, module in model.named_modules():
-        if offload.keeper(module) is not None:
+        if offload.offload_hook(module) is not None:
             raise refusal(f"module {name!r}", "its parameters are offloaded", "a model before it is dispatched")
     views: dict[nn.Module, nn.Module] = {}
     held = {module for name, module in modules(model, views) if f"{name}.{saved.EXTRA}" in state}
