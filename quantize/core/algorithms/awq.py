@@ -135,9 +135,9 @@ def common_scale(
     """The best scale ``[c]`` for all ``weights`` ``[n, c]`` together.
 
     ``spec`` and ``options`` are those of :func:`algorithm`, and ``statistic`` is as for :func:`solve`. The candidates
-    have the exponents ``0, 1/grids_num, ...`` below 1. A candidate has the two errors of :func:`round_scaled`, summed over
-    the weights; quantized inputs add their :func:`~quantize.core.input_loss.lost_power`. Each error is divided by that
-    of exponent 0, which is plain rounding or better, and the larger quotient counts. The first candidate with the
+    have the exponents ``0, 1/grids_num, ...`` below 1. A candidate has the two errors of :func:`round_scaled`, summed
+    over the weights; quantized inputs add their :func:`~quantize.core.input_loss.lost_power`. Each error is divided by
+    that of exponent 0, which is plain rounding or better, and the larger quotient counts. The first candidate with the
     smallest quotient wins. So the result is never worse than plain rounding on the tokens seen, and does not rely on
     correlations that chance explains.
 

@@ -94,7 +94,8 @@ def solve(
 
     A paired statistic moves the weight first, see :func:`~quantize.core.correction.corrected`. All errors are then
     measured from the moved weight; plain rounding still rounds ``weight`` itself. For quantized inputs, the weight is
-    fitted to the rounded inputs, divided by ``smoothing`` ``[c]`` if given; see :func:`~quantize.core.input_loss.rounded_statistic`.
+    fitted to the rounded inputs, divided by ``smoothing`` ``[c]`` if given; see
+    :func:`~quantize.core.input_loss.rounded_statistic`.
 
     Notes: ``damp``, the damping that the factorization needed; ``dead_channels``; ``kept_rounding``, the number of
     output channels with plain rounding; ``corrected``, the relative change of the weight.
