@@ -467,7 +467,7 @@ def refused(arguments, capsys, *, late=False):
         (["--length", "65"], "error: --length: 65; accepted: at most 64, the positions of the model"),
         (["--format", "gguf"], "argument --format: invalid choice: 'gguf'"),
         (["--format", "ascendv1"], "error: --format: 'ascendv1' without --out; accepted: --out DIR, or no format"),
-        (["--out", "full"], "full: exists, and holds something; accepted: a new or an empty directory"),
+        (["--out", "full"], "full: it has content; accepted: a new or an empty directory"),
         (
             ["--out", "full/a/b"],
             "full/a is not a directory that can be written to; accepted: a new or an empty directory",

@@ -53,8 +53,8 @@ def reason(form, w, inputs):
     int4, by = w["type"] == "int4", inputs and inputs["strategy"]
     if form == "compressed-tensors":
         found = {
-            "asymmetric weights beside quantized inputs": inputs is not None and not w["symmetric"],
-            "int4 weights beside static inputs": int4 and by == "tensor",
+            "asymmetric weights with quantized inputs": inputs is not None and not w["symmetric"],
+            "int4 weights with static inputs": int4 and by == "tensor",
         }
     else:
         found = {
@@ -611,7 +611,7 @@ def test_a_directory_with_content_stays_as_it_is(word, tmp_path):
     (tmp_path / "old" / "kept").write_text("kept")
     (tmp_path / "file").write_text("kept")
     for name in ("old", "file"):
-        with pytest.raises(qz.QuantizeError, match=f"{name}: exists, and holds something; accepted: a new or an empty"):
+        with pytest.raises(qz.QuantizeError, match=f"{name}: it has content; accepted: a new or an empty"):
             write(word, plain(), tmp_path / name)
     assert listed(tmp_path) == ["file", "old"]
     assert listed(tmp_path / "old") == ["kept"]

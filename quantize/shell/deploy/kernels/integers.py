@@ -25,7 +25,7 @@ _INT32_LENGTH = 1 << 15
 
 
 def prepare(weight: QTensor) -> dict[str, Tensor]:
-    """The codes in the fastest form for :func:`.operators.int_mm`, and ``sums`` ``[1, n]`` of codes minus zero point."""
+    """The codes in the best form for :func:`.operators.int_mm`, and ``sums`` ``[1, n]`` of codes minus zero point."""
     sums = reduce(weight.codes.to(torch.int64), "n c -> 1 n", "sum")
     if weight.zero_point is not None:
         sums = sums - weight.codes.shape[1] * weight.zero_point.to(torch.int64).T
