@@ -58,15 +58,15 @@ def parser() -> argparse.ArgumentParser:
     what("--config", type=Path, metavar="FILE.json", help="the config as JSON, see the README; write a set as a list "
          "or a string (default: minmax, int8 channel weights, int8 token inputs, 4 batches)")  # fmt: skip
     what("--budget", type=_share, metavar="SHARE", help="choose a format for every layer, with the smallest error for "
-         "which the weights fit into this share of their bytes; replaces quant_cfg (default config: gptq, 4 batches)")  # fmt: skip
+         "which the weights fit into this share of their bytes; replaces quant_cfg (default: gptq, 4 batches)")  # fmt: skip
     calibration = made.add_argument_group("calibration").add_argument
     calibration("--text", type=Path, metavar="FILE", help="UTF-8 text. A language model needs it to calibrate and to "
                 "measure; its lines are joined into rows of tokens. For an encoder every line is a sentence (default "
                 "for an encoder: 32 sentences)")  # fmt: skip
     calibration("--batch-size", type=_integer(1), default=4, metavar="N",
                 help="rows or sentences in a batch (default: 4)")  # fmt: skip
-    calibration("--length", type=_integer(2), metavar="N", help="tokens in a row, for a language model (default: 512, or "
-                "fewer if the model takes fewer); most tokens in a sentence, for an encoder (default: 256)")  # fmt: skip
+    calibration("--length", type=_integer(2), metavar="N", help="tokens in a row of a language model (default: 512, or "
+                "fewer if the model takes fewer); most tokens in a sentence of an encoder (default: 256)")  # fmt: skip
     results = made.add_argument_group("results").add_argument
     results("--dry-run", action="store_true", help="print the plan and stop: formats, bytes, text and memory needed; "
             "weights are not read")  # fmt: skip
@@ -85,7 +85,7 @@ def parser() -> argparse.ArgumentParser:
         help=f"draw a picture of the layers into this file: {', '.join(picture.SUFFIXES)}",
     )
     results("--json", action="store_true", help="print only one JSON object on stdout, with model, config, report, "
-            "bytes, comparison and exit status; or with the plan")  # fmt: skip
+            "bytes, comparison and exit status; with --dry-run, the plan")  # fmt: skip
     results("-v", "--verbose", action="store_true", help="also print a table of all layers")
     return made
 

@@ -19,7 +19,7 @@ from quantize.shell.disk import export, files, storage
 from quantize.shell.disk.parts import Parts
 from quantize.shell.plan import Plan
 
-# The files of weights and of training. Indexes would name files that are not there.
+# Suffixes of weights and of files of training, which are not copied. Indexes would name missing files.
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".gguf", ".onnx", ".index.json")
 
 

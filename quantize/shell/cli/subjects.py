@@ -74,14 +74,14 @@ class Encoder(_Pretrained):
     held = "every second sentence; the others calibrate"
 
     def split(self, text: Sequence[str], batches: int, batch: int, *, evaluate: bool) -> _Split:
-        """Batches of sentences, repeated as needed. With ``evaluate``, even ones calibrate and odd ones are measured."""
+        """Batches of sentences, repeated as needed. With ``evaluate``, even ones calibrate, odd ones are measured."""
         if len(text) < 1 + evaluate:
             raise refusal("--text", f"{len(text)} sentences", f"at least {1 + evaluate} lines of text")
         calibration, held = (text[::2], text[1::2]) if evaluate else (text, ())
         return list(islice(cycle(_parts(calibration, batch)), batches)), _parts(held, batch)
 
     def losses(self, batches: Iterable[Sequence[str]]) -> Iterator[Tensor]:
-        """A loss for each batch: a random projection. Its gradients tell how much each output of a layer matters."""
+        """A loss for each batch: a random projection. Its gradients tell how much each output matters."""
         source = torch.Generator().manual_seed(0)
         for found in map(self._embedded, batches):
             yield (found * torch.randn(found.shape, generator=source)).sum()
@@ -125,7 +125,7 @@ class Language(_Pretrained):
         return calibration, held
 
     def losses(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:
-        """A loss for each batch. Its gradients tell how much each output of a layer matters."""
+        """A loss for each batch. Its gradients tell how much each output matters."""
         yield from (self._likelihood(batch).sum() for batch in batches)
 
     @torch.no_grad()
@@ -150,7 +150,7 @@ class Language(_Pretrained):
         return f"{what}: {first:.3f} before, {then:.3f} after", found
 
     def _rows(self, lines: Iterator[str]) -> Iterator[list[int]]:
-        """Rows of ``length`` tokens, each with the start token of the tokenizer. Tokens that fill no row are left out."""
+        """Rows of ``length`` tokens, each with the start token of the tokenizer. Tokens that fill no row are dropped."""
         start = [token for token in self.tokenizer("").input_ids if token == self.tokenizer.bos_token_id]
         size, tokens = self.length - len(start), list[int]()
         for line in lines:

@@ -10,8 +10,8 @@ from quantize.shell.config import refusal, shown
 from quantize.shell.disk import ascendv1, ascendv1_mix, compressed_tensors, files
 from quantize.shell.disk.parts import Parts, pairs
 
-# Each module has FILE, the name of the file of tensors; LIMIT, its default limit in bytes; ``tensors`` of a layer and its
-# bias; and ``texts``, the other files by name, which refuses layers that the format cannot hold.
+# Each module has FILE, the name of the file of tensors; LIMIT, its default limit in bytes; ``tensors`` of a layer and
+# its bias; and ``texts``, the other files by name, which refuses layers that the format cannot hold.
 FORMATS = {"compressed-tensors": compressed_tensors, "ascendv1": ascendv1, "ascendv1-mix": ascendv1_mix}
 
 
@@ -25,8 +25,8 @@ def export(
     """Write a converted model as a checkpoint in the ``format`` of another program; the model stays as it is.
 
     The checkpoint has all parameters and persistent buffers, under the names that checkpoints of the model use; tied
-    weights are written once. Models of transformers also get ``config.json`` and ``generation_config.json``. Tokenizers are
-    not written.
+    weights are written once. Models of transformers also get ``config.json`` and ``generation_config.json``. Tokenizers
+    are not written.
 
     - ``'compressed-tensors'``: for transformers and vLLM. The files are ``model.safetensors``, and ``config.json`` with
       the formats. With float inputs it holds all weights, except groups that do not divide the inputs. With quantized

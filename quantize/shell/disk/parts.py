@@ -145,8 +145,8 @@ def _of_checkpoint(
 ) -> tuple[dict[str, str], dict[str, Tensor]]:
     """The names of ``layers`` in a checkpoint, by their names in the model; and ``others`` by checkpoint names.
 
-    transformers renames the tensors itself. In place of each weight it gets a number, which identifies the layer. In place
-    of a 3-D parameter of experts it gets a tensor of such numbers.
+    transformers renames the tensors itself. In place of each weight it gets a number, which identifies the layer. In
+    place of a 3-D parameter of experts it gets a tensor of such numbers.
     """
     loading: Any = sys.modules.get("transformers.core_model_loading")
     revert = getattr(loading, "revert_weight_conversion", None)

@@ -86,7 +86,7 @@ def algorithm(row: Row) -> str:
 def folded(items: Iterable[Any], alike: Callable[[Any], object] = _FORMAT) -> list[tuple[str, list[Any]]]:
     """Groups of ``items``, which have ``names``, with titles. Experts that differ only in their number form a group.
 
-    Experts in a group also have the same ``alike``. The title of one item is its names; that of 64 experts ``experts.*.up (64)``.
+    They also have the same ``alike``. The title of one item is its names, that of 64 experts ``experts.*.up (64)``.
     """
     groups: dict[Any, list[Any]] = {}
     for i, item in enumerate(items):
