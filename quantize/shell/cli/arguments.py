@@ -57,8 +57,9 @@ def parser() -> argparse.ArgumentParser:
          "not a causal language model is used as a sentence encoder")  # fmt: skip
     what("--config", type=Path, metavar="FILE.json", help="the config as JSON, see the README; write a set as a list "
          "or a string (default: minmax, int8 channel weights, int8 token inputs, 4 batches)")  # fmt: skip
-    what("--budget", type=_share, metavar="SHARE", help="choose a format for every layer, with the smallest error for "
-         "which the weights fit into this share of their bytes; replaces quant_cfg (default: gptq, 4 batches)")  # fmt: skip
+    what("--budget", type=_share, metavar="SHARE", help="choose a format for every layer, with the smallest error "
+         "for which the weights fit into this share of their bytes; replaces quant_cfg (default: gptq, 4 "
+         "batches)")  # fmt: skip
     calibration = made.add_argument_group("calibration").add_argument
     calibration("--text", type=Path, metavar="FILE", help="UTF-8 text. A language model needs it to calibrate and to "
                 "measure; its lines are joined into rows of tokens. For an encoder every line is a sentence (default "

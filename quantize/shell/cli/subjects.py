@@ -150,7 +150,7 @@ class Language(_Pretrained):
         return f"{what}: {first:.3f} before, {then:.3f} after", found
 
     def _rows(self, lines: Iterator[str]) -> Iterator[list[int]]:
-        """Rows of ``length`` tokens, each with the start token of the tokenizer. Tokens that fill no row are dropped."""
+        """Rows of ``length`` tokens, each with the tokenizer's start token. Tokens that fill no row are dropped."""
         start = [token for token in self.tokenizer("").input_ids if token == self.tokenizer.bos_token_id]
         size, tokens = self.length - len(start), list[int]()
         for line in lines:
