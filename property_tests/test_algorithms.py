@@ -200,9 +200,9 @@ def test_never_worse_than_rounding_on_the_inputs_that_a_layer_meets(case, weight
     stats = statistic(algorithm, x)
     solution = algorithm.solve(weight, stats)
     scaled = weight if solution.smoothing is None else weight * solution.smoothing
-    met = input_loss.met(case.spec.inputs, stats, solution.smoothing)
+    effective = input_loss.rounded_statistic(case.spec.inputs, stats, solution.smoothing)
     strength = gptq_options(case).asymmetric
-    target, gram = numpy64(correction.corrected(scaled, met, strength)), numpy64(met.gram.total)
+    target, gram = numpy64(correction.corrected(scaled, effective, strength)), numpy64(effective.gram.total)
     found = []
     for q, stated in (
         (solution.weight, solution.error),

@@ -55,10 +55,10 @@ def scaled_row_losses(q, scale, weight, gram, rho):
 
 
 def assert_kept_where_both_errors_fall(weight, x, scale, spec, signed, rho):
-    """The law of `rounded`; returns in how many rows the two errors disagree, and how many scales are negative."""
+    """The law of `round_scaled`; returns in how many rows the two errors disagree, and how many scales are negative."""
     scheme, gram = spec.weight, x.T @ x
     options = awq.Options(signed_scale=signed)
-    q, errors = assert_pure(lambda *a: awq.rounded(*a, spec, options, rho), weight, scale, gram)
+    q, errors = assert_pure(lambda *a: awq.round_scaled(*a, spec, options, rho), weight, scale, gram)
     plain = round_to_nearest(weight * scale, scheme)
     # The ranges are searched for the scaled weight, with what its errors cost.
     params = ranges.search(
@@ -88,7 +88,7 @@ def assert_kept_where_both_errors_fall(weight, x, scale, spec, signed, rho):
     total = total_noise(sizes, numpy64(gram))
     assert (np.abs(numpy64(errors) - mine.sum(1)) <= total).all()
     # Without the search it is plain rounding.
-    same_bits(awq.rounded(weight, scale, gram, spec, awq.Options(clip=False), rho)[0], plain)
+    same_bits(awq.round_scaled(weight, scale, gram, spec, awq.Options(clip=False), rho)[0], plain)
     disagree = ((after < before - noise).any(0) & worse).sum()
     return disagree, (q.scale < 0).sum().item()
 
@@ -201,7 +201,7 @@ def test_a_common_scale_is_the_best_for_the_sum_of_the_errors(data, scheme, inpu
     for s in candidates:
         cost, noise = np.zeros(2), 0.0
         for weight in weights:
-            q, _ = awq.rounded(weight, s, x.T @ x, spec, options, rho)
+            q, _ = awq.round_scaled(weight, s, x.T @ x, spec, options, rho)
             rows, sizes = scaled_row_losses(q, s, weight, gram, rho)
             cost, noise = cost + rows.sum(1), noise + total_noise(sizes, gram)
             if inputs is not None:

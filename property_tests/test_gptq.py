@@ -395,9 +395,9 @@ def test_quantized_inputs_are_solved_as_what_a_layer_meets(drawn, scheme, streng
     solution = assert_pure(solve, weight, statistic, s) if smoothed else assert_pure(solve, weight, statistic)
     # Scales are positive, with whichever option.
     assert (solution.weight.scale > 0).all()
-    met = input_loss.met(inputs, statistic, s)
+    effective = input_loss.rounded_statistic(inputs, statistic, s)
     unsigned = dataclasses.replace(options, signed_scale=False)
-    alone = gptq.solve(LayerSpec(scheme), unsigned, weight * s if smoothed else weight, met)
+    alone = gptq.solve(LayerSpec(scheme), unsigned, weight * s if smoothed else weight, effective)
     same_bits(
         (solution.weight, solution.error, solution.baseline_error), (alone.weight, alone.error, alone.baseline_error)
     )
@@ -432,7 +432,7 @@ def test_errors_with_quantized_inputs_are_those_on_what_is_met(drawn, scheme, gu
     tokens, divisor = numpy64(x), numpy64(s)
     lost = lost64(inputs, tokens, divisor)
     gram = (tokens / divisor).T @ (tokens / divisor) + np.diag(lost)
-    target = numpy64(correction.corrected(weight * s, input_loss.met(inputs, statistic, s), 0.5))
+    target = numpy64(correction.corrected(weight * s, input_loss.rounded_statistic(inputs, statistic, s), 0.5))
     found = []
     for q, stated in (
         (solution.weight, solution.error),

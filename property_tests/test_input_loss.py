@@ -64,13 +64,13 @@ def test_dividing_all_channels_alike_divides_the_power(x, inputs, exponent):
 
 @pytest.mark.parametrize("paired", [False, True])
 @given(tokens, input_schemes, st.none() | seeds, seeds)
-def test_what_is_met_are_the_inputs_with_independent_errors(paired, x, inputs, seed, missing_seed):
+def test_the_rounded_statistic_is_of_inputs_with_independent_errors(paired, x, inputs, seed, missing_seed):
     t, c = x.shape
     s = None if seed is None else smoothings(c, seed)
     ranges, sums = statistic(x)
     missing = np.random.default_rng(missing_seed).normal(size=(t, c)) * paired
     seen = PairedState(sums, torch.from_numpy(missing).T @ x) if paired else sums
-    met = assert_pure(lambda *a: input_loss.met(inputs, *a), (ranges, seen), s)
+    effective = assert_pure(lambda *a: input_loss.rounded_statistic(inputs, *a), (ranges, seen), s)
     divisor = np.ones(c) if s is None else numpy64(s)
     smoothed, lack = numpy64(x) / divisor, missing / divisor
     lost = lost64(inputs, numpy64(x), divisor)
@@ -87,11 +87,11 @@ def test_what_is_met_are_the_inputs_with_independent_errors(paired, x, inputs, s
     # Sums over the tokens, in the core and here; over the patterns, here; and the power, which is off by as much as in
     # the test of it.
     bound = 2 * (2 * t + 2**c + 40) * U64 * np.maximum(magnitude, magnitude.T)
-    assert (np.abs(numpy64(met.gram.total) - gram) <= bound).all()
-    assert (np.abs(numpy64(met.cross) - cross) <= bound).all()
-    assert met.gram.tokens.item() == t
+    assert (np.abs(numpy64(effective.gram.total) - gram) <= bound).all()
+    assert (np.abs(numpy64(effective.cross) - cross) <= bound).all()
+    assert effective.gram.tokens.item() == t
     # Symmetric to the last bit, as any Gram matrix.
-    assert torch.equal(met.gram.total, met.gram.total.T)
+    assert torch.equal(effective.gram.total, effective.gram.total.T)
 
 
 def test_the_power_is_that_of_rounding_uniform_inputs():
@@ -130,7 +130,7 @@ def test_what_is_met_is_what_rounding_normal_inputs_makes(symmetric):
         Range(x.amin(0), x.amax(0)),
         SumState(x.T @ x, torch.tensor(t)),
     )
-    met = input_loss.met(inputs, (ranges, sums), s)
+    effective = input_loss.rounded_statistic(inputs, (ranges, sums), s)
     params = linear.static_params(ranges.low, ranges.high, inputs, smoothing=s)
     q = quantize(x / s, params, inputs)
     arriving = (q.codes.double() - (0 if symmetric else q.zero_point.double())) * q.scale
@@ -138,14 +138,14 @@ def test_what_is_met_is_what_rounding_normal_inputs_makes(symmetric):
     assert ((x / s).std(0) > 0.95 * step).all()
     entry = (6 * step / 12**0.5 * power).expand(3, 3)
     squares = torch.eye(3, dtype=F64) * 6 * (t / 180) ** 0.5 * step**2
-    assert ((arriving.T @ arriving - met.gram.total).abs() <= entry + entry.T + squares).all()
-    assert (((x / s - arriving).T @ arriving - met.cross).abs() <= entry + squares).all()
+    assert ((arriving.T @ arriving - effective.gram.total).abs() <= entry + entry.T + squares).all()
+    assert (((x / s - arriving).T @ arriving - effective.cross).abs() <= entry + squares).all()
     # Without the power, either would be off by more than that.
-    assert (met.cross.diagonal().abs() > (2 * entry + squares).diagonal()).all()
+    assert (effective.cross.diagonal().abs() > (2 * entry + squares).diagonal()).all()
 
 
 @given(st.integers(1, 3), input_schemes, seeds, st.booleans(), st.booleans())
-def test_a_stack_is_met_as_each(e, inputs, seed, smoothed, paired):
+def test_a_stack_gives_the_statistic_of_each(e, inputs, seed, smoothed, paired):
     # Whole numbers, and powers of two as smoothing: the sums are exact, so that a map gives the same bits.
     source = np.random.default_rng(seed)
     x = torch.from_numpy(source.integers(-9, 10, (e, 6, 4)).astype(float))
@@ -155,7 +155,7 @@ def test_a_stack_is_met_as_each(e, inputs, seed, smoothed, paired):
     def one(tokens, smoothing, lack):
         sums = SumState(tokens.T @ tokens, torch.tensor(len(tokens)))
         seen = PairedState(sums, lack.T @ tokens) if paired else sums
-        return input_loss.met(inputs, (extremes(tokens), seen), smoothing if smoothed else None)
+        return input_loss.rounded_statistic(inputs, (extremes(tokens), seen), smoothing if smoothed else None)
 
     mapped = torch.func.vmap(one)(x, s, missing)
     for k in range(e):

@@ -467,7 +467,7 @@ def refused(arguments, capsys, *, late=False):
         (["--length", "65"], "error: --length: 65; accepted: at most 64, the positions of the model"),
         (["--format", "gguf"], "argument --format: invalid choice: 'gguf'"),
         (["--format", "ascendv1"], "error: --format: 'ascendv1' without --out; accepted: --out DIR, or no format"),
-        (["--out", "full"], "full: exists, and holds something; accepted: a new or an empty directory"),
+        (["--out", "full"], "full: it has content; accepted: a new or an empty directory"),
         (
             ["--out", "full/a/b"],
             "full/a is not a directory that can be written to; accepted: a new or an empty directory",
@@ -707,8 +707,8 @@ def test_a_plan_needs_no_weights_and_no_text(given, outline, capsys):
     assert main([*arguments, "--dry-run", "--evaluate"]) == 0
     out = capsys.readouterr().out.splitlines()
     assert out[1] == "  LlamaForCausalLM, 73,536 parameters in float32"
-    assert f"calibration: 6 rows of {LENGTH} tokens, in 2 batches of 3, of a text, which is not given" in out
-    assert "evaluation: all rows after those, at least one" in out
+    assert f"calibration: 6 rows of {LENGTH} tokens, in 2 batches of 3, of a text that is not given" in out
+    assert "evaluation: all rows after the calibration, at least one" in out
     assert "14 layers: int4 group 32 symmetric weights, float inputs, gptq" in out
     assert "  lm_head: skip_layers: 'lm_head'" in out
     # The same is refused as in a run.

@@ -53,8 +53,8 @@ def reason(form, w, inputs):
     int4, by = w["type"] == "int4", inputs and inputs["strategy"]
     if form == "compressed-tensors":
         found = {
-            "asymmetric weights beside quantized inputs": inputs is not None and not w["symmetric"],
-            "int4 weights beside static inputs": int4 and by == "tensor",
+            "asymmetric weights with quantized inputs": inputs is not None and not w["symmetric"],
+            "int4 weights with static inputs": int4 and by == "tensor",
         }
     else:
         found = {
@@ -561,7 +561,7 @@ REFUSED = {
     "scale": (small_weights, ALL, r"layer '0': a scale too small for torch.float16, in .*; accepted: a model in bfl"),
     "input scale": (small_inputs, ALL[1:], r"layer '0': scales too small for torch.float16, .*; accepted: a model in"),
     "float32": (alone(WEIGHTS, TENSOR), ALL[1:], r"q_proj': static inputs of a model in torch.float32, .*'token'$"),
-    "latent": (latent, ALL[1:], r"kv_b_proj': .* do not dequantize; accepted: 'kv_b_proj' in skip_layers, or format"),
+    "latent": (latent, ALL[1:], r"kv_b_proj': .* without dequantizing them; accepted: 'kv_b_proj' in skip_layers, or format"),
     "experts": (
         expert,
         ALL[1:],
@@ -611,7 +611,7 @@ def test_a_directory_with_content_stays_as_it_is(word, tmp_path):
     (tmp_path / "old" / "kept").write_text("kept")
     (tmp_path / "file").write_text("kept")
     for name in ("old", "file"):
-        with pytest.raises(qz.QuantizeError, match=f"{name}: exists, and holds something; accepted: a new or an empty"):
+        with pytest.raises(qz.QuantizeError, match=f"{name}: it has content; accepted: a new or an empty"):
             write(word, plain(), tmp_path / name)
     assert listed(tmp_path) == ["file", "old"]
     assert listed(tmp_path / "old") == ["kept"]
@@ -619,7 +619,7 @@ def test_a_directory_with_content_stays_as_it_is(word, tmp_path):
 
 @WORDS
 def test_a_missing_parent_is_refused_before_the_model_is_looked_at(word, tmp_path):
-    with pytest.raises(qz.QuantizeError, match=r"out: .*new is not a directory .*; accepted: a new .* in one that ex"):
+    with pytest.raises(qz.QuantizeError, match=r"out: .*new is not a directory .*; accepted: a new .* whose parent can"):
         write(word, None, tmp_path / "new" / "out")
     assert not listed(tmp_path)
 

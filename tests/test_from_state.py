@@ -324,7 +324,7 @@ def test_a_layer_under_two_names_must_be_the_same_in_the_state():
     ):
         fresh = Tied()
         before = snapshot(fresh)
-        with pytest.raises(qz.QuantizeError, match=r"layer 'again': another '.*' than 'first'"):
+        with pytest.raises(qz.QuantizeError, match=r"layer 'again': its '.*' differs from that of 'first'"):
             qz.convert(fresh, from_state={**state, **change})
         assert_same_snapshot(before, snapshot(fresh))
 

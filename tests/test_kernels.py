@@ -145,7 +145,7 @@ def test_int8_takes_any_shape(n, c, dtype, inputs):
         (Scheme(4, True, "group", 64), torch.float32, (64, 256), "fast in bfloat16 only, not in torch.float32"),
         (Scheme(4, True, "group", 64), torch.bfloat16, (64, 100), "of 100 inputs is not in whole groups"),
         (Scheme(4, True, "group", 96), torch.bfloat16, (64, 192), "is not in whole groups of 32, 64, 128 or 256"),
-        (Scheme(4, True, "group", 64), torch.bfloat16, (48, 256), "48 outputs are no multiple of"),
+        (Scheme(4, True, "group", 64), torch.bfloat16, (48, 256), "48 outputs are not a multiple of"),
         (Scheme(8, True, "group", 64), torch.bfloat16, (64, 256), "no matmul takes int8 groups"),
         (Scheme(), torch.float64, (64, 256), "torch.float64 is none of float32, float16, bfloat16"),
         (Scheme(3), torch.bfloat16, (64, 256), "no matmul takes int3 weights and float inputs"),
@@ -426,7 +426,7 @@ def test_int4_through_bfloat16_is_for_who_asks_and_leaves_the_rest(tmp_path):
     model = filled(nn.Sequential(nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 40)))
     qz.convert(model, from_state=plain.state_dict(), kernel="cpu-bf16")
     assert [row.kernel for row in qz.report(model).rows] == ["cpu-bf16", "reference"]
-    assert "cpu-bf16: 40 outputs are no multiple of" in qz.report(model).rows[1].kernel_reason
+    assert "cpu-bf16: 40 outputs are not a multiple of" in qz.report(model).rows[1].kernel_reason
     for key, value in plain.state_dict().items():
         assert torch.equal(model.state_dict()[key], value)
     x = randn(3, 256)

@@ -208,18 +208,18 @@ def test_a_float16_scale_loses_nothing_to_the_truncation():
     ("solution", "dtype", "bias", "reason"),
     [
         (solved(Scheme(), None), torch.float32, None, "torch.float32 is neither float16 nor bfloat16"),
-        (solved(Scheme(4), None, n=20), torch.float16, None, "20 outputs are no multiple of 8"),
+        (solved(Scheme(4), None, n=20), torch.float16, None, "20 outputs are not a multiple of 8"),
         (
             solved(Scheme(8, True, "group", 40), None),
             torch.float16,
             None,
-            "group_size 40 is no multiple of 32 below 96",
+            "group_size 40 is not a multiple of 32 below 96",
         ),
         (
             solved(Scheme(8, True, "group", 96), None),
             torch.float16,
             None,
-            "group_size 96 is no multiple of 32 below 96",
+            "group_size 96 is not a multiple of 32 below 96",
         ),
         (solved(Scheme(6), None), torch.float16, None, "no operator takes int6 weights"),
         (
@@ -336,7 +336,7 @@ def test_a_bias_may_be_written_to(inputs):
 def test_an_input_scale_without_reciprocal_is_told():
     s = solved(Scheme(), STATIC[0])
     tiny = Solution(s.weight, s.inputs, torch.full((C,), 1e-9), QParams(torch.full((1, 1), 1e-30)))
-    assert "too small to be divided by" in npu.obstacle(tiny, None, torch.bfloat16)
+    assert "whose reciprocal is too large for float32" in npu.obstacle(tiny, None, torch.bfloat16)
 
 
 @pytest.mark.parametrize(

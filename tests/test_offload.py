@@ -130,15 +130,17 @@ def test_a_fold_into_what_is_kept_elsewhere_leaves_it_as_it_is(tmp_path):
 @pytest.mark.parametrize("way", WAYS)
 def test_layers_stay_where_they_are_kept(way, tmp_path):
     plain, model = mlp(), dispatched(mlp(), way, tmp_path)
-    kept = [module for module in model if offload.keeper(module) is not None]
-    maps = {module: {key: offload.keeper(module).weights_map[key] for key in module._parameters} for module in kept}
+    kept = [module for module in model if offload.offload_hook(module) is not None]
+    maps = {
+        module: {key: offload.offload_hook(module).weights_map[key] for key in module._parameters} for module in kept
+    }
     calibrated(model, "gptq")
-    layers = [module for module in model if offload.keeper(module) is not None]
+    layers = [module for module in model if offload.offload_hook(module) is not None]
     assert len(layers) == len(kept) > 0
     for layer, old in zip(layers, kept, strict=True):
         assert layer.weight.is_meta
         assert not any(leaf.is_meta for leaf in (layer.solution.weight.codes, layer.solution.weight.scale))
-        now = offload.keeper(layer).weights_map
+        now = offload.offload_hook(layer).weights_map
         assert all(torch.equal(now[key], value) for key, value in maps[old].items())
     # accelerate takes its hooks back, here as from any layer.
     accelerate.hooks.remove_hook_from_submodules(model)
@@ -152,7 +154,7 @@ def test_codes_are_kept_elsewhere_on_demand(way, tmp_path):
     model = calibrated(dispatched(mlp(), way, tmp_path), "gptq")
     qz.convert(model, offload=True)
     for layer in (model[0], model[2]):
-        assert layer.away == offload.Away(CPU, str(tmp_path) if way == "disk" else None) or way == "disk"
+        assert layer.away == offload.OffloadedStorage(CPU, str(tmp_path) if way == "disk" else None) or way == "disk"
         assert layer.bias.device == CPU
         assert not any(t.is_meta for t in layer.buffers())
     assert torch.equal(logits(model), expected(mlp, "gptq")[2])
@@ -171,7 +173,7 @@ def test_offload_needs_something_that_is_offloaded():
 
 
 def test_kept_tensors_are_the_same_in_files(tmp_path):
-    away = offload.Away(CPU, str(tmp_path))
+    away = offload.OffloadedStorage(CPU, str(tmp_path))
     held = {"a": randn(6, 5).T, "b": randn(0), "c": torch.arange(7, dtype=torch.int8)}
     put = away.put(held)
     assert not [*tmp_path.iterdir()]
@@ -219,7 +221,7 @@ def test_several_hooks_on_one_layer(tmp_path):
     now = Doubles.calls
     assert (logits(model) - before).norm() < 0.02 * before.norm()
     assert Doubles.calls == now + 1
-    assert offload.keeper(model[2]) is None
+    assert offload.offload_hook(model[2]) is None
     assert plain(x).shape == model(x).shape
 
 
@@ -285,7 +287,7 @@ def test_parameters_of_one_layer_that_lie_apart(tmp_path):
         qz.quantize(model, config())
     assert type(model[0]) is nn.Linear
     model = accelerate.cpu_offload(mlp(), CPU)
-    kept = offload.keeper(model[2]).weights_map.dataset
+    kept = offload.offload_hook(model[2]).weights_map.dataset
     bias = kept.pop("2.bias")
     with pytest.raises(qz.QuantizeError, match=r"layer '2': its offloaded bias cannot be read \(KeyError: '2\.bias'\)"):
         qz.quantize(model, config())
@@ -407,7 +409,7 @@ def test_a_parameter_around_layers_in_lock_step(tmp_path):
     calibrated(plain, "gptq")
     assert qz.report(model).remarks == ()
     assert model[0].shift.is_meta
-    assert offload.keeper(model[0]) is not None
+    assert offload.offload_hook(model[0]) is not None
     qz.convert(model)
     qz.convert(plain)
     assert equal(codes(model), codes(plain))

@@ -89,7 +89,7 @@ def test_codes_are_kept_elsewhere_on_demand(kind, way, tmp_path):
     model = calibrated(dispatched(KINDS[kind](), way, tmp_path), "gptq")
     qz.convert(model, offload=True)
     layers = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
-    assert {layer.away for layer in layers} == {offload.Away(CPU, tmp_path if way == "disk" else None)}
+    assert {layer.away for layer in layers} == {offload.OffloadedStorage(CPU, tmp_path if way == "disk" else None)}
     assert torch.equal(logits(model, batch(3)), logits(plain, batch(3)))
     assert equal(codes(model), codes(plain))
     # Nothing of what was kept is held by a converted layer.

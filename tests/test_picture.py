@@ -177,7 +177,7 @@ def test_names_that_are_too_long_say_what_they_leave_out():
     rows = tuple(replace(row(i), names=(f"{long}.{i}.attention.output",)) for i in range(6))
     figure = draw(Report(rows, (), ()))
     assert [word for word in words(figure) if word] == [f"..{i}.attention.output" for i in range(6)]
-    assert f"a name with .. begins with {long}." in note(figure)
+    assert f".. stands for {long}." in note(figure)
     # A dollar would begin a formula.
     figure, _ = drawn(Report((replace(row(0), names=("a$_b$",)),), (), ()))
     assert "a$_b$" in words(figure)
@@ -192,7 +192,7 @@ def test_experts_have_one_line_with_the_worst_of_them():
         "model.layers.0.down_proj", "mlp.experts.*.up (7)", "mlp.experts.*.up (2)", "model.layers.1.down_proj"
     ]  # fmt: skip
     assert points(figure.axes[0])[AFTER] == {0: 0.5, 1: rows[5].ratio, 2: rows[7].ratio}
-    assert note(figure) == "11 layers, in the order of the model; of experts the worst"
+    assert note(figure) == "11 layers, in the order of the model; for experts the worst"
     # Without errors, it is the one with the lowest ratio of signal to noise.
     rows = [plain(i, 30.0 - i % 3) for i in range(9)]
     rows = tuple(replace(each, names=(f"experts.{i}",)) for i, each in enumerate(rows))

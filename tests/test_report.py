@@ -382,7 +382,7 @@ def test_the_report_names_what_static_inputs_cost_and_what_would_mend_it():
     text = str(report(rows))
     _, _, told = text.partition("static inputs that cost most; what to add to quant_cfg (2)\n")
     form = "{'type': 'int8', 'symmetric': True, 'strategy': 'token'}"
-    worst = "the worst loses {} of its outputs' power, with a scale a token {}: "
+    worst = "the worst loses {} of its outputs' power, with a scale for each token {}: "
     # Loaders compute gate and up as one.
     up = f"layers like 'up_proj' (1): {worst.format('60.0%', '10.0%')}"
     up += f"'*gate_proj.inputs': {form}, '*up_proj.inputs': {form}"

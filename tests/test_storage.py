@@ -90,7 +90,7 @@ def test_extra_state_of_others_is_kept_where_json_can_hold_it(tmp_path):
     fresh = counting()
     qz.load(fresh, tmp_path / "out")
     assert fresh[1].counted == {"a": [5]}
-    for counted, accepted in (({1, 2}, "what JSON can hold"), ((1, 2), "what JSON gives back as it was")):
+    for counted, accepted in (({1, 2}, "what JSON can hold"), ((1, 2), "what JSON does not change")):
         model[1].counted = counted
         with pytest.raises(qz.QuantizeError, match=rf"'1._extra_state' in the state: .*; accepted: {accepted}"):
             qz.save(model, tmp_path / "other")

@@ -77,7 +77,7 @@ def _diagonal(total: Tensor) -> Tensor:
     return total if total.ndim == 1 else total.diagonal()
 
 
-def met(inputs: Scheme, statistic: Statistic, smoothing: Tensor | None = None) -> observers.PairedState:
+def rounded_statistic(inputs: Scheme, statistic: Statistic, smoothing: Tensor | None = None) -> observers.PairedState:
     """The paired statistic of the smoothed and rounded inputs, which are those that the weight multiplies.
 
     ``statistic`` belongs to the inputs ``x`` before that: the ranges ``[c]`` of the channels, and their Gram matrix or
@@ -90,7 +90,7 @@ def met(inputs: Scheme, statistic: Statistic, smoothing: Tensor | None = None) -
 
     >>> ranges = observers.Range(torch.tensor([-127.0]), torch.tensor([127.0]))
     >>> gram = observers.SumState(torch.tensor([[12.0]]), torch.tensor(12))
-    >>> met(Scheme(strategy="tensor"), (ranges, gram)).gram.total
+    >>> rounded_statistic(Scheme(strategy="tensor"), (ranges, gram)).gram.total
     tensor([[13.]])
     """
     ranges, gram = statistic

@@ -44,17 +44,17 @@ def sweep(
     add = torch.baddbmm if stacked else torch.addmm
     groups = order // (scheme.group_size or c)
     # A column of the transposed matrix is contiguous.
-    base_t, incoming = picked(transposed(base), order), transposed(coupling)
-    reference_t = base_t if reference is base else picked(transposed(reference), order)
+    base_t, incoming = take_rows(transposed(base), order), transposed(coupling)
+    reference_t = base_t if reference is base else take_rows(transposed(reference), order)
     scale_t, zero_t = transposed(params.scale), None if params.zero_point is None else transposed(params.zero_point)
     codes, steps, value = torch.empty_like(base_t), torch.empty_like(base_t), torch.empty_like(base_t[..., 0, :])
     for start in range(0, c, block_size):
         stop = min(start + block_size, c)
-        scale = picked(scale_t, groups[..., start:stop])
+        scale = take_rows(scale_t, groups[..., start:stop])
         lows: Sequence[Any] = [scheme.qmin] * c
         highs: Sequence[Any] = [scheme.qmax] * c
         if zero_t is not None:
-            zero = picked(zero_t, groups[..., start:stop]).to(scale.dtype)
+            zero = take_rows(zero_t, groups[..., start:stop]).to(scale.dtype)
             lows, highs = (scheme.qmin - zero).unbind(-2), (scheme.qmax - zero).unbind(-2)
         # Views are made once: slicing a tensor takes as long as the arithmetic on a column.
         code_of, step_of, from_ = (tensor[..., start:stop, :].unbind(-2) for tensor in (codes, steps, reference_t))
@@ -79,7 +79,7 @@ def sweep(
         if zero_t is not None:
             codes[..., start:stop, :] += zero
     back = torch.argsort(order)
-    return QTensor(transposed(picked(codes.to(torch.int8), back)), params.scale, params.zero_point, scheme)
+    return QTensor(transposed(take_rows(codes.to(torch.int8), back)), params.scale, params.zero_point, scheme)
 
 
 def factor(gram: Tensor, damp: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -123,19 +123,19 @@ def factor(gram: Tensor, damp: float) -> tuple[Tensor, Tensor, Tensor]:
     return upper.div_(root[..., None, :]), root.square(), used
 
 
-def each(function: Callable[..., Any], stacked: bool) -> Callable[..., Any]:
+def mapped(function: Callable[..., Any], stacked: bool) -> Callable[..., Any]:
     """``function``, or where ``stacked``, the function that maps it over the leading axis of its arguments.
 
-    >>> each(torch.sum, True)(torch.ones(2, 3))
+    >>> mapped(torch.sum, True)(torch.ones(2, 3))
     tensor([3., 3.])
     """
     return torch.func.vmap(function) if stacked else function
 
 
-def picked(rows: Tensor, places: Tensor) -> Tensor:
+def take_rows(rows: Tensor, places: Tensor) -> Tensor:
     """The rows of ``rows`` ``[c, n]`` at ``places`` ``[r]``: ``[r, n]``. In stacks, ``[e, c, n]`` and ``[e, r]``.
 
-    >>> picked(torch.tensor([[1, 2], [3, 4]]), torch.tensor([1, 0, 1])).tolist()
+    >>> take_rows(torch.tensor([[1, 2], [3, 4]]), torch.tensor([1, 0, 1])).tolist()
     [[3, 4], [1, 2], [3, 4]]
     """
     return rows[places] if rows.ndim == 2 else rows[torch.arange(len(rows), device=rows.device)[:, None], places]
@@ -172,13 +172,13 @@ def descend(weight: Tensor, q: QTensor, gram: Tensor, *, block_size: int = 128) 
     [[1, 0]]
     """
     stacked, diagonal = weight.ndim == 3, gram.diagonal(dim1=-2, dim2=-1)
-    values = each(affine.dequantize, stacked)(q)
+    values = mapped(affine.dequantize, stacked)(q)
     inverse = torch.where(diagonal >= torch.finfo(gram.dtype).tiny, diagonal.reciprocal(), 0.0)[..., None, :]
     base = values - ((values - weight) @ gram) * inverse
     order = torch.arange(gram.shape[-1], device=gram.device).expand(diagonal.shape)
     moved = sweep(base, values, gram * inverse, q.params, q.scheme, order, block_size=block_size)
     # Rows where rounding errors exceed the gain keep their codes.
-    chosen: QTensor = each(better_rows, stacked)(weight, moved, q, gram)[0]
+    chosen: QTensor = mapped(better_rows, stacked)(weight, moved, q, gram)[0]
     return chosen
 
 

@@ -16,7 +16,7 @@ from quantize.shell.calibrate.ranks import Ranks
 from quantize.shell.calibrate.session import KEY, Session
 from quantize.shell.config import QuantizeWarning, parse, refusal, shown
 from quantize.shell.deploy import loading
-from quantize.shell.offload import keeper
+from quantize.shell.offload import offload_hook
 from quantize.shell.plan import Plan, plan, swap
 from quantize.shell.progress import progress
 from quantize.shell.report.report import Report
@@ -131,7 +131,7 @@ def convert(
     check_model(model)
     loading.check_kernel(kernel)
     layers = [] if from_state is not None else calibrated(model)
-    if offload not in ((True, False) if any(map(keeper, layers)) else (False,)):
+    if offload not in ((True, False) if any(map(offload_hook, layers)) else (False,)):
         raise refusal("offload", shown(offload), "False, or True for a calibrated model that accelerate offloads")
     if from_state is not None:
         loading.convert(model, from_state, kernel)

@@ -39,7 +39,7 @@ def snapshot(devices: frozenset[torch.device]) -> Callable[[], None]:
     return restore
 
 
-def fixed() -> tuple[Any, ...]:
+def unrestorable() -> tuple[Any, ...]:
     """Global state that :func:`snapshot` cannot restore, to compare: no pass may pause where any of it has changed."""
     excluded, key = torch._C._dispatch_tls_is_dispatch_key_excluded, torch._C.DispatchKey
     cuda: Any = torch.backends.cuda
@@ -101,7 +101,7 @@ def untracked(device: torch.device) -> ExitStack:
     return stack
 
 
-def put(owner: nn.Module, name: str, value: Tensor) -> None:
+def write_buffer(owner: nn.Module, name: str, value: Tensor) -> None:
     """Write ``value`` into a buffer. Inference-mode buffers cannot be written in place, so they are replaced."""
     buffer = owner._buffers[name]
     assert buffer is not None
@@ -124,7 +124,7 @@ def undisturbed(root: nn.Module) -> Iterator[None]:
         for module, name, buffer, kept in buffers:
             module._buffers[name] = buffer
             if not torch.equal(buffer, kept):
-                put(module, name, kept)
+                write_buffer(module, name, kept)
 
 
 @contextmanager

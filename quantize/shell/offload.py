@@ -31,7 +31,7 @@ def dispatched(module: nn.Module) -> bool:
     return replaced and forward.__dict__.get("__wrapped__") == module.__dict__.get(_FORWARD) == bound
 
 
-def keeper(module: nn.Module) -> Any:
+def offload_hook(module: nn.Module) -> Any:
     """The hook that offloads the parameters of ``module``, or None."""
     hooks = [module.__dict__.get(_HOOK)]
     for hook in hooks:
@@ -41,13 +41,13 @@ def keeper(module: nn.Module) -> Any:
 
 def device(module: nn.Module) -> torch.device:
     """The device on which ``module``, which has a weight, computes."""
-    hook = keeper(module)
+    hook = offload_hook(module)
     return torch.device(hook.execution_device) if hook is not None else cast("Tensor", module.weight).device
 
 
 def devices(root: nn.Module) -> frozenset[torch.device]:
     """All devices that ``root`` computes on."""
-    found = {p.device for p in root.parameters()} | {*map(device, filter(keeper, root.modules()))}
+    found = {p.device for p in root.parameters()} | {*map(device, filter(offload_hook, root.modules()))}
     return frozenset(each for each in found if each.type != "meta")
 
 
@@ -74,7 +74,7 @@ def _read(module: nn.Module, name: str, key: str) -> Tensor | None:
     held = {**module._parameters, **module._buffers}.get(key)
     if held is None or not held.is_meta:
         return held
-    hook, where = keeper(module), f"layer {name!r}"
+    hook, where = offload_hook(module), f"layer {name!r}"
     if hook is None:
         raise refusal(where, f"its {key} is on the meta device, without data", "a layer with all of its parameters")
     try:
@@ -85,7 +85,7 @@ def _read(module: nn.Module, name: str, key: str) -> Tensor | None:
     return value.to(torch.device(hook.execution_device), held.dtype)
 
 
-class Away(NamedTuple):
+class OffloadedStorage(NamedTuple):
     """The storage of offloaded tensors, in ``folder`` or host memory, and the ``device`` that computes with them."""
 
     device: torch.device
@@ -110,12 +110,12 @@ class Away(NamedTuple):
         return mapped.as_strided(tensor.shape, torch.empty_like(tensor, device="meta").stride()).copy_(tensor)
 
 
-def away(layer: nn.Module) -> Away | None:
+def away(layer: nn.Module) -> OffloadedStorage | None:
     """The storage of the weight of ``layer`` if it is offloaded, else None."""
-    if (hook := keeper(layer)) is None:
+    if (hook := offload_hook(layer)) is None:
         return None
     kept, _, entry = _source(hook.weights_map, "weight")
-    return Away(torch.device(hook.execution_device), kept.save_folder if entry else None)
+    return OffloadedStorage(torch.device(hook.execution_device), kept.save_folder if entry else None)
 
 
 def _source(kept: Any, key: str) -> tuple[Any, str, Any]:
@@ -136,7 +136,7 @@ def state(root: nn.Module, **options: Any) -> dict[str, Any]:
     """The ``state_dict`` of ``root`` with these ``options``, with offloaded tensors read as by :func:`weight`."""
     found: dict[str, Any] = root.state_dict(**options)
     for name, module in root.named_modules(remove_duplicate=False):
-        for key in (*module._parameters, *module._buffers) if keeper(module) is not None else ():
+        for key in (*module._parameters, *module._buffers) if offload_hook(module) is not None else ():
             full = f"{name}.{key}" if name else key
             if isinstance(held := found.get(full), Tensor) and held.is_meta:
                 found[full] = _read(module, name, key)
@@ -148,7 +148,7 @@ def follow(new: nn.Module, old: nn.Module, names: Mapping[str, str], part: Chang
 
     With ``inside``, ``new`` runs inside ``old``. Then it gets only a hook that offloads parameters.
     """
-    kept = keeper(old)
+    kept = offload_hook(old)
     if (hook := kept if inside else old.__dict__.get(_HOOK)) is None:
         return
     if kept is not None:
@@ -162,7 +162,7 @@ def follow(new: nn.Module, old: nn.Module, names: Mapping[str, str], part: Chang
 def settle(module: nn.Module) -> None:
     """Turn off offloading in the hook of ``module``, unless a parameter is on the meta device."""
     if _HOOK in module.__dict__ and not any(p.is_meta for p in module.parameters(recurse=False)):
-        module.__dict__[_HOOK] = _copied(module.__dict__[_HOOK], keeper(module), offload=False, weights_map=None)
+        module.__dict__[_HOOK] = _copied(module.__dict__[_HOOK], offload_hook(module), offload=False, weights_map=None)
 
 
 def hooked(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -173,7 +173,7 @@ def hooked(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
         # With an old forward, accelerate has replaced that of this instance, and has already called the hook.
         if _HOOK not in module.__dict__ or _FORWARD in module.__dict__:
             return forward(module, *args, **kwargs)
-        hook = _copied(module.__dict__[_HOOK], keeper(module), offload=False, weights_map=None)
+        hook = _copied(module.__dict__[_HOOK], offload_hook(module), offload=False, weights_map=None)
         args, kwargs = hook.pre_forward(module, *args, **kwargs)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not getattr(hook, "no_grad", False)):
             output = forward(module, *args, **kwargs)
@@ -211,7 +211,7 @@ def change(module: nn.Module, keys: Collection[str], function: Change) -> Callab
 
     Offloaded tensors stay as they are, and are changed whenever they are read.
     """
-    if (hook := keeper(module)) is None:
+    if (hook := offload_hook(module)) is None:
         before = {key: p for key, p in module._parameters.items() if p is not None and key in keys}
         after = {key: nn.Parameter(function(key, p.detach()), p.requires_grad) for key, p in before.items()}
         module._parameters.update(after)
@@ -227,14 +227,14 @@ def hold(root: nn.Module) -> None:
     A pass that pauses inside such a module would lose them when another pass leaves the module.
     """
     for module in root.modules():
-        if (hook := keeper(module)) is not None and [*module.children()] and not hook.place_submodules:
+        if (hook := offload_hook(module)) is not None and [*module.children()] and not hook.place_submodules:
             hook.pre_forward(module)
             settle(module)
 
 
 def changed(root: nn.Module) -> bool:
     """Whether :func:`change` applies to any offloaded tensor of ``root``."""
-    return any(getattr(getattr(keeper(each), "weights_map", None), "folded", False) for each in root.modules())
+    return any(getattr(getattr(offload_hook(each), "weights_map", None), "folded", False) for each in root.modules())
 
 
 def _copied(hook: Any, kept: Any, **values: Any) -> Any:

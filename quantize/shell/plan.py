@@ -1,4 +1,4 @@
-"""The only walk over a model: which layers are quantized, and why the others are not."""
+"""The plan: which layers of a model are quantized, and why the others are not. Nothing else decides this."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class Plan:
 
     - ``layers``: the layers to quantize, each with all names that it will have in the model.
     - ``specs``: the format of each layer, by its first name.
-    - ``views``: replacements for modules that store linear layers in another form, see :mod:`.views`. They come first.
-    - ``skipped``: the modules with a weight matrix that stay as they are, each with the reason.
+    - ``views``: replacements for modules that store linear layers in another form, see :mod:`.views`.
+    - ``skipped``: the modules with a weight matrix that are not quantized, each with the reason.
     - ``unmatched``: entries of ``skip_layers`` that match no module with a weight matrix, and patterns of ``quant_cfg``
       that match no layer.
     - ``elements``: the number of elements of all weight matrices of the model; each tensor counts once.
@@ -49,10 +49,12 @@ class Plan:
 
 
 def plan(model: nn.Module, config: Config, *, outline: bool = False) -> Plan:
-    """Decide for every module with a weight matrix; nothing is changed.
+    """Decide which modules with a weight matrix are quantized; the model is not changed.
 
-    Refuses a model without anything to quantize, and layers as :func:`check_parameters`. ``outline``: the model is on
-    the meta device and stands for one whose weights will be read, so no weight is looked at.
+    ``outline``: the model is on the meta device until its weights are read, so the weights are not checked.
+
+    Raises:
+        QuantizeError: nothing to quantize, or a layer that :func:`check_parameters` refuses.
     """
     names: dict[nn.Module, list[str]] = {}
     views: dict[nn.Module, nn.Module] = {}
@@ -88,7 +90,7 @@ def plan(model: nn.Module, config: Config, *, outline: bool = False) -> Plan:
     if not layers:
         found = "; ".join(f"{s.name or type(model).__name__!r}: {s.reason}" for s in skipped) or "no weight matrix"
         raise refusal("model", f"nothing to quantize ({found})", "a model that contains an nn.Linear")
-    # A module without any quantized layer stays as it is.
+    # Only modules with a quantized layer are replaced.
     views = {old: new for old, new in views.items() if any(module in layers for module in new.modules())}
     wanted = [*config.skip_layers, *(str(each) for each in config.formats if each.pattern is not None)]
     unmatched = tuple(word for word in wanted if word not in matched)
@@ -121,8 +123,8 @@ def _reason(module: nn.Module, names: list[str], owner: str | None, total: int) 
         wrong = f"{kind} is not an nn.Linear"
         if "forward" in module.__dict__ and known(module):
             wrong = _REPLACED + ", by a hook of accelerate" * offload.dispatched(module)
-        # The 3-D parameters of an unknown class may be experts, and most of the model. Those of torch's convolutions
-        # are not.
+        # The 3-D parameters of an unknown class may be experts, which are most of a model. Those of torch's
+        # convolutions are not.
         stacked = sum(p.numel() for p in module.parameters(recurse=False) if p.ndim == 3)
         told = f": its 3-D parameters, such as those of experts, are {share(stacked, total)}"
         return wrong + told * (stacked > 0 and not module.__module__.startswith("torch."))
@@ -138,7 +140,7 @@ def _reason(module: nn.Module, names: list[str], owner: str | None, total: int) 
         return "it is empty"
     if module.weight.dtype not in _FLOATS:
         return f"its weight is {module.weight.dtype}"
-    if module.weight.is_meta and offload.keeper(module) is None:
+    if module.weight.is_meta and offload.offload_hook(module) is None:
         return _NO_DATA
     return None
 

@@ -1,4 +1,4 @@
-"""One progress bar for everything that takes long."""
+"""The progress bar of all long operations."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-# Of every bar: it appears after two seconds, and vanishes at the end.
+# Every bar appears after two seconds, and vanishes at the end.
 BAR: dict[str, Any] = {"delay": 2, "leave": False}
 
 
 def on_terminal() -> bool:
-    """Whether stderr is a terminal: a pipe or a log file cannot move a cursor back."""
+    """Whether stderr is a terminal. A bar needs one, because pipes and log files cannot move the cursor back."""
     return sys.stderr is not None and sys.stderr.isatty()
 
 
 def progress(
     items: Iterable[T], what: str, *, unit: str, total: int | None = None, size: Callable[[T], int] | None = None
 ) -> Iterable[T]:
-    """``items`` behind a bar on stderr with the time left; as they are without tqdm or without a terminal.
+    """``items`` with a progress bar on stderr; without tqdm or a terminal, ``items`` unchanged.
 
-    ``total``: how many there are, where ``items`` has no length. ``size``: how many units an item of a list is, if not
-    one.
+    ``total``: the number of items, if ``items`` has no length. ``size``: the number of units that each item counts for,
+    if not one; ``items`` is then a list.
     """
     if not on_terminal():
         return items

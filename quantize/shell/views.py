@@ -52,7 +52,7 @@ def view(name: str, module: nn.Module) -> nn.Module | None:
         QuantizeError: experts whose attributes do not fit their parameters; it names the module.
     """
     replaced = "forward" in module.__dict__ and not offload.dispatched(module)
-    if replaced or getattr(offload.keeper(module), "place_submodules", False) or not known(module):
+    if replaced or getattr(offload.offload_hook(module), "place_submodules", False) or not known(module):
         return None
     if "down_proj" in module._parameters:
         return Experts(name, module)

@@ -88,7 +88,7 @@ def candidate_scale(absmean: Tensor, ratio: float) -> Tensor:
     return torch.where(alive, torch.exp(ratio * (log - middle)), 1.0)
 
 
-def rounded(
+def round_scaled(
     weight: Tensor, scale: Tensor, gram: Tensor, spec: LayerSpec, options: Options, rho: Tensor | float = 0.0
 ) -> tuple[QTensor, Tensor]:
     """``Q(W s)`` ``[n, c]``, and its errors ``[2]``: ``tr(delta H delta^T)`` with ``delta = Q(W s) / s - W``.
@@ -101,7 +101,7 @@ def rounded(
 
     >>> from quantize.core import Scheme
     >>> weight, spec = torch.tensor([[7.0, 2.4]]), LayerSpec(Scheme(bits=4))
-    >>> q, errors = rounded(weight, torch.ones(2), torch.eye(2), spec, Options(clip=False))
+    >>> q, errors = round_scaled(weight, torch.ones(2), torch.eye(2), spec, Options(clip=False))
     >>> q.codes.tolist(), errors
     ([[7, 2]], tensor([0.1600, 0.1600]))
     """
@@ -135,9 +135,9 @@ def common_scale(
     """The best scale ``[c]`` for all ``weights`` ``[n, c]`` together.
 
     ``spec`` and ``options`` are those of :func:`algorithm`, and ``statistic`` is as for :func:`solve`. The candidates
-    have the exponents ``0, 1/grids_num, ...`` below 1. A candidate has the two errors of :func:`rounded`, summed over
-    the weights; quantized inputs add their :func:`~quantize.core.input_loss.lost_power`. Each error is divided by that
-    of exponent 0, which is plain rounding or better, and the larger quotient counts. The first candidate with the
+    have the exponents ``0, 1/grids_num, ...`` below 1. A candidate has the two errors of :func:`round_scaled`, summed
+    over the weights; quantized inputs add their :func:`~quantize.core.input_loss.lost_power`. Each error is divided by
+    that of exponent 0, which is plain rounding or better, and the larger quotient counts. The first candidate with the
     smallest quotient wins. So the result is never worse than plain rounding on the tokens seen, and does not rely on
     correlations that chance explains.
 
@@ -153,7 +153,7 @@ def common_scale(
     wide = [weight.to(affine.working_dtype(weight)) for weight in weights]
 
     def errors(scale: Tensor) -> Tensor:
-        total = torch.stack([rounded(each, scale, sums.total, spec, options, rho)[1] for each in wide]).sum(0)
+        total = torch.stack([round_scaled(each, scale, sums.total, spec, options, rho)[1] for each in wide]).sum(0)
         if spec.inputs is None or len(statistic) < 3:
             return total
         lost = input_loss.lost_power(spec.inputs, statistic[2], sums, scale)
@@ -186,7 +186,7 @@ def solve(
     wide = weight.to(affine.working_dtype(weight))
     rho = shrinkage.intensity(sums, options.shrink)
     scale = common_scale(spec, options, [wide], statistic) if smoothing is None else smoothing
-    quantized, errors = rounded(wide, scale, sums.total, spec, options, rho)
+    quantized, errors = round_scaled(wide, scale, sums.total, spec, options, rho)
     plain = affine.dequantize(affine.round_to_nearest(wide, spec.weight)) - wide
     error, baseline = errors[0], metrics.output_error(plain, sums.total)
     static, notes = None, dict[str, Tensor]()

@@ -94,7 +94,8 @@ def solve(
 
     A paired statistic moves the weight first, see :func:`~quantize.core.correction.corrected`. All errors are then
     measured from the moved weight; plain rounding still rounds ``weight`` itself. For quantized inputs, the weight is
-    fitted to the rounded inputs, divided by ``smoothing`` ``[c]`` if given; see :func:`~quantize.core.input_loss.met`.
+    fitted to the rounded inputs, divided by ``smoothing`` ``[c]`` if given; see
+    :func:`~quantize.core.input_loss.rounded_statistic`.
 
     Notes: ``damp``, the damping that the factorization needed; ``dead_channels``; ``kept_rounding``, the number of
     output channels with plain rounding; ``corrected``, the relative change of the weight.
@@ -123,13 +124,13 @@ def solve_together(
     >>> len(solve_together(LayerSpec(Scheme()), Options(), [weight, weight], statistic))
     2
     """
-    met, finished = _after_rounding(spec, statistic, smoothing, stacked=False)
-    prepared = _prepare(options, met)
+    effective, finished = _after_rounding(spec, statistic, smoothing, stacked=False)
+    prepared = _prepare(options, effective)
     if spec.weight.strategy == "tensor":
-        solutions = [_solve(spec, options, weight, met, prepared, smoothing)[0] for weight in weights]
+        solutions = [_solve(spec, options, weight, effective, prepared, smoothing)[0] for weight in weights]
     else:
         heights = [len(weight) for weight in weights]
-        solutions = _solve(spec, options, torch.cat(list(weights)), met, prepared, smoothing, heights)
+        solutions = _solve(spec, options, torch.cat(list(weights)), effective, prepared, smoothing, heights)
     return [finished(solution, weight) for solution, weight in zip(solutions, weights, strict=True)]
 
 
@@ -146,8 +147,8 @@ def solve_stack(
     >>> solve_stack(LayerSpec(Scheme(4)), PAPER, torch.tensor([[[7.0, 2.4]]]), statistics).weight.codes.tolist()
     [[[7, 2]]]
     """
-    met, finished = _after_rounding(spec, statistics, smoothing, stacked=True)
-    return finished(_solve(spec, options, weights, met, _prepare(options, met), smoothing)[0], weights)
+    effective, finished = _after_rounding(spec, statistics, smoothing, stacked=True)
+    return finished(_solve(spec, options, weights, effective, _prepare(options, effective), smoothing)[0], weights)
 
 
 def _after_rounding(
@@ -166,16 +167,16 @@ def _after_rounding(
         def params(low: Tensor, high: Tensor, smoothing: Tensor | None = None) -> tuple[Tensor, ...]:
             return present(linear.static_params(low, high, inputs, smoothing=smoothing))
 
-        static = QParams(*refine.each(params, stacked)(*statistic[0], *given))
+        static = QParams(*refine.mapped(params, stacked)(*statistic[0], *given))
 
     def finished(solution: Solution, weight: Tensor) -> Solution:
         wide = weight.to(affine.working_dtype(weight))
-        notes = refine.each(partial(input_loss.loss_notes, inputs), stacked)(
+        notes = refine.mapped(partial(input_loss.loss_notes, inputs), stacked)(
             wide, statistic[0], observers.single(statistic[1]), *given
         )
         return replace(solution, inputs=inputs, smoothing=smoothing, static=static, notes={**solution.notes, **notes})
 
-    return refine.each(partial(input_loss.met, inputs), stacked)(statistic, *given), finished
+    return refine.mapped(partial(input_loss.rounded_statistic, inputs), stacked)(statistic, *given), finished
 
 
 class _Prepared(NamedTuple):
@@ -193,14 +194,14 @@ def _prepare(options: Options, statistic: Statistic) -> _Prepared:
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
     trusted = gram
     if options.shrink:
-        trusted = refine.each(lambda s: shrinkage.shrink(s.total, shrinkage.intensity(s, options.shrink)), stacked)(
+        trusted = refine.mapped(lambda s: shrinkage.shrink(s.total, shrinkage.intensity(s, options.shrink)), stacked)(
             sums
         )
     order = torch.arange(gram.shape[-1], device=gram.device).expand(diagonal.shape)
     if options.act_order:
         order = torch.argsort(diagonal, dim=-1, descending=True, stable=True)
     # Rows, and then columns as the rows of the transposed matrix.
-    trusted = refine.picked(refine.transposed(refine.picked(trusted, order)), order).mT
+    trusted = refine.take_rows(refine.transposed(refine.take_rows(trusted, order)), order).mT
     upper, pivots, damp = refine.factor(trusted, options.damp)
     pivots = pivots.gather(-1, torch.argsort(order, dim=-1)).masked_fill(diagonal == 0, 0.0)
     return _Prepared(order, upper, pivots, {"damp": damp, "dead_channels": (diagonal == 0).sum(-1)})
@@ -220,17 +221,17 @@ def _solve(
     wide = weight.to(affine.working_dtype(weight))
     wide = target = wide if smoothing is None else wide * smoothing[..., None, :]
     if isinstance(statistic, observers.PairedState):
-        target = refine.each(partial(correction.corrected, strength=options.asymmetric), stacked)(wide, statistic)
-    rounded = refine.each(partial(affine.round_to_nearest, scheme=spec.weight), stacked)(wide)
+        target = refine.mapped(partial(correction.corrected, strength=options.asymmetric), stacked)(wide, statistic)
+    rounded = refine.mapped(partial(affine.round_to_nearest, scheme=spec.weight), stacked)(wide)
     # With no steps, the search returns the full ranges.
     steps, signed = 20 if options.search_range else 0, options.signed_scale and spec.inputs is None
     params = ranges.search(target, spec.weight, prepared.pivots, steps=steps, signed=signed)
     q = refine.sweep(target, target, prepared.upper, params, spec.weight, prepared.order, block_size=options.block_size)
     for _ in range(options.sweeps):
-        q = refine.each(refine.refit, stacked)(
+        q = refine.mapped(refine.refit, stacked)(
             target, refine.descend(target, q, gram, block_size=options.block_size), gram
         )
-    chosen, give_back, errors = refine.each(refine.better_rows, stacked)(target, q, rounded, gram)
+    chosen, give_back, errors = refine.mapped(refine.better_rows, stacked)(target, q, rounded, gram)
     mine, baseline = errors.unbind(-2)
     if options.guard:
         q, mine = chosen, torch.where(give_back, baseline, mine)

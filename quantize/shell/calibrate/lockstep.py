@@ -28,8 +28,8 @@ from quantize.shell import offload
 from quantize.shell.calibrate.layer import CalibrationLinear
 from quantize.shell.calibrate.replay import Batch
 from quantize.shell.calibrate.units import Inputs, Reading, Unit
-from quantize.shell.calibrate.watching import Known, fingerprint, near
-from quantize.shell.modes import fixed, snapshot
+from quantize.shell.calibrate.watching import TensorCache, fingerprint, same_tokens
+from quantize.shell.modes import snapshot, unrestorable
 from quantize.shell.values import kept
 
 
@@ -55,7 +55,7 @@ class Walk:
         # By unit: the inputs [..., c] of its calls, until it is solved; and the identities of these tensors.
         self.tokens: dict[Unit, list[Tensor]] = {}
         self._read: dict[Unit, list[object]] = {}
-        self._known, self._calls = Known(), Counter[CalibrationLinear]()
+        self._known, self._calls = TensorCache(), Counter[CalibrationLinear]()
         self.greenlet = greenlet(partial(self._batch.run, self._walks.root))
         # Each walk has its own values of the model's context variables.
         self.greenlet.gr_context = contextvars.copy_context()
@@ -121,9 +121,9 @@ class Walk:
         # Copied if the walk continues, which may write to it.
         self.tokens.setdefault(unit, []).append(x if last else kept(x))
         seen = self._batch.prints[numbers[call]] if self.floating and call < len(numbers) else None
-        if seen is not None and not near(seen, fingerprint(x, self._batch.mask).tolist()):
+        if seen is not None and not same_tokens(seen, fingerprint(x, self._batch.mask).tolist()):
             tell(f"layer {layer.names[0]!r} reads other inputs when batches run side by side")
-        elif last and fixed() != self._walks.fixed:
+        elif last and unrestorable() != self._walks.unrestorable:
             tell(f"layer {layer.names[0]!r} is called inside a mode of torch that cannot be restored")
         elif last:
             self.parked = True
@@ -149,7 +149,7 @@ class Walks:
 
     def __init__(self, root: nn.Module, units: list[Unit], batches: list[Batch], *, floats: int) -> None:
         self.root, self.batches, self.devices = root, batches, offload.devices(root)
-        self.restore, self.fixed = snapshot(self.devices), fixed()
+        self.restore, self.unrestorable = snapshot(self.devices), unrestorable()
         self.trouble: str | None = None
         # The place of the first unsolved unit that a quantized walk has read.
         self.first: int | None = None

@@ -12,7 +12,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from quantize.shell import offload
-from quantize.shell.modes import put, random_states, set_random_states
+from quantize.shell.modes import random_states, set_random_states, write_buffer
 from quantize.shell.values import copied
 
 
@@ -79,7 +79,7 @@ class Batch:
         for name, value in self.written(root).items():
             if value is not None:
                 owner, _, last = name.rpartition(".")
-                put(root.get_submodule(owner), last, value)
+                write_buffer(root.get_submodule(owner), last, value)
 
 
 def attention_mask(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

@@ -17,7 +17,7 @@ from quantize.shell.modes import untracked
 from quantize.shell.values import tokens_of
 
 
-class Known:
+class TensorCache:
     """A cache of values by tensor, valid while the tensor lives and is not written to.
 
     Nothing is cached for inference tensors, because they do not count writes.
@@ -45,7 +45,7 @@ class Statistics:
     """
 
     def __init__(self, mask: Tensor | None, batch: Batch | None = None) -> None:
-        self.batch, self._mask, self._known = batch, mask, Known()
+        self.batch, self._mask, self._known = batch, mask, TensorCache()
         self._pending: dict[CalibrationLinear, tuple[Any, int]] = {}
 
     def __call__(self, layer: CalibrationLinear, x: Tensor) -> bool:
@@ -76,7 +76,7 @@ class Fingerprints:
     """The observer of a pass that will run again: it records which tensors each layer read, and their fingerprints."""
 
     def __init__(self, batch: Batch) -> None:
-        self.batch, self._known = batch, Known()
+        self.batch, self._known = batch, TensorCache()
         self._read: list[tuple[CalibrationLinear, Tensor]] = []
 
     def __call__(self, layer: CalibrationLinear, x: Tensor) -> bool:
@@ -132,7 +132,7 @@ def fingerprint(x: Tensor, mask: Tensor | None) -> Tensor:
         return torch.cat([size[None], size.new_full((1,), torch.finfo(x.dtype).eps), projections])
 
 
-def near(first: list[float], second: list[float]) -> bool:
+def same_tokens(first: list[float], second: list[float]) -> bool:
     """Whether two fingerprints belong to the same tokens up to rounding: three quarters of their digits agree."""
     (size, eps, *mine), (other, others_eps, *theirs) = first, second
     apart = max(abs(a - b) for a, b in zip([size, *mine], [other, *theirs], strict=True))

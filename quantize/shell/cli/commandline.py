@@ -37,22 +37,22 @@ _Say = Callable[[str], None]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status, as ``--help`` lists them. The report goes to stdout."""
+    """Run the command line and return the exit status, see ``--help``. The report goes to stdout."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    # Also where they are refused.
+    # This also holds if the arguments are refused.
     as_json, status, told = "--json" in arguments, 0, dict[str, Any]()
     try:
-        # Under --json nobody else writes to stdout.
+        # With --json nothing else may write to stdout.
         with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
             told = _run(parser().parse_args(arguments))
         if as_json:
             _print_json({"exit_status": 0, **told})
     except (QuantizeError, OSError) as error:
-        # Those of other libraries have many lines.
+        # Messages of other libraries have many lines.
         status, message = 2, " ".join(str(error).split())
         print("error:", message, file=sys.stderr)
         if isinstance(error, BrokenPipeError):
-            # Python writes what is left of stdout when it ends, and would fail again.
+            # At its end Python flushes stdout, which would fail again.
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except KeyboardInterrupt:
         status, message = 130, "interrupted"
@@ -63,14 +63,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _print_json(told: Mapping[str, Any]) -> None:
-    """As strict JSON: what is not finite becomes null."""
+    """Print strict JSON: numbers that are not finite become null."""
     finite = json.loads(json.dumps(told), parse_constant=lambda _: None)
     print(json.dumps(finite, allow_nan=False), flush=True)
 
 
 def _run(given: argparse.Namespace) -> dict[str, Any]:
-    """Print the report, unless it shall be JSON; returns all of it as plain values."""
-    # All that can be refused at once is refused here, before a model is read or hours are spent.
+    """Do what the options say, print the report unless JSON is wanted, and return all results as plain values."""
+    # All early checks are here, before a model is read or hours are spent.
     config = CONFIG if given.config is None else _read("--config", given.config, json.loads, "a JSON file")
     if given.budget is not None:
         config = _budgeted(config if given.config is not None else {"batch_num": 4, "algorithm": "gptq"})
@@ -97,10 +97,10 @@ def _run(given: argparse.Namespace) -> dict[str, Any]:
     about |= {"parameters": sum(p.numel() for p in model.parameters()), "dtype": str(model.dtype).partition(".")[2]}
     say: _Say = (lambda _: None) if given.json else partial(print, flush=True)
     say("model: {directory}\n  {class}, {parameters:,} parameters in {dtype}".format(**about))
-    # The formats are not known yet.
+    # With a budget, the formats are not known yet.
     shown = {key: config[key] for key in config if key != "quant_cfg" or given.budget is None}
     say(_config(shown, given))
-    source = "a text, which is not given" if lacking else given.text or "sentences of its own"
+    source = "a text that is not given" if lacking else given.text or "built-in sentences"
     say(f"calibration: {subject.needs(batches, given.batch_size)}, of {source}" if batches else "calibration: none")
     if evaluate:
         say(f"evaluation: {subject.held}")
@@ -114,7 +114,7 @@ def _run(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def _plan(given: argparse.Namespace, model: nn.Module, config: Any, tokens: int, say: _Say) -> dict[str, Any]:
-    """What a run would do with ``model``, which is an outline."""
+    """Print and return what a run would do with ``model``, an outline."""
     parsed = parse(config)
     found = forecast(model, plan(model, parsed, outline=True), parsed, tokens, budget=given.budget)
     say("\n".join([*_table(found.report, given), str(found)]))
@@ -126,7 +126,7 @@ def _plan(given: argparse.Namespace, model: nn.Module, config: Any, tokens: int,
 def _quantize(
     given: argparse.Namespace, subject: Subject, config: Any, calibration: Sequence[Any], held: Sequence[Any], say: _Say
 ) -> dict[str, Any]:
-    """What a run does."""
+    """Quantize, measure and write the model; print and return the results."""
     if given.budget is not None:
         chosen = assign_formats(
             subject.model,
@@ -153,7 +153,7 @@ def _config(config: Any, given: argparse.Namespace) -> str:
     """The config as JSON, in a few lines."""
     text = f"config: {json.dumps(config)}"
     if given.budget is not None:
-        text += f", with formats that are chosen to fit into {given.budget:g} of the bytes"
+        text += f", with formats chosen to fit into {given.budget:g} of the bytes"
     most = None if given.verbose else _CONFIG_LINES
     wrapped = textwrap.TextWrapper(_WIDTH, subsequent_indent="  ", break_on_hyphens=False, max_lines=most,
                                    placeholder=" ... (--verbose prints all)")  # fmt: skip
@@ -161,7 +161,7 @@ def _config(config: Any, given: argparse.Namespace) -> str:
 
 
 def _table(report: Report, given: argparse.Namespace) -> list[str]:
-    """All layers, if they are asked for."""
+    """The table of all layers, if it is asked for."""
     return [report.table(), ""] if given.verbose else []
 
 
@@ -178,7 +178,7 @@ def _read(option: str, file: Path, reader: Callable[[str], Any], accepted: str) 
 
 
 def _budgeted(config: Any) -> Any:
-    """``config`` for weights alone, with one of the formats that a budget chooses from; they replace its own."""
+    """``config`` with a format for weights alone, which the formats chosen for the budget will replace."""
     given = config.get("quant_cfg") if isinstance(config, Mapping) else None
     if isinstance(given, Mapping) and (found := [key for key in given if key != "weights"]):
         raise refusal("--budget", f"with quant_cfg.{found[0]!r} in the config", "a config for weights alone")

@@ -1,4 +1,4 @@
-"""What a run would do, found without weights, text and calibration: for ``--dry-run``."""
+"""The forecast of a run for ``--dry-run``, made without weights, text and calibration."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ _WIDTH = 100
 class Forecast:
     """The layers as a report before calibration, bytes before and after, and the memory that calibration needs.
 
-    - ``most``: why ``after`` is the most that it may be; empty where it is what it will be.
-    - ``memory``: an estimate of the bytes above those of the model and a forward pass; ``how`` says what they are for.
-    - ``chosen``: whether calibration will choose the formats of weights, so that those in the report are none.
+    - ``most``: why ``after`` is only an upper limit; empty if it is exact.
+    - ``memory``: estimated bytes in addition to the model and a forward pass. ``how``: what they are for.
+    - ``chosen``: whether calibration will choose the formats of the weights; those in the report then mean nothing.
     """
 
     report: Report
@@ -70,9 +70,10 @@ class Forecast:
 
 
 def forecast(model: nn.Module, planned: Plan, config: Config, tokens: int, *, budget: float | None = None) -> Forecast:
-    """What ``config`` makes of the outline of a model, which becomes useless; ``tokens`` are those that calibrate.
+    """What ``config`` will do to ``model``, an outline that cannot be used afterwards.
 
-    ``budget``: of which share of their bytes the formats are chosen first, by gptq in one pass.
+    ``tokens``: the number of tokens that calibrate. ``budget``: the share of the bytes of weights for which formats are
+    chosen before, by gptq in one pass.
     """
     layers = _layers(config, planned)
     memory = [_memory(layers, tokens)]
@@ -101,10 +102,10 @@ def _layers(config: Config, planned: Plan) -> list[CalibrationLinear]:
 
 
 def _memory(layers: list[CalibrationLinear], tokens: int) -> tuple[int, str]:
-    """Bytes that calibration needs, and what for."""
+    """The bytes that calibration needs, and what they are for."""
     if all(layer.algorithm.data_free for layer in layers):
         return 0, ""
-    # Layers that loaders compute as one read the same tensor, and share their statistics.
+    # Layers that loaders compute as one read the same tensor, so they share their statistics.
     groups, session = dict[str, int](), layers[0].session
     for layer in layers:
         parent, _, last = layer.names[0].rpartition(".")

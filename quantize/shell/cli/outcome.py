@@ -1,4 +1,4 @@
-"""One run: a model is calibrated, converted, written and measured, and what came of it."""
+"""One run, which calibrates, converts, writes and measures a model; and its outcome."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from quantize.shell.report.report import Report
 
 @dataclass(frozen=True)
 class Outcome:
-    """A report, bytes before and after, and what the held-out text gave. Prints as lines.
+    """The outcome of a run: a report, bytes before and after, and measurements on held-out text. Prints as lines.
 
-    ``measured``: what the subject gave before and after, ``[t, ...]`` each, or nothing; ``comparison``: that in a line;
-    ``numbers``: those of the line, by name.
+    ``measured``: the outputs of the subject before and after, ``[t, ...]`` each, or empty. ``comparison``: a line that
+    compares them. ``numbers``: the numbers of that line, by name.
     """
 
     report: Report
@@ -59,9 +59,9 @@ def demonstrate(
     parse(config)
     model = subject.model
     measured = _measured(subject, held, "float")
-    # The report, which is printed, says the same.
+    # The printed report says the same.
     with warnings.catch_warnings(action="ignore", category=QuantizeWarning):
-        # No pass is the last, so that solving comes after the bar of the batches.
+        # No batch is the last, so that solving begins after the progress bar of the batches has ended.
         api.quantize(model, {**config, "batch_num": MAX_BATCHES})
         before = sizes.before(model, calibrated(model))
         for each in progress(calibration, "calibrate", unit="batch"):

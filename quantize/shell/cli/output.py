@@ -1,4 +1,4 @@
-"""What ``--out`` gets: a config that its format can hold, and a directory that other programs need nothing beside."""
+"""The directory of ``--out``: early checks of its format, and writing it with all files that programs need."""
 
 from __future__ import annotations
 
@@ -19,32 +19,32 @@ from quantize.shell.disk import export, files, storage
 from quantize.shell.disk.parts import Parts
 from quantize.shell.plan import Plan
 
-# Of weights, and of what training leaves; their indexes would name files that are not there.
+# Suffixes of weights and of files of training, which are not copied. Indexes would name missing files.
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".gguf", ".onnx", ".index.json")
 
 
 def check(directory: Path, format: str | None, config: Any, source: Path | None) -> None:  # noqa: A002 - as in export
-    """Refuse a directory that cannot be written, and a config that the format cannot hold: one layer goes ahead.
+    """Refuse a directory that cannot be written, and a config that the format cannot hold: one layer is tried.
 
-    ``source``: the directory of the model, whose dtype the layer has.
+    ``source``: the directory of the model; the layer gets the dtype of this model.
     """
     files.check_new(directory)
     parsed = parse(config)
     spec = parsed.spec(("",))
-    # Which layers have the formats of patterns is known once the model is.
+    # With patterns, the format of a layer is only known when the model is read.
     if format not in export.FORMATS or spec is None or any(each.pattern for each in parsed.formats):
         return
     size, dtype = 2 * (spec.weight.group_size or 32), dtype_in(source)
-    # In float32 a model may be refused that is not in bfloat16.
+    # A model in float32 may be refused although it would not be in bfloat16.
     dtype = dtype if dtype in (torch.float16, torch.float32) else torch.bfloat16
     model = nn.Sequential(nn.LayerNorm(size), nn.Linear(size, 8)).to(dtype)
     _try(model, size, format, {**config, "skip_layers": None})
 
 
 def check_layers(planned: Plan, format: str, config: Any) -> None:  # noqa: A002
-    """Refuse formats of layers that the format cannot hold, before any is calibrated: small ones go ahead.
+    """Refuse layers that the format cannot hold, before calibration. Small layers are tried in their place.
 
-    They have the names of those ``planned``. Which of their inputs are smoothed is not tried.
+    These have the names of the ``planned`` layers. Smoothing is not tried.
     """
     tree = _Tree()
     size = 2 * max(spec.weight.group_size or 32 for spec in planned.specs.values())
@@ -58,7 +58,7 @@ def check_layers(planned: Plan, format: str, config: Any) -> None:  # noqa: A002
 
 
 class _Tree(nn.Module):
-    """Layers under any names, which all read the same inputs; one without any is a layer in floating point."""
+    """Layers under any names, which all read the same inputs. An empty tree stands for a layer in floating point."""
 
     def put(self, name: str, layer: nn.Module) -> None:
         head, _, rest = name.partition(".")
@@ -86,16 +86,16 @@ def _try(model: nn.Module, size: int, format: str, config: Any) -> None:  # noqa
 
 
 def write(model: nn.Module, directory: Path, format: str | None, source: Path) -> None:  # noqa: A002
-    """Write a converted model, and the files of ``source`` beside its weights: tokenizer, chat template, code, ...
+    """Write a converted model, and copy the other files of ``source``: tokenizer, chat template, code, ...
 
-    ``directory`` is there whole, or as it was.
+    ``directory`` is written completely, or left as it was.
     """
     with files.replacing(directory) as made:
         if format in export.FORMATS:
             export.export(model, made, format=format)
         else:
             storage.save(model, made)
-            # Without a quant_method: transformers would make random weights of what it does not know.
+            # Without a quant_method, transformers refuses the directory. Else it would make random weights.
             told = {"dtype": str(model.dtype).removeprefix("torch."), **described(source)}
             told["quantization_config"] = {"read_by": "quantize.load"}
             (made / "config.json").write_text(files.as_json("config.json", told), encoding="utf-8")
@@ -103,12 +103,12 @@ def write(model: nn.Module, directory: Path, format: str | None, source: Path) -
             target = made / file.relative_to(source)
             if not target.exists():
                 target.parent.mkdir(parents=True, exist_ok=True)
-                # Not the mode: that is for the umask.
+                # The mode is not copied; it follows the umask.
                 shutil.copyfile(file, target)
 
 
 def _beside(source: Path) -> Iterator[Path]:
-    """All files but weights and hidden ones, and the folders of chat templates and of sentence-transformers."""
+    """All files except weights and hidden ones, also in folders of chat templates and of sentence-transformers."""
     for entry in sorted(source.iterdir()):
         if entry.is_file() and not entry.name.startswith(".") and not entry.name.endswith(_WEIGHTS):
             yield entry

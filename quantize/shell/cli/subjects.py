@@ -19,14 +19,14 @@ from quantize.shell.config import refusal
 from quantize.shell.disk import files
 from quantize.shell.progress import BAR, on_terminal, progress
 
-# Batches to calibrate with, and batches to measure.
+# Batches to calibrate with, and batches to measure with.
 _Split = tuple[Sequence[Any], Sequence[Any]]
 
 
 class _Pretrained:
-    """A model of transformers in a directory, which is read when it is first used, and its tokenizer.
+    """A model of transformers in a directory, and its tokenizer. The model is read when it is first used.
 
-    ``rows``: what the text becomes; ``held``: what of it measures, in words.
+    ``rows`` says in words what the text is split into, and ``held`` which part of it is measured.
     """
 
     kind: str
@@ -37,12 +37,12 @@ class _Pretrained:
     def __init__(self, directory: Path, *, length: int | None = None) -> None:
         self.directory, self.length = directory, length or self.length
         self.tokenizer = self._read("AutoTokenizer")
-        # Some classes of tokenizers are read from a directory without their files all the same.
+        # Some tokenizers can be read from a directory without their files, and are then empty.
         if len(self.tokenizer) <= len(self.tokenizer.all_special_ids):
             raise refusal("--model", f"{directory}, whose tokenizer knows no word", "a directory with its tokenizer")
 
     def needs(self, batches: int, batch: int) -> str:
-        """What calibration takes of the text, in words."""
+        """The part of the text that calibration needs, in words."""
         return f"{batches * batch:,} {self.rows.format(self.length)}, in {batches:,} batches of {batch}"
 
     @cached_property
@@ -63,25 +63,25 @@ class _Pretrained:
             if config is not None:
                 return reader.from_config(config, dtype=dtype_in(self.directory) or torch.float32)
             return reader.from_pretrained(self.directory, local_files_only=True)
-        except Exception as error:  # of its own code, and of every architecture's
+        except Exception as error:  # transformers and the code of models may raise anything
             raise refusal("--model", str(self.directory), f"what {kind} of transformers reads ({error})") from error
 
 
 class Encoder(_Pretrained):
-    """Sentences to unit vectors: mean of the last hidden states, as sentence-transformers pools them."""
+    """A sentence encoder: the mean of the last hidden states, normalized, as in sentence-transformers."""
 
     kind, length, rows = "AutoModel", 256, "sentences of at most {} tokens"
-    held = "every second sentence, while the others calibrate"
+    held = "every second sentence; the others calibrate"
 
     def split(self, text: Sequence[str], batches: int, batch: int, *, evaluate: bool) -> _Split:
-        """All sentences, as often as it takes; with ``evaluate`` the even ones calibrate, and the odd are measured."""
+        """Batches of sentences, repeated as needed. With ``evaluate``, even ones calibrate, odd ones are measured."""
         if len(text) < 1 + evaluate:
             raise refusal("--text", f"{len(text)} sentences", f"at least {1 + evaluate} lines of text")
         calibration, held = (text[::2], text[1::2]) if evaluate else (text, ())
         return list(islice(cycle(_parts(calibration, batch)), batches)), _parts(held, batch)
 
     def losses(self, batches: Iterable[Sequence[str]]) -> Iterator[Tensor]:
-        """One for each batch, whose gradients tell how much an output matters: a random direction of the embeddings."""
+        """A loss for each batch: a random projection. Its gradients tell how much each output matters."""
         source = torch.Generator().manual_seed(0)
         for found in map(self._embedded, batches):
             yield (found * torch.randn(found.shape, generator=source)).sum()
@@ -99,7 +99,7 @@ class Encoder(_Pretrained):
         return normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
 
     def compared(self, before: Tensor, after: Tensor) -> tuple[str, dict[str, float]]:
-        """The cosines, in a line and as numbers."""
+        """The cosines of the embeddings, in a line and as numbers."""
         cosine = torch.cosine_similarity(before, after)
         found = {"sentences": len(cosine), "cosine_mean": cosine.mean().item(), "cosine_lowest": cosine.min().item()}
         what = f"cosine of {len(cosine)} sentence embeddings, before and after"
@@ -107,13 +107,13 @@ class Encoder(_Pretrained):
 
 
 class Language(_Pretrained):
-    """A causal language model on rows of ``length`` tokens; the first lines calibrate, and the rest is measured."""
+    """A causal language model on rows of ``length`` tokens. The first lines calibrate, and the others are measured."""
 
     kind, length, rows = "AutoModelForCausalLM", 512, "rows of {} tokens"
-    held = "all rows after those, at least one"
+    held = "all rows after the calibration, at least one"
 
     def split(self, text: Sequence[str], batches: int, batch: int, *, evaluate: bool) -> _Split:
-        """Batches ``[t, length]`` of tokens: what is measured starts with the line after the last that calibrates."""
+        """Batches ``[t, length]`` of tokens. The measured rows start at the line after the last one that calibrates."""
         lines, most = iter(progress(text, "tokenize", unit="line")), batches * batch
         rows = list(islice(self._rows(lines), most)), list(self._rows(lines)) if evaluate else []
         if len(rows[0]) < most or (evaluate and not rows[1]):
@@ -125,7 +125,7 @@ class Language(_Pretrained):
         return calibration, held
 
     def losses(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:
-        """One for each batch, whose gradients tell how much an output matters."""
+        """A loss for each batch. Its gradients tell how much each output matters."""
         yield from (self._likelihood(batch).sum() for batch in batches)
 
     @torch.no_grad()
@@ -135,14 +135,14 @@ class Language(_Pretrained):
 
     def _likelihood(self, batch: Tensor) -> Tensor:
         logits = self.model(input_ids=batch, use_cache=False).logits
-        # Row by row: in float32 the logits of a batch may well be larger than the model.
+        # Row by row, because the logits of a batch in float32 may be larger than the model.
         losses = [cross_entropy(row[:-1].float(), tokens[1:]) for row, tokens in zip(logits, batch, strict=True)]
         return torch.stack(losses)
 
     def compared(self, before: Tensor, after: Tensor) -> tuple[str, dict[str, float]]:
         """The perplexities, in a line and as numbers.
 
-        All rows have one length, so that the mean of their means is that of tokens.
+        All rows have the same length, so the mean of their means is the mean over all tokens.
         """
         first, then = (values.double().mean().exp().item() for values in (before, after))
         what = f"perplexity on {len(before)} held-out rows of {self.length} tokens"
@@ -150,7 +150,7 @@ class Language(_Pretrained):
         return f"{what}: {first:.3f} before, {then:.3f} after", found
 
     def _rows(self, lines: Iterator[str]) -> Iterator[list[int]]:
-        """Rows of ``length`` tokens, each begun as the tokenizer begins a text; of the last line what fills a row."""
+        """Rows of ``length`` tokens, each with the tokenizer's start token. Tokens that fill no row are dropped."""
         start = [token for token in self.tokenizer("").input_ids if token == self.tokenizer.bos_token_id]
         size, tokens = self.length - len(start), list[int]()
         for line in lines:
@@ -160,12 +160,12 @@ class Language(_Pretrained):
             tokens = tokens[full:]
 
 
-# ``split`` makes batches of lines of text; called with one of ``t``, it gives what is ``compared``, ``[t, ...]``.
+# ``split`` makes batches from lines of text. A call with a batch of ``t`` gives ``[t, ...]`` for ``compared``.
 Subject = Encoder | Language
 
 
 def subject_in(directory: Path | None, *, length: int | None = None) -> Subject:
-    """The model in ``directory``; None means :func:`packaged`. What cannot be read or quantized is refused here."""
+    """The model in ``directory``; None means :func:`packaged`. A model that cannot be quantized is refused."""
     directory = packaged() if directory is None else directory
     told = described(directory)
     architectures, most = told.get("architectures") or (), told.get("max_position_embeddings")
@@ -177,7 +177,7 @@ def subject_in(directory: Path | None, *, length: int | None = None) -> Subject:
 
 
 def described(directory: Path) -> dict[str, Any]:
-    """The ``config.json`` of a model in floating point."""
+    """The content of ``config.json``; a quantized model is refused."""
     try:
         told: dict[str, Any] = dict(json.loads((directory / "config.json").read_text(encoding="utf-8")).items())
     except (OSError, ValueError, AttributeError) as error:
@@ -189,12 +189,12 @@ def described(directory: Path) -> dict[str, Any]:
 
 
 def dtype_in(directory: Path | None) -> torch.dtype | None:
-    """The dtype in which transformers makes the model: that of its config, else of its first weight, if any."""
+    """The dtype in which transformers reads the model: that of its config, else of its first float weight, if any."""
     directory = packaged() if directory is None else directory
     told = described(directory)
     found = getattr(torch, str(told.get("dtype") or told.get("torch_dtype")), None)
     if found is None:
-        # What cannot be read is refused where the model is read.
+        # Files that cannot be read are refused when the model is read.
         with suppress(OSError, ValueError, files.safetensors().SafetensorError):
             first = min(file.name for file in directory.glob("*.safetensors"))
             tensors, _ = files.read(directory, first)
@@ -211,15 +211,14 @@ def _extra(name: str) -> Any:
     try:
         module = importlib.import_module(name)
     except ImportError:
-        accepted = "an environment after pip install 'torch-quantize-core[demo]'"
-        raise refusal(name, "not installed", accepted) from None
+        raise refusal(name, "not installed", "pip install 'torch-quantize-core[demo]' first") from None
     if name == "transformers":
         _show_reading(module.utils.logging)
     return module
 
 
 def _show_reading(logging: Any) -> None:
-    """Its bar over the tensors of a model as one of ours; it would be there in a pipe as well."""
+    """Show the bar of transformers for reading tensors as one of ours: only on a terminal."""
     hooked = hasattr(logging, "set_tqdm_hook")
     if hooked:
         told = {**BAR, "desc": "read the model", "unit": "tensor"}

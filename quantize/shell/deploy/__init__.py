@@ -1,1 +1,1 @@
-"""The layer that computes on integer codes: one module, one kernel contract, and its state in a ``state_dict``."""
+"""The layer that computes on integer codes: its kernels, and its form in a ``state_dict``."""

@@ -1,4 +1,4 @@
-"""The deployed layer: codes and parameters in the form that its kernel computes with, no float weight left."""
+"""The deployed layer. It holds integer codes in the form that its kernel needs, and no float weight."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from quantize.shell.report.rows import Row
 
 
 class QuantizedLinear(nn.Module):
-    """A linear layer on integer codes: ``[..., c]`` to ``[..., n]`` in the dtype of its input.
+    """A linear layer that computes on integer codes: ``[..., c]`` to ``[..., n]`` in the dtype of its input.
 
-    The buffers are those of its :attr:`kernel`. A ``state_dict``, a copy and a pickle hold the form of the reference
-    kernel, whatever the kernel: ``codes`` (int8 ``[n, c]``, or two int4 in a byte, uint8 ``[n, ceil(c / 2)]``),
-    ``scale``, and where the solution has them ``zero_point``, ``smoothing``, ``input_scale``, ``input_zero_point``.
+    The buffers have the form of its :attr:`kernel`. A ``state_dict``, a copy and a pickle always have the form of the
+    reference kernel: ``codes`` (int8 ``[n, c]``, or uint8 ``[n, ceil(c / 2)]`` with two int4 in a byte), ``scale``, and
+    if the solution has them, ``zero_point``, ``smoothing``, ``input_scale``, ``input_zero_point``.
 
     Args:
-        solved: the layer.
-        bias: the original's, ``[n]`` or None.
-        row: what the report says of it.
-        dtype: that of the float layer, and of the inputs to come.
-        kernel: the name of the kernel to use wherever it can serve; None chooses the fastest.
-        away: where the buffers of the kernel are kept, if not where the layer computes.
+        solved: the codes and parameters of the layer.
+        bias: the bias of the float layer, ``[n]`` or None.
+        row: the row of the layer in the report.
+        dtype: the dtype of the float layer and of the inputs.
+        kernel: the name of the preferred kernel, which is used if it can serve the layer; None: the fastest one.
+        away: the storage of the buffers, if they are offloaded.
 
     >>> import quantize as qz
     >>> model = nn.Sequential(nn.Linear(8, 4))
@@ -54,19 +54,19 @@ class QuantizedLinear(nn.Module):
         row: Row,
         dtype: torch.dtype,
         kernel: str | None = None,
-        away: offload.Away | None = None,
+        away: offload.OffloadedStorage | None = None,
     ) -> None:
         super().__init__()
         self.row, self.wanted, self.away = row, kernel, away
-        # The names of the buffers that are the kernel's; others are a user's.
+        # The names of the kernel's buffers. Other buffers belong to the user.
         self._kept: tuple[str, ...] = ()
-        # The description in the last state_dict, and its prefix there.
+        # The description in the last state_dict, and the prefix of its key there.
         self._saved: tuple[weakref.ref[Tensor], str] | None = None
         self.register_parameter("bias", bias)
         self._hold(solved, dtype)
 
     def _hold(self, solved: Solution, dtype: torch.dtype) -> None:
-        """Choose a kernel for ``solved``, and make what it keeps the buffers, instead of those before."""
+        """Choose a kernel for ``solved``, and replace the buffers by the tensors that the kernel prepares."""
         if (away := self.away) is not None:
             solved = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(away.device), solved)
         self.kernel, self.reason = choose(solved, self.bias, dtype, self.wanted)
@@ -83,12 +83,12 @@ class QuantizedLinear(nn.Module):
 
     @property
     def solution(self) -> Solution:
-        """The tensors of this layer as the core's value."""
+        """The codes and parameters of this layer, as a value of the core."""
         return reference.restore(self._held(), self.layout, KERNELS[self.kernel].unpack)
 
     @property
     def weight(self) -> Tensor:
-        """The weight ``[n, c]`` that the codes stand for, made on every access: for owners that read it directly."""
+        """The float weight ``[n, c]`` that the codes stand for, for owners that read it. Every access computes it."""
         return self.solution.effective_weight().to(self.layout.dtype)
 
     def _held(self) -> dict[str, Tensor]:
@@ -101,11 +101,11 @@ class QuantizedLinear(nn.Module):
         if not input.is_floating_point():
             raise refusal(f"layer {self.row.name!r}", f"inputs of {input.dtype}", "inputs in floating point")
         kind = input.device.type
-        # It would round the matmul of the codes, which is exact as it stands.
+        # Autocast would round the matmul of the codes, which is exact.
         casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
         with torch.autocast(kind, enabled=False) if casts else nullcontext():
             if (input.requires_grad and torch.is_grad_enabled()) or _has_tangent(input):
-                # The operators of the other kernels have no derivative.
+                # Only the operators of the reference kernel have derivatives.
                 return reference.compute(input, self.solution, self.bias)
             return KERNELS[self.kernel].forward(input, self._held(), self.layout, self.bias)
 
@@ -122,7 +122,7 @@ class QuantizedLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         held, solved = self._held(), self.solution
         dtype, device = self.layout.dtype, held["scale"].device
-        # A cast of the model moves the bias; scales keep the precision in which they were computed.
+        # A cast of the model changes the dtype of the bias. Scales keep the precision in which they were computed.
         kept = {id(tensor) for tensor in pytree.tree_leaves((held, solved))}
 
         def moved(tensor: Tensor) -> Tensor:
@@ -138,7 +138,7 @@ class QuantizedLinear(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        # What a kernel holds may be of use on this processor only.
+        # The form of a kernel may be specific to this processor.
         others = {name: buffer for name, buffer in self._buffers.items() if name not in self._kept}
         form = reference.prepare(self.solution)
         return {**self.__dict__, "_buffers": others | form, "_kept": tuple(form), "_saved": None}
@@ -153,7 +153,7 @@ class QuantizedLinear(nn.Module):
             return
         mark, first = self._saved or (object, "")
         if destination.get(first + saved.EXTRA, self) is mark():
-            # Under a second name the very same tensors: savers that drop shared ones drop all of them, or none.
+            # A second name gets the same tensors, so that savers that drop shared tensors drop all of them or none.
             own = {key: destination[first + key] for key in saved.KEYS if first + key in destination}
         else:
             own = {saved.EXTRA: saved.describe(self.row, self.layout.dtype), **saved.tensors(self.solution)}
@@ -163,7 +163,7 @@ class QuantizedLinear(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
     ) -> None:
-        # Torch gives each module a dict of its own; what is left in it must be torch's.
+        # Each module gets its own dict from torch, which would report these keys as unexpected.
         own = {key: state_dict.pop(prefix + key) for key in saved.KEYS if prefix + key in state_dict}
         if own:
             name = prefix.removesuffix(".")
@@ -171,7 +171,7 @@ class QuantizedLinear(nn.Module):
             if layout != self.layout:
                 raise refusal(f"layer {name!r}", saved.text(layout), saved.text(self.layout))
             solved = saved.solution(name, own, layout)
-            # As with parameters: copied, or with assign=True taken as they are.
+            # As for parameters: the tensors are copied, unless assign=True.
             if not local_metadata.get("assign_to_params_buffers", False):
                 device = self._held()["scale"].device
                 solved = pytree.tree_map_only(Tensor, lambda t: t.to(device, copy=True), solved)

@@ -1,4 +1,4 @@
-"""From a float model and the ``state_dict`` of a converted one to a converted model; checked first, touched last."""
+"""Convert a float model by the ``state_dict`` of a converted one. All checks come before the first change."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from quantize.shell.deploy.layer import QuantizedLinear
 from quantize.shell.plan import swap
 from quantize.shell.views import adopt, modules, release
 
-# Among what a state_dict tells of a module (its version): the buffers that are under no key.
+# The key of hidden buffers in the metadata of a state_dict, where torch keeps the versions of modules.
 HIDDEN = "hidden_buffers"
 
 
 def check_kernel(kernel: object) -> None:
-    """Refuse a name that no kernel has."""
+    """Refuse an unknown kernel."""
     if kernel is not None and kernel not in KERNELS:
         raise refusal("kernel", shown(kernel), f"None or one of {', '.join(map(repr, KERNELS))}")
 
 
 def check_served(built: Iterable[QuantizedLinear], kernel: str | None) -> None:
-    """Refuse layers that have another kernel than the one that was asked for; one of ``PARTIAL`` must serve some."""
+    """Refuse layers that the requested ``kernel`` cannot serve. One of ``PARTIAL`` has to serve at least one layer."""
     layers = [*built]
     if kernel in PARTIAL and any(layer.kernel == kernel for layer in layers):
         return
@@ -39,7 +39,7 @@ def check_served(built: Iterable[QuantizedLinear], kernel: str | None) -> None:
 
 
 def hidden(model: nn.Module) -> dict[str, Tensor]:
-    """The buffers that no ``state_dict`` holds, under all names; those of quantized layers are their kernels'."""
+    """The buffers that no ``state_dict`` holds, under all their names, without the buffers of kernels."""
     return {
         f"{name}.{key}".lstrip("."): buffer
         for name, module in model.named_modules(remove_duplicate=False)
@@ -49,7 +49,7 @@ def hidden(model: nn.Module) -> dict[str, Tensor]:
 
 
 def carry_hidden(model: nn.Module) -> None:
-    """Let each ``state_dict`` of ``model`` bring the :func:`hidden` buffers to :func:`convert`, under no key."""
+    """Add the :func:`hidden` buffers to the metadata of every ``state_dict`` of ``model``, for :func:`convert`."""
     if hidden(model):
         model.register_state_dict_post_hook(_bring)  # type: ignore[no-untyped-call] # torch leaves it bare
 
@@ -59,19 +59,19 @@ def _bring(model: nn.Module, _state: object, _prefix: str, told: dict[str, Any])
 
 
 def convert(model: nn.Module, state: object, kernel: str | None) -> None:
-    """Make ``model`` the converted model that ``state`` was saved from.
+    """Turn the float ``model`` into the converted model that ``state`` was saved from.
 
-    What ``model`` has under several names, ``state`` may have under one of them.
+    A tensor that ``model`` has under several names may have only one of them in ``state``.
 
     Raises:
-        QuantizeError: something in ``state`` does not fit ``model``, or is missing, or a kernel cannot serve a layer;
-            the model is left as it was.
+        QuantizeError: ``state`` does not fit ``model``, or something is missing in it, or a kernel cannot serve a
+            layer; the model is left as it was.
     """
     check_kernel(kernel)
     if not isinstance(state, Mapping):
         raise refusal("from_state", shown(state), "the state_dict of a converted model")
     for name, module in model.named_modules():
-        if offload.keeper(module) is not None:
+        if offload.offload_hook(module) is not None:
             raise refusal(f"module {name!r}", "its parameters are offloaded", "a model before it is dispatched")
     views: dict[nn.Module, nn.Module] = {}
     held = {module for name, module in modules(model, views) if f"{name}.{saved.EXTRA}" in state}
@@ -94,7 +94,7 @@ def _convert(model: nn.Module, state: Mapping[str, Any], kernel: str | None) -> 
         names.setdefault(thing, name)
 
     def first(key: str) -> str:
-        # Of the names that the model has for the same.
+        # The first name that the model has for the same tensor or module.
         owner, _, last = key.rpartition(".")
         if key in tensors:
             return names[tensors[key]]
@@ -113,7 +113,7 @@ def _convert(model: nn.Module, state: Mapping[str, Any], kernel: str | None) -> 
     whole: dict[str, Any] = {}
     for key, value in given.items():
         whole.setdefault(first(key), value)
-    # What the model loads by itself: everything but the weights of the layers.
+    # The model itself loads ``rest``: everything except the weights of the layers.
     rest: dict[str, Any] = {}
     parts: dict[str, dict[str, Any]] = {name: {} for name in layers}
     for key, value in whole.items():
@@ -124,9 +124,9 @@ def _convert(model: nn.Module, state: Mapping[str, Any], kernel: str | None) -> 
     own = {key: value for key, value in model.state_dict().items() if key not in weights}
     for name in empty:
         if first(name) not in rest:
-            accepted = "a real tensor, or a state_dict as torch.save keeps it, or quantize.save and quantize.load"
+            accepted = "a buffer with data, a state_dict with its metadata (torch.save keeps it), or quantize.load"
             raise refusal(f"buffer {name!r}", "on the meta device, and not in the state", accepted)
-    # Since the model was built, a hidden buffer may have grown, or been cast.
+    # A hidden buffer may have grown or been cast since the model was built: any shape and dtype is accepted.
     like = dict.fromkeys(map(first, empty)) | {first(key): value for key, value in own.items()}
     saved.check("from_state", rest, like, "keys of the model only")
     built: dict[nn.Module, QuantizedLinear] = {
@@ -136,14 +136,16 @@ def _convert(model: nn.Module, state: Mapping[str, Any], kernel: str | None) -> 
     check_served(built.values(), kernel)
     for key, value in given.items():
         other = whole[first(key)]
-        # The same place in memory: what is tied, and what has no data.
+        # At equal addresses are tied tensors, and tensors without data.
         tied = isinstance(value, Tensor) and (value.data_ptr(), value.shape) == (other.data_ptr(), other.shape)
         if isinstance(value, Tensor) and not tied and not torch.equal(value, other):
             (second, _, last), (name, _, _) = key.rpartition("."), first(key).rpartition(".")
-            raise refusal(f"layer {second!r}", f"another {last!r} than {name!r}", "the same: in the model it is one")
+            raise refusal(
+                f"layer {second!r}", f"its {last!r} differs from that of {name!r}", "equal values: the model has one"
+            )
     new = {key: _filled(tensors[key], value) if key in tensors else value for key, value in rest.items()}
     ready = OrderedDict({key: new[first(key)] for key in own})
-    # Modules read from here how old a state is.
+    # Modules read the version of their state from here.
     ready._metadata = told  # type: ignore[attr-defined] # an attribute that torch adds
     model.load_state_dict(ready, strict=False, assign=any(tensor.is_meta for tensor in tensors.values()))
     for name in empty:
@@ -183,7 +185,7 @@ def _layer(
 
 
 def _filled(tensor: Tensor, value: Tensor) -> Tensor:
-    """A real tensor itself, with ``value`` in it; in the place of one on the meta device, ``value``."""
+    """``tensor`` with ``value`` written into it; if ``tensor`` is on the meta device, ``value`` itself."""
     if tensor.is_meta:
         value = value.detach()
         return nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value

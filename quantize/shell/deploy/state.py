@@ -1,4 +1,4 @@
-"""A solved layer as tensors: how it is written for a ``state_dict``, and read back with every check."""
+"""A solved layer as the tensors of a ``state_dict``: writing them, and reading them back with checks."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ KEYS = (*TENSORS, EXTRA)
 _ERRORS = ("error", "baseline_error")
 _NOTE = "note."
 _MARK, _VERSION = "quantized_linear", 2
-# Descriptions are padded to whole blocks, because loaders that read in place need one shape for all.
+# Descriptions are padded to whole blocks, because loaders that read in place need the same shape for all.
 _BLOCK = 1024
 _DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
 _FLOATS = (torch.float32, torch.float64)
 
 
 class Outline(OrderedDict[str, Any]):
-    """A ``state_dict`` to be filled, without the solutions and the descriptions of quantized layers."""
+    """A ``state_dict`` to fill. Quantized layers leave out their solutions and descriptions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Outline(OrderedDict[str, Any]):
 
 
 def describe(row: Row, dtype: torch.dtype) -> Tensor:
-    """A layer on inputs of ``dtype``: JSON in a uint8 tensor ``[1024 k]``, filled up with spaces."""
+    """The description of a layer with inputs of ``dtype``: JSON in a uint8 tensor ``[1024 k]``, padded with spaces."""
     told = {_MARK: _VERSION, "dtype": str(dtype).removeprefix("torch."), "row": as_plain(row)}
     text = json.dumps(told).encode()
     padded = text.ljust(-(-len(text) // _BLOCK) * _BLOCK)
@@ -46,18 +46,18 @@ def describe(row: Row, dtype: torch.dtype) -> Tensor:
 
 
 def described(extra: object) -> Mapping[str, Any]:
-    """The content of what :func:`describe` makes, in this version or another; empty for anything else."""
+    """The content of a description by :func:`describe`, of any version; empty for anything else."""
     if isinstance(extra, Tensor) and extra.dtype == torch.uint8 and extra.ndim == 1 and not extra.is_meta:
         try:
             extra = json.loads(bytes(extra.tolist()))
         except ValueError:
             return {}
-    # Version 1 was a dict.
+    # In version 1, the description was a dict.
     return extra if isinstance(extra, Mapping) and _MARK in extra else {}
 
 
 def read(name: str, extra: object) -> tuple[Layout, Row]:
-    """Undo :func:`describe` for the layer ``name``; a QuantizeError for something else, or another version."""
+    """Undo :func:`describe` for the layer ``name``; a QuantizeError for anything else, or another version."""
     where, told = f"layer {name!r}", described(extra)
     if told.get(_MARK) != _VERSION:
         found = "no such state" if extra is None else f"version {told[_MARK]!r}" if told else shown(extra)
@@ -71,9 +71,9 @@ def read(name: str, extra: object) -> tuple[Layout, Row]:
 
 
 def tensors(solved: Solution) -> dict[str, Tensor]:
-    """All of ``solved`` by name: :data:`TENSORS`, scalars for its errors, and ``note.<name>`` for each note.
+    """The tensors of ``solved`` by name: :data:`TENSORS`, scalars for its errors, and ``note.<name>`` for each note.
 
-    Layers may share scales and smoothing, and savers drop shared tensors: those are copied. Codes are the layer's own.
+    All but the codes are copied, because layers may share scales and smoothing, and savers drop shared tensors.
     """
     scalars = {key: getattr(solved, key) for key in _ERRORS}
     scalars |= {_NOTE + key: value for key, value in solved.notes.items()}
@@ -99,9 +99,9 @@ def solution(name: str, held: Mapping[str, Any], layout: Layout) -> Solution:
 def check(
     where: str, found: Mapping[str, Any], like: Mapping[str, Any], keys: str, *, floats: tuple[torch.dtype, ...] = ()
 ) -> None:
-    """Refuse ``found`` unless it has the keys of ``like`` and no other (``keys`` in words).
+    """Refuse ``found`` unless it has exactly the keys of ``like``, which errors describe by ``keys``.
 
-    Tensors have the shapes and dtypes of those in ``like``; where one is in floating point, any of ``floats`` will do.
+    Tensors need the shapes and dtypes of those in ``like``. Floating-point tensors may have any dtype of ``floats``.
     """
     for key in found.keys() - like.keys():
         raise refusal(where, f"{key!r} in the state", keys)
@@ -119,14 +119,14 @@ def check(
 
 
 def text(layout: Layout) -> str:
-    """Shape and format, as errors show them."""
+    """Shape, formats and dtype, as errors show them."""
     spec = layout.spec
     return f"{layout.n}x{layout.c}, weights {spec.weight}, inputs {spec.inputs or 'float'}, {layout.dtype}"
 
 
 @functools.cache
 def example(layout: Layout, *, smoothed: bool) -> Mapping[str, Tensor]:
-    """What :func:`reference.prepare` keeps of such a layer, without data."""
+    """Meta tensors with the shapes and dtypes that :func:`reference.prepare` gives for such a layer."""
     weights, inputs = layout.spec.weight, layout.spec.inputs
     with torch.device("meta"):
         weight, smoothing = torch.empty(layout.n, layout.c), torch.empty(layout.c) if smoothed else None

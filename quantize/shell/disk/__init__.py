@@ -1,1 +1,1 @@
-"""Everything that is written or read: calibrations, converted models, and checkpoints for other programs."""
+"""All files that are written and read: calibrations, converted models, and checkpoints for other programs."""

@@ -1,7 +1,7 @@
 """AscendV1, the format of msModelSlim, as vLLM on Ascend and MindIE load it.
 
-With ``mix``, static layers are of type W8A8_MIX: loaders quantize their inputs by token where they read prompts, and
-with the static scale where they only decode. One weight serves both, so the layer has the tensors of both types.
+With ``mix``, static layers are of type W8A8_MIX: loaders quantize their inputs by token when they process prompts, and
+with the static scale when they only decode. Both use one weight, so the layer has the tensors of both types.
 
 Source: msModelSlim, "AscendV1 Format Description" and ``ascendv1.py``; vllm-ascend, ``modelslim_config.py``,
 ``methods/w8a8_static.py``, ``w8a8_dynamic.py``, ``w8a8_pdmix.py`` and ``w8a16.py``.
@@ -25,13 +25,13 @@ from quantize.shell.views import Experts
 FILE, LIMIT = "quant_model_weights.safetensors", 4 * 2**30
 _SCALED = ("weight", "weight_scale", "weight_offset")
 _STATIC = ("input_scale", "input_offset", "deq_scale", "quant_bias")
-# The types of layers and their tensors; the last type in a model names the whole model.
+# The types of layers, each with its tensors. A model has the last of the types that its layers have.
 _TYPES = {"W8A16": _SCALED, "W8A8_DYNAMIC": _SCALED, "W8A8": ("weight", *_STATIC), "W8A8_MIX": (*_SCALED, *_STATIC)}
 _OTHER = "or format 'compressed-tensors'"
 
 
 def tensors(layer: QuantizedLinear, bias: Tensor | None, *, mix: bool = False) -> dict[str, Tensor]:
-    """What the checkpoint holds of a layer."""
+    """The tensors of one layer in the checkpoint."""
     solved, dtype = layer.solution, layer.layout.dtype
     weight, static = solved.weight, solved.static
     held = {"weight": weight.codes} if bias is None else {"weight": weight.codes, "bias": bias.float()}
@@ -49,11 +49,12 @@ def tensors(layer: QuantizedLinear, bias: Tensor | None, *, mix: bool = False) -
 
 
 def _integer(weight: QTensor, static: QParams, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """``deq_scale`` and the bias beside it, ``[n]`` each, of a static layer of a model in ``dtype``.
+    """``deq_scale`` and the integer bias, ``[n]`` each, of a static layer in a model of ``dtype``.
 
-    1. The loader multiplies inputs with ``r = 1 / input_scale``, rounded to the dtype of the model twice. So a code
-       stands for ``1 / r``, and ``deq_scale`` is ``weight_scale / r``: inf or 0 where ``r`` does not fit the dtype.
-    2. With float16 the operator cuts ``deq_scale`` to 10 bits of the mantissa: rounded to them, it is read as it is.
+    1. The loader multiplies inputs by ``r = 1 / input_scale``; scale and quotient are rounded to the dtype of the
+       model. So a code stands for ``1 / r``, and ``deq_scale`` is ``weight_scale / r``. It is inf or 0 if ``r`` does
+       not fit the dtype.
+    2. With float16 the operator truncates the mantissa of ``deq_scale`` to 10 bits, so it is rounded to 10 bits before.
     """
     deq = (weight.scale / (1 / static.scale.to(dtype)).double()).float()
     if dtype == torch.float16:
@@ -64,10 +65,10 @@ def _integer(weight: QTensor, static: QParams, bias: Tensor | None, dtype: torch
 
 
 def texts(parts: Parts, *, mix: bool = False) -> dict[str, str]:
-    """The type of every tensor, and the ``config.json`` of the model.
+    """The text files of the checkpoint: the type of every tensor, and the ``config.json`` of the model.
 
     Raises:
-        QuantizeError: a layer that the format, or its loaders, have no type for.
+        QuantizeError: a layer for which the format or its loaders have no type.
     """
     mixtures = [name for name, m in parts.model.named_modules(remove_duplicate=False) if isinstance(m, Experts)]
     kinds = {name: _type(name, layer.layout.spec, mix=mix) for name, layer in parts.layers.items()}
@@ -78,7 +79,7 @@ def texts(parts: Parts, *, mix: bool = False) -> dict[str, str]:
         if "weight_scale" in _TYPES[kinds[name]]:
             check_scale(name, layer)
         if name.endswith("kv_b_proj"):
-            found = "loaders multiply with parts of its weight, which they do not dequantize"
+            found = "loaders read parts of its weight without dequantizing them"
             raise refusal(f"layer {name!r}", found, f"'kv_b_proj' in skip_layers, {_OTHER}")
         if kinds[name] != "W8A8_DYNAMIC" and any(name.startswith(f"{mixture}.") for mixture in mixtures):
             found = f"an expert of type {kinds[name]}, but loaders have experts of type W8A8_DYNAMIC only"
@@ -95,13 +96,16 @@ def texts(parts: Parts, *, mix: bool = False) -> dict[str, str]:
 def _type(name: str, spec: LayerSpec, *, mix: bool) -> str:
     weight, inputs = spec.weight, spec.inputs
     if weight.bits != 8:
-        found, wanted = f"int{weight.bits} weights: loaders have no dense layer of them", "weights of type 'int8'"
+        found, wanted = f"int{weight.bits} weights: no loader has a dense layer for them", "weights of type 'int8'"
     elif not weight.symmetric:
-        # The format subtracts the offset of a weight, the operator adds it.
+        # The format subtracts the offset of a weight, and the operator adds it.
         found = "asymmetric weights: format and loaders disagree on the sign of their offset"
         wanted = "symmetric weights"
     elif weight.strategy == "group":
-        found, wanted = "weights in groups: the loaders read one scale for a channel", "strategy 'channel' or 'tensor'"
+        found, wanted = (
+            "weights in groups: loaders read one scale for each channel",
+            "strategy 'channel' or 'tensor'",
+        )
     elif inputs is None or inputs.strategy == "tensor":
         return "W8A16" if inputs is None else "W8A8_MIX" if mix else "W8A8"
     elif inputs.symmetric:
@@ -113,7 +117,7 @@ def _type(name: str, spec: LayerSpec, *, mix: bool) -> str:
 
 
 def _static(name: str, layer: QuantizedLinear, bias: Tensor | None) -> str:
-    """Refuse a static layer that would be read as another; else what layers that are computed as one must share."""
+    """Refuse a static layer that loaders would misread; return what layers that are computed as one have to share."""
     solved, dtype = layer.solution, layer.layout.dtype
     static = solved.static
     assert static is not None

@@ -1,4 +1,4 @@
-"""AscendV1 where static layers are of type W8A8_MIX: see :mod:`quantize.shell.disk.ascendv1`."""
+"""AscendV1 with static layers of type W8A8_MIX; see :mod:`quantize.shell.disk.ascendv1`."""
 
 from functools import partial
 

@@ -1,7 +1,8 @@
 """The format of compressed-tensors, as transformers and vLLM load it.
 
 Source: compressed-tensors 0.20, compressors ``pack_quantized`` and ``naive_quantized`` and ``quantization.quant_args``;
-which of them a loader takes for which scheme: vLLM, ``compressed_tensors.py``.
+vLLM, ``compressed_tensors.py``, for the schemes that loaders
+accept.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ FILE, LIMIT = "model.safetensors", math.inf
 
 
 def tensors(layer: QuantizedLinear, bias: Tensor | None) -> dict[str, Tensor]:
-    """What the checkpoint holds of a layer. One scale for a tensor becomes the same scale for each channel."""
+    """The tensors of one layer in the checkpoint. A scale for the whole tensor is repeated for each channel."""
     solved = layer.solution
     weight, static, (n, c) = solved.weight, solved.static, solved.weight.codes.shape
     bits, zero_point, scale = weight.scheme.bits, weight.zero_point, weight.scale.expand(n, -1)
@@ -44,11 +45,12 @@ def tensors(layer: QuantizedLinear, bias: Tensor | None) -> dict[str, Tensor]:
 def texts(parts: Parts) -> dict[str, str]:
     """``config.json`` with the formats of all layers.
 
-    Targets are full names: vLLM looks for a class in parts of the names of classes, where it finds routers and experts.
+    Targets are the full names of layers. vLLM would match the name of a class to parts of other class names, and so to
+    routers and experts.
 
     Raises:
-        QuantizeError: a layer of a format that vLLM has no place for, with a last group that is shorter than the
-            others, or with a scale too small for its dtype; layers that are computed as one and differ.
+        QuantizeError: a layer whose format vLLM does not support, whose last group is shorter than the others, or whose
+            scale is too small for its dtype; or different formats of layers that loaders compute as one.
     """
     names: dict[LayerSpec, list[str]] = {}
     kinds = dict[str, str]()
@@ -65,7 +67,7 @@ def texts(parts: Parts) -> dict[str, str]:
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": groups,
-        # vLLM wants every linear layer here or among the targets.
+        # vLLM needs every linear layer here or among the targets.
         "ignore": _left(parts),
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
@@ -81,13 +83,13 @@ def _check(name: str, layer: QuantizedLinear) -> None:
     (weight, inputs), c = (layer.layout.spec.weight, layer.layout.spec.inputs), layer.in_features
     size, found = weight.group_size, ""
     if size is not None and c % size:
-        found = f"in_features {c} in groups of {size}, the last one shorter, which the format cannot hold"
+        found = f"in_features {c} in groups of {size}: the format cannot hold a shorter last group"
         wanted = "a group_size that divides in_features, or the layer in skip_layers"
     elif inputs is not None and not weight.symmetric:
-        found = "asymmetric weights beside quantized inputs, for which no loader has a layer"
+        found = "asymmetric weights with quantized inputs, which no loader supports"
         wanted = "symmetric weights, or inputs in floating point"
     elif inputs is not None and weight.bits == 4 and inputs.strategy == "tensor":
-        found = "int4 weights beside static inputs, for which no loader has a layer"
+        found = "int4 weights with static inputs, which no loader supports"
         wanted = "inputs with strategy 'token', weights of type 'int8', or inputs in floating point"
     if found:
         raise refusal(f"layer {name!r}", found, wanted)
@@ -95,7 +97,7 @@ def _check(name: str, layer: QuantizedLinear) -> None:
 
 
 def _left(parts: Parts) -> list[str]:
-    """What is a linear layer here or, like routers, in vLLM, and stays in floating point."""
+    """The layers in floating point that are linear layers here or, as routers are, in vLLM."""
     modules = dict(parts.model.named_modules(remove_duplicate=False))
     embeddings = {f"{name}.weight" for name, module in modules.items() if isinstance(module, nn.Embedding)}
     linears = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
@@ -109,7 +111,7 @@ def _group(spec: LayerSpec) -> dict[str, Any]:
         "weights": _arguments(spec.weight, spec.weight.strategy),
         "input_activations": None if spec.inputs is None else _arguments(spec.inputs, spec.inputs.strategy),
         "output_activations": None,
-        # Weights alone are packed, int8 ones too: vLLM takes no other format without inputs.
+        # Weights alone are packed, even int8 ones: vLLM takes no other format with float inputs.
         "format": "pack-quantized" if spec.inputs is None else "int-quantized",
     }
 

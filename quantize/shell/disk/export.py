@@ -10,8 +10,8 @@ from quantize.shell.config import refusal, shown
 from quantize.shell.disk import ascendv1, ascendv1_mix, compressed_tensors, files
 from quantize.shell.disk.parts import Parts, pairs
 
-# Each has FILE, the name of the file of tensors, and LIMIT, the bytes of one where none are given; ``texts``, the other
-# files by name, which refuses layers that have no place in the format; and ``tensors`` of a layer and its bias.
+# Each module has FILE, the name of the file of tensors; LIMIT, its default limit in bytes; ``tensors`` of a layer and
+# its bias; and ``texts``, the other files by name, which refuses layers that the format cannot hold.
 FORMATS = {"compressed-tensors": compressed_tensors, "ascendv1": ascendv1, "ascendv1-mix": ascendv1_mix}
 
 
@@ -24,38 +24,39 @@ def export(
 ) -> None:
     """Write a converted model as a checkpoint in the ``format`` of another program; the model stays as it is.
 
-    All parameters and persistent buffers are written, tied weights once, under the names that checkpoints of the model
-    have; with the ``config`` and ``generation_config`` of a model of transformers also its ``config.json`` and
-    ``generation_config.json``. Tokenizers are not.
+    The checkpoint has all parameters and persistent buffers, under the names that checkpoints of the model use; tied
+    weights are written once. Models of transformers also get ``config.json`` and ``generation_config.json``. Tokenizers
+    are not written.
 
-    - ``'compressed-tensors'``: for transformers and vLLM. ``model.safetensors``, and the format in ``config.json``.
-      Weights alone in all formats but groups that do not divide the inputs; symmetric weights with quantized inputs,
-      int4 ones with inputs by token. transformers reads asymmetric weights with
-      ``quantization_config=CompressedTensorsConfig(dequantize=True)`` only.
-    - ``'ascendv1'``: for vLLM on Ascend and MindIE. ``quant_model_weights.safetensors``, in parts of 4 GiB, and
-      ``quant_model_description.json``. Symmetric int8 weights by tensor or channel, inputs as they are, static (not in
-      float32), or symmetric by token; experts by token only, and ``kv_b_proj`` not at all.
-    - ``'ascendv1-mix'``: the same, but static layers also have what it takes to quantize their inputs by token. MindIE
-      does that in prefill, and vLLM on all instances but those that receive KV caches from others; they decode with the
-      static scale.
+    - ``'compressed-tensors'``: for transformers and vLLM. The files are ``model.safetensors``, and ``config.json`` with
+      the formats. With float inputs it holds all weights, except groups that do not divide the inputs. With quantized
+      inputs it holds symmetric weights; int4 weights need inputs with strategy 'token'. transformers reads asymmetric
+      weights only with ``quantization_config=CompressedTensorsConfig(dequantize=True)``.
+    - ``'ascendv1'``: for vLLM on Ascend and MindIE. The files are ``quant_model_weights.safetensors``, in parts of
+      4 GiB, and ``quant_model_description.json``. It holds symmetric int8 weights with strategy 'tensor' or 'channel'.
+      Inputs may be float, static (in float16 and bfloat16 models), or symmetric with strategy 'token'. Experts need
+      strategy 'token', and ``kv_b_proj`` has to stay in floating point.
+    - ``'ascendv1-mix'``: the same, but loaders can also quantize the inputs of static layers by token. MindIE uses the
+      static scale only to decode, and vLLM only on instances that receive KV caches from others.
 
     Layers may have different formats, except those that loaders compute as one: ``q_proj``, ``k_proj`` and ``v_proj``,
     ``gate_proj`` and ``up_proj``, the experts of a mixture, and so on.
 
-    None holds a layer that smooths its inputs at run time. Scales by token are the loader's own: an input may take
-    the next code.
+    No format holds a layer that smooths its inputs at run time. Loaders compute the scales of tokens themselves, so an
+    input may get a neighbouring code.
 
     Args:
         model: a model after ``convert``.
-        directory: a new or an empty one, in a directory that exists. It is there whole, or as it was.
+        directory: a new or an empty one, whose parent exists. It is written completely, or left as it was.
         format: as above.
-        max_shard_size: bytes of tensors in a file, or a string such as ``'5GB'``; a larger model is written as several
-            files and an index, as transformers does. No more than one of them is made at a time. None: as above.
+        max_shard_size: the most bytes of tensors in a file, an int or a string such as ``'5GB'``. A larger model is
+            written as several files and an index, as transformers does; only one file is in memory at a time. None: the
+            limit of the format.
 
     Raises:
-        QuantizeError: a model that is not converted, a layer that the format cannot hold, a directory with content or
-            without one around it, or no safetensors; nothing is left.
-        OSError: it cannot be written; nothing is left.
+        QuantizeError: a model that is not converted, a layer that the format cannot hold, a directory that has content
+            or no parent, or no safetensors; nothing is left.
+        OSError: the directory cannot be written; nothing is left of it.
 
     >>> import pathlib, tempfile, quantize as qz
     >>> model = nn.Sequential(nn.Linear(8, 4))

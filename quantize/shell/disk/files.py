@@ -1,4 +1,4 @@
-"""Files and directories on disk: there whole, or not at all."""
+"""Files and directories that are written completely, or not at all."""
 
 from __future__ import annotations
 
@@ -20,29 +20,28 @@ _INDEX = "{}.index.json"
 
 
 def check_new(directory: str | os.PathLike[str]) -> None:
-    """Refuse a directory that holds something or cannot be made, and a process that could not write tensors into it."""
+    """Refuse a directory that has content or cannot be made, and a process that cannot import safetensors."""
     target = Path(directory)
     parent = target.resolve().parent
     if not (parent.is_dir() and os.access(parent, os.W_OK)):
-        wanted = "a new or an empty directory, in one that exists and can be written to"
+        wanted = "a new or an empty directory, whose parent can be written to"
         raise refusal(os.fspath(directory), f"{os.fspath(parent)} is not a directory that can be written to", wanted)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise refusal(os.fspath(directory), "exists, and holds something", "a new or an empty directory")
+        raise refusal(os.fspath(directory), "it has content", "a new or an empty directory")
     safetensors()
 
 
 def safetensors() -> Any:
-    """The package of that name; a QuantizeError where it is not installed."""
+    """The package of that name; a QuantizeError if it is not installed."""
     try:
         import safetensors.torch
     except ImportError as error:
-        wanted = "an environment after pip install 'torch-quantize-core[export]'"
-        raise refusal("safetensors", "not installed", wanted) from error
+        raise refusal("safetensors", "not installed", "pip install 'torch-quantize-core[export]' first") from error
     return safetensors
 
 
 def shard_size(given: object) -> float:
-    """The bytes of ``given``: an int, a string such as ``'5GB'`` or ``'500MiB'``, or None for no limit."""
+    """The bytes that ``given`` means: an int, a string such as ``'5GB'`` or ``'500MiB'``, or None for no limit."""
     if given is None:
         return math.inf
     text = f"{given}B" if type(given) is int else str(given)
@@ -54,7 +53,7 @@ def shard_size(given: object) -> float:
 
 
 def as_json(where: str, value: object) -> str:
-    """``value`` as the text of a file; a QuantizeError where it holds more than plain containers and values."""
+    """``value`` as the text of a JSON file; a QuantizeError if JSON cannot hold it."""
     try:
         return json.dumps(value, indent=2) + "\n"
     except (TypeError, ValueError) as error:
@@ -69,12 +68,15 @@ def write(
     header: Mapping[str, str],
     limit: float,
 ) -> None:
-    """Make ``directory`` of the safetensors ``file``, which holds ``tensors`` by name, and of ``texts`` by file.
+    """Write ``directory`` with ``tensors`` by name in the safetensors ``file``, and with ``texts`` by file name.
 
-    Where the tensors of ``a.safetensors`` have more bytes than ``limit``, they become ``a-00001-of-00002.safetensors``
-    and so on, and ``a.safetensors.index.json`` says which tensor is where, as transformers reads it. No more than
-    one such shard is held at a time. ``header`` is added to the metadata of every file of tensors. Nothing is left of
-    what cannot be written: an OSError, or a QuantizeError for a tensor on the meta device.
+    If the tensors of ``a.safetensors`` have more bytes than ``limit``, they are written as shards,
+    ``a-00001-of-00002.safetensors`` and so on. ``a.safetensors.index.json`` then says which shard has which tensor, as
+    transformers reads it. Only one shard is in memory at a time. ``header`` is added to the metadata of every shard.
+
+    Raises:
+        QuantizeError: a tensor on the meta device; nothing is left.
+        OSError: the directory cannot be written; nothing is left.
     """
     with replacing(directory) as made:
         made.mkdir()
@@ -83,13 +85,13 @@ def write(
             try:
                 safetensors().torch.save_file(shard, made / str(len(shards)), metadata={"format": "pt", **header})
             except safetensors().SafetensorError as error:
-                # A full disk, above all.
+                # For example, the disk is full.
                 raise OSError(str(error)) from error
             shards.append({key: tensor.nbytes for key, tensor in shard.items()})
         stem, many = file.removesuffix(".safetensors"), len(shards)
         names = [f"{stem}-{i + 1:05}-of-{many:05}.safetensors" for i in range(many)] if many > 1 else [file]
         for i, name in enumerate(names):
-            # safetensors makes files that others cannot read; the directory was made by the umask.
+            # Only the owner can read files of safetensors. They get the permissions of the directory, by the umask.
             (made / str(i)).chmod(made.stat().st_mode & 0o666)
             (made / str(i)).rename(made / name)
         if many > 1:
@@ -103,8 +105,8 @@ def write(
 def read(directory: str | os.PathLike[str], file: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors that :func:`write` wrote as ``file`` or in its shards, and their metadata.
 
-    The tensors stay in the files until they are used. What is not there or cannot be read raises an OSError,
-    SafetensorError, ValueError or KeyError.
+    Each tensor is read from its file when it is used. A missing or unreadable file raises OSError, SafetensorError,
+    ValueError or KeyError.
     """
     index, tensors, metadata = Path(directory, _INDEX.format(file)), dict[str, Tensor](), dict[str, str]()
     names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values() if index.exists() else [file]
@@ -117,11 +119,11 @@ def read(directory: str | os.PathLike[str], file: str) -> tuple[dict[str, Tensor
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A path near ``path``. The file or directory that the block makes there takes the place of ``path`` at its end.
+    """A temporary path beside ``path``. At the end of the block, the file or directory made there replaces ``path``.
 
-    After an error nothing is left of it, and what was at ``path`` stays.
+    After an error, it is deleted, and ``path`` stays as it was.
     """
-    # A link stays one: its target is replaced.
+    # A link is kept, and its target is replaced.
     target = Path(path).resolve()
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as beside:
         made = Path(beside, target.name)
@@ -133,7 +135,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def _sync(path: Path) -> None:
-    # Some systems open no directories.
+    # Some systems cannot open directories.
     if path.is_file() or hasattr(os, "O_DIRECTORY"):
         opened = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
         try:
@@ -143,7 +145,7 @@ def _sync(path: Path) -> None:
 
 
 def _shards(pairs: Iterable[tuple[str, Tensor]], limit: float) -> Iterator[dict[str, Tensor]]:
-    """As the format wants them: on the CPU, contiguous, no two in one storage. Each is emptied before the next."""
+    """Shards of contiguous tensors on the CPU, each in its own storage. A shard is emptied before the next is made."""
     shard, seen, size = dict[str, Tensor](), set[int](), 0
     for key, tensor in pairs:
         if tensor.is_meta:

@@ -1,4 +1,4 @@
-"""What a file needs of a converted model: its quantized layers, all other tensors, their names, and its config."""
+"""The parts of a converted model for files: its quantized layers, all other tensors, their names, and its config."""
 
 from __future__ import annotations
 
@@ -45,19 +45,19 @@ def quantized(model: nn.Module) -> dict[str, QuantizedLinear]:
 def pairs(
     others: Mapping[str, Tensor], layers: Mapping[str, _T], tensors: Callable[[_T], Mapping[str, Tensor]]
 ) -> Iterator[tuple[str, Tensor]]:
-    """All tensors of a file with their names: ``others``, and those that ``tensors`` makes of a layer at a time."""
+    """All tensors of a file with their names: ``others``, then those that ``tensors`` makes, layer by layer."""
     yield from others.items()
     for name, layer in progress(layers.items(), "write", unit="layer"):
         yield from ((f"{name}.{key}", tensor) for key, tensor in tensors(layer).items())
 
 
 class Parts:
-    """A converted model taken apart; nothing is copied.
+    """The parts of a converted model; nothing is copied.
 
-    - ``layers``: the quantized layers, by all names. ``names``: by these, those in a checkpoint. ``biases``: by these,
-      the biases of the layers that have one.
-    - ``others``: every other tensor of the ``state_dict``, tied ones once. Under the names of checkpoints.
-    - ``tied``: the names that ``others`` leaves out, since the config makes loaders tie them.
+    - ``layers``: the quantized layers, under all their names.
+    - ``names``: the name of each layer in a checkpoint, by its name in the model. ``biases``: by the same names.
+    - ``others``: every other tensor of the ``state_dict``, by its name in a checkpoint; tied tensors are there once.
+    - ``tied``: the names that ``others`` leaves out, because loaders tie them by the config.
 
     Raises:
         QuantizeError: a model that is not converted, or one that no checkpoint can hold.
@@ -71,7 +71,7 @@ class Parts:
                 how += " (report says why it did not), or the layer in skip_layers"
                 raise refusal(f"layer {name!r}", "its inputs are smoothed at run time, which no format can hold", how)
         tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
-        # A weight that was quantized is no longer the embedding's.
+        # A quantized weight is no longer tied to an embedding.
         self.untied = any(key.rpartition(".")[0] in self.layers for pair in tied.items() for key in pair)
         named = {} if self.untied else dict(model.named_parameters(remove_duplicate=False))
         self.tied = {key for key, source in tied.items() if key in named and named[key] is named.get(source)}
@@ -85,9 +85,9 @@ class Parts:
         self.names, self.others = _of_checkpoint(model, self.layers, others)
 
     def check_merged(self, kinds: Mapping[str, str]) -> None:
-        """Refuse layers that loaders compute as one matrix or one mixture where ``kinds``, by name, are not all alike.
+        """Refuse layers that loaders compute as one matrix or one mixture, if their ``kinds`` differ.
 
-        What has no kind stays in floating point.
+        ``kinds`` are given by name. A layer without a kind stays in floating point.
         """
         for parent, module in self.model.named_modules(remove_duplicate=False):
             for names in _merged(parent, module):
@@ -99,11 +99,11 @@ class Parts:
                         raise refusal(f"layers {names[0]!r}, {name!r}", found, f"{wanted}, or all in skip_layers")
 
     def configs(self, **extra: Any) -> dict[str, str]:
-        """``config.json`` with ``extra`` in it, and ``generation_config.json``, where the model has such configs."""
+        """``config.json`` with ``extra`` added, and ``generation_config.json``, if the model has such configs."""
         config: Any = getattr(self.model, "config", None)
         told: dict[str, Any] = {}
         if callable(getattr(config, "to_dict", None)):
-            # As transformers does on saving: the class, and the dtype that the model has by now.
+            # As transformers does on saving: the class, and the present dtype of the model.
             told = {**config.to_dict(), "architectures": [type(self.model).__name__]}
             dtype = next(iter(self.layers.values())).layout.dtype
             told["torch_dtype" if "torch_dtype" in told else "dtype"] = str(dtype).removeprefix("torch.")
@@ -116,7 +116,7 @@ class Parts:
 
 
 def check_scale(name: str, layer: QuantizedLinear) -> None:
-    """Refuse a layer with a scale that is 0 in the dtype of the model, in which loaders hold it."""
+    """Refuse a layer with a scale that becomes 0 in the dtype of the model, because loaders convert it to that."""
     dtype = layer.layout.dtype
     if not bool(layer.get_buffer("scale").to(dtype).all()):
         found = f"a scale too small for {dtype}, in which loaders hold it"
@@ -124,7 +124,7 @@ def check_scale(name: str, layer: QuantizedLinear) -> None:
 
 
 def _merged(parent: str, module: nn.Module) -> Iterator[list[str]]:
-    """The names of layers inside of ``module`` that loaders compute as one, by group."""
+    """Groups of layers in ``module`` that loaders compute as one: their names."""
     if isinstance(module, Experts):
         kinds = (nn.Linear, QuantizedLinear)
         yield [name for name, each in module.named_modules(prefix=parent) if isinstance(each, kinds)]
@@ -134,7 +134,7 @@ def _merged(parent: str, module: nn.Module) -> Iterator[list[str]]:
 
 
 def _public(config: dict[str, Any], *, untied: bool) -> dict[str, Any]:
-    """``config`` and those inside of it without the path that they were read from; ``untied``: without tied weights."""
+    """``config``, and configs inside it, without the paths of their files; ``untied``: without tied weights."""
     told = {key: _public(value, untied=untied) if isinstance(value, dict) else value
             for key, value in config.items() if key != "_name_or_path"}  # fmt: skip
     return {**told, "tie_word_embeddings": False} if untied and "tie_word_embeddings" in told else told
@@ -143,10 +143,10 @@ def _public(config: dict[str, Any], *, untied: bool) -> dict[str, Any]:
 def _of_checkpoint(
     model: nn.Module, layers: Iterable[str], others: Mapping[str, Tensor]
 ) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """The names of ``layers`` by those in memory, and ``others`` as checkpoints have them.
+    """The names of ``layers`` in a checkpoint, by their names in the model; and ``others`` by checkpoint names.
 
-    transformers finds the names itself: for every layer it is given a number in place of the weight. An expert's are
-    those of its part of the 3-D parameter that the model was made with.
+    transformers renames the tensors itself. In place of each weight it gets a number, which identifies the layer. In
+    place of a 3-D parameter of experts it gets a tensor of such numbers.
     """
     loading: Any = sys.modules.get("transformers.core_model_loading")
     revert = getattr(loading, "revert_weight_conversion", None)
@@ -167,7 +167,7 @@ def _of_checkpoint(
         if tensor.dtype != torch.int64 or key in others:
             kept[key] = tensor
         elif tensor.numel() > 1:
-            told = f"{key!r} is one tensor in its checkpoints, which no format has in codes"
+            told = f"{key!r} is one tensor in its checkpoints, and no format has codes for that"
             raise refusal("model", told, "the experts in skip_layers")
         else:
             names[given[int(tensor)]] = key.removesuffix(".weight")

@@ -1,4 +1,4 @@
-"""The library's own files: a converted model in a directory, and a calibration that goes on after its process ends."""
+"""The library's own files: a converted model in a directory, and a calibration that another process continues."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ _STARTED = "a model after quantize(model, config)"
 
 
 def save(model: nn.Module, directory: str | os.PathLike[str], *, max_shard_size: int | str | None = None) -> None:
-    """Write a converted model: its ``state_dict`` and all other buffers, a tensor under several names once.
+    """Write a converted model: its ``state_dict`` and all other buffers. A tensor with several names is written once.
 
     Args:
         model: a model after ``convert``.
-        directory: a new or an empty one, in a directory that exists. It is there whole, or as it was.
+        directory: a new or an empty one, whose parent exists. It is written completely, or left as it was.
         max_shard_size: as for ``export``.
 
     Raises:
-        QuantizeError: a model that is not converted, a state that JSON cannot hold, a directory with content or without
-            one around it, or no safetensors; nothing is left.
-        OSError: it cannot be written; nothing is left.
+        QuantizeError: a model that is not converted, a state that JSON cannot hold, a directory that has content or
+            no parent, or no safetensors; nothing is left.
+        OSError: the directory cannot be written; nothing is left of it.
 
     >>> import tempfile, quantize as qz
     >>> model = nn.Sequential(nn.Linear(8, 4))
@@ -50,7 +50,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str], *, max_shard_size:
     """
     files.check_new(directory)
     layers, limit, buffers = quantized(model), files.shard_size(max_shard_size), loading.hidden(model)
-    # With the tensors themselves, which are the same objects under several names.
+    # keep_vars gives the tensors themselves, so that one tensor is one object under all its names.
     state = offload.state(model, destination=saved.Outline(), keep_vars=True)
     first: dict[Tensor, str] = {}
     aliases: dict[str, str] = {}
@@ -59,9 +59,9 @@ def save(model: nn.Module, directory: str | os.PathLike[str], *, max_shard_size:
         if isinstance(value, Tensor):
             if first.setdefault(value, key) != key:
                 aliases[key] = first[value]
-        # Tuples, and keys that are no strings, would come back as others.
+        # JSON would change tuples, and keys that are not strings.
         elif json.loads(files.as_json(f"{key!r} in the state", value)) != value:
-            raise refusal(f"{key!r} in the state", shown(value), "what JSON gives back as it was")
+            raise refusal(f"{key!r} in the state", shown(value), "what JSON does not change")
         else:
             extra[key] = value
     told = getattr(state, "_metadata", {})
@@ -78,16 +78,16 @@ def _tensors(layer: QuantizedLinear) -> dict[str, Tensor]:
 
 
 def load(model: nn.Module, directory: str | os.PathLike[str], *, kernel: str | None = None) -> None:
-    """Make ``model`` the converted model that :func:`save` wrote, in place; no float weight is needed.
+    """Turn ``model`` into the converted model that :func:`save` wrote, in place; no float weight is needed.
 
     Args:
-        model: the same architecture in floating point, also on the meta device.
-        directory: of :func:`save`.
+        model: the same architecture in floating point; it may be on the meta device.
+        directory: a directory that :func:`save` wrote.
         kernel: as for ``convert``.
 
     Raises:
-        QuantizeError: a directory of something else, a state that does not fit the model, or no safetensors; the model
-            is left as it was.
+        QuantizeError: a directory that :func:`save` did not write, a state that does not fit the model, or no
+            safetensors; the model is left as it was.
         OSError: a file cannot be read.
 
     >>> import tempfile, quantize as qz
@@ -122,7 +122,7 @@ def load(model: nn.Module, directory: str | os.PathLike[str], *, kernel: str | N
 
 
 def save_calibration(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write the ``state_dict`` of a model under calibration to ``path``: the old file or the new one, never a part.
+    """Write the ``state_dict`` of a model under calibration to ``path``, completely or not at all.
 
     Call it between forward passes. The file holds the parameters, the statistics, and the layers that are quantized
     already; with ``sequential``, also the arguments of the batches.
@@ -133,7 +133,7 @@ def save_calibration(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Raises:
         QuantizeError: a model that is not under calibration.
-        OSError: the file cannot be written; what was there stays.
+        OSError: the file cannot be written; an old file is kept.
 
     >>> import tempfile, quantize as qz
     >>> model = nn.Sequential(nn.Linear(8, 4))
@@ -158,10 +158,10 @@ def load_calibration(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Args:
         model: the same model, after ``quantize`` with the same config.
-        path: a file of :func:`save_calibration`.
+        path: a file that :func:`save_calibration` wrote.
 
     Raises:
-        QuantizeError: a model that is not under calibration, or of another config.
+        QuantizeError: a model that is not under calibration, or has another config.
         OSError: the file cannot be read.
 
     >>> import tempfile, quantize as qz

@@ -63,7 +63,7 @@ def width(module: nn.Module | None) -> int:
     """The number of output channels that have their own row in the weight of ``module``; 0 if it has no such weight."""
     weight = None if module is None else module._parameters.get("weight")
     # The hook of a surrounding module may offload the weight, and only that hook can read it.
-    if module is None or weight is None or (weight.is_meta and offload.keeper(module) is None):
+    if module is None or weight is None or (weight.is_meta and offload.offload_hook(module) is None):
         return 0
     return len(weight) if isinstance(module, nn.Linear) or weight.ndim == 1 else 0
 

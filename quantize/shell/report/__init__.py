@@ -1,1 +1,1 @@
-"""What was done to every layer, and what was left out: rows of values, their text, a picture. Knows no layer."""
+"""The report of a model: rows of values, their text, and a picture. It imports no layer."""

@@ -1,4 +1,4 @@
-"""A report as a picture: what was done to every layer, and which layers stand out."""
+"""A report as a picture: the errors of all layers, and which layers stand out."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SUFFIXES = (".pdf", ".png", ".svg")
-# So many lines are drawn at once; of more layers, so many of the worst.
+# Up to _MOST lines are all drawn. Of more, the _WORST worst are drawn.
 _MOST, _WORST = 56, 30
-# Characters of a name and inches of a line.
+# The most characters of a name, and the height of a line in inches.
 _ROOM, _LINE = 44, 0.24
-# Okabe and Ito's colours, each with a shape of its own: told apart without colours too.
+# Okabe and Ito's colours. The markers also differ, so that colours are not needed.
 _BEFORE: dict[str, Any] = {"color": "#E69F00", "marker": "o", "fillstyle": "none", "label": "plain rounding"}
 _AFTER: dict[str, Any] = {"color": "#0072B2", "marker": "o", "label": "as quantized"}
 _OUTLIER: dict[str, Any] = {"color": "#D55E00", "marker": "D", "label": "as quantized, an outlier"}
@@ -35,14 +35,14 @@ _TITLES = {
 }
 _LABELS = (
     "error vs minmax: squared error of the outputs,\ndivided by that of plain rounding",
-    "mean squared error of an output value\n(each layer in a unit of its own: compare within a row)",
+    "mean squared error of an output value\n(each layer has its own unit: compare within a row)",
     "SQNR of the weight in dB\n(layers whose output error is not known)",
 )
 _Floats = npt.NDArray[np.float64]
 
 
 def check(path: str | Path) -> Path:
-    """Where the picture goes; a place where it cannot go is refused, to be asked before the work that it shows."""
+    """The path of the picture. A bad path is refused; callers check it before long work."""
     path = Path(path)
     if path.suffix.lower() not in SUFFIXES:
         raise refusal("plot", str(path), f"a file name that ends in {', '.join(SUFFIXES)}")
@@ -54,10 +54,11 @@ def check(path: str | Path) -> Path:
 
 
 def draw(rows: Sequence[Row], skipped: Sequence[Skipped]) -> Figure:
-    """A line for each of ``rows``, of which at least one is solved, and for what was ``skipped``.
+    """A picture with a line for each of ``rows`` and ``skipped``. At least one row has to be solved.
 
-    One panel a quantity: the error over that of plain rounding, both errors, or the SQNR of the weight. A line for
-    experts shows the worst of them. Of more lines than fit the worst are drawn, below a panel with a point a layer.
+    Each quantity has a panel: the error divided by that of plain rounding, both errors, and the SQNR of the weight. A
+    line for several experts shows the worst of them. If not all lines fit, the worst are drawn, below an overview with
+    a point for each layer.
     """
     from matplotlib.figure import Figure
 
@@ -68,7 +69,7 @@ def draw(rows: Sequence[Row], skipped: Sequence[Skipped]) -> Figure:
     values = _quantities(layers)
     scores = excess(values[_RATIO, 1], values[_SQNR, 1])
     few = len(groups) <= _MOST
-    # The worst first and NaN last. All are in the order of the model.
+    # The worst come first, and NaN last. If all lines fit, they are in the order of the model.
     chosen = np.argsort(-scores, kind="stable")[:_WORST].tolist()
     chosen = [*range(len(groups))] if few else sorted(chosen, key=lambda i: layers[i].rank)
     known, outliers = np.any(~np.isnan(values), axis=1), scores > 1
@@ -78,8 +79,8 @@ def draw(rows: Sequence[Row], skipped: Sequence[Skipped]) -> Figure:
               "" if known[:, i].any() else "not solved yet" if layers[i].weight_sqnr is None else "exact")
              for i, name in zip(chosen, names, strict=True)]  # fmt: skip
     order = "in the order of the model" if few else f"the {len(chosen)} worst of {len(groups)} lines, the worst first"
-    notes = [f"{len(rows)} layers, {order}" + "; of experts the worst" * (len(groups) < len(rows))
-             + f"; a name with .. begins with {prefix}" * bool(prefix)]  # fmt: skip
+    notes = [f"{len(rows)} layers, {order}" + "; for experts the worst" * (len(groups) < len(rows))
+             + f"; .. stands for {prefix}" * bool(prefix)]  # fmt: skip
     left = [(name, "0.4", shorten(f"floating point: {why}", 56, placeholder=" ...")) for name, why in reasons(skipped)]
     if len(lines) + len(left) <= _MOST:
         lines += left
@@ -105,7 +106,7 @@ def draw(rows: Sequence[Row], skipped: Sequence[Skipped]) -> Figure:
     worst = min(rows, key=attrgetter("rank"))
     value = f"{worst.weight_sqnr:.1f} dB" if worst.ratio is None else f"{worst.ratio:.3f}"
     title = [_TITLES[worst.ratio is not None], f"worst: {worst.name} ({value})"]
-    # Characters in an inch, of the one size and the other.
+    # About 12 characters of the title fit in an inch, and 15 of the notes.
     figure.suptitle("\n".join(fill(line, int(12 * width)) for line in title), fontsize=10, parse_math=False)
     note = "\n".join(fill(line, int(15 * width)) for line in notes)
     series = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
@@ -116,31 +117,31 @@ def draw(rows: Sequence[Row], skipped: Sequence[Skipped]) -> Figure:
 
 
 def excess(ratios: _Floats, sqnr: _Floats) -> _Floats:
-    """How much worse than most a layer is; above 1 are the outliers of Tukey's fences, but for trifles. May be NaN."""
+    """How much worse each layer is than most. Above 1 are outliers by Tukey's fences, or by a least distance."""
     scores = np.full(len(ratios), np.nan)
     for values, trifle in ((ratios, 0.05), (-sqnr, 1.0)):
         held = np.flatnonzero(~np.isnan(values))
         if len(held):
-            # Of three none stands out: the worst has the score 0.
+            # Up to three layers have no outlier: the worst has the score 0.
             low, high = np.quantile(values[held], [0.25, 0.75] if len(held) > 3 else [1, 1])
             scores[held] = (values[held] - high) / max(1.5 * (high - low), trifle)
     return scores
 
 
 def _quantities(rows: Sequence[Row]) -> _Floats:
-    """``[3, 2, rows]``: the ratio of the errors, the errors of the outputs, the SQNR; before, after. NaN: not shown."""
+    """``[3, 2, rows]``: ratio of the errors, errors of the outputs, SQNR; each before and after. NaN is not drawn."""
     keys = ("error", "baseline_error", "weight_sqnr", "ratio", "tokens")
     error, before, sqnr, ratio, tokens = (np.array([getattr(row, key) for row in rows], float) for key in keys)
-    # The SQNR only where nothing else is known: what lowers the error of the outputs may well raise that of the weight.
+    # The SQNR is drawn if nothing else is known, because a lower error of the outputs may come with a lower SQNR.
     sqnr[~np.isnan(error + before) | np.isinf(sqnr)] = np.nan
-    # Sums over tokens and outputs; a zero has no place on a logarithmic axis.
+    # The errors are sums over tokens and outputs. Zeros cannot be drawn on a logarithmic axis.
     error[(error == 0) | np.isnan(ratio)] = before[np.isnan(ratio)] = np.nan
     outputs = np.maximum(tokens, 1) * [row.shape[0] for row in rows]
     return np.array([[before / before, ratio], [before / outputs, error / outputs], [np.nan * sqnr, sqnr]])
 
 
 def _names(ax: Axes, lines: Sequence[tuple[str, str, str]]) -> None:
-    """A name in its colour beside each of ``lines``, and what there is to say instead of a point."""
+    """Write the name of each of ``lines`` in its colour, and the words that replace a point."""
     beside: dict[str, Any] = {"transform": ax.get_yaxis_transform(), "va": "center", "parse_math": False}
     for i, (name, color, told) in enumerate(lines):
         short = name if len(name) <= _ROOM else f"...{name[3 - _ROOM :]}"
@@ -165,7 +166,7 @@ def _panel(ax: Axes, quantity: int, values: _Floats, outliers: npt.NDArray[np.bo
 
 
 def _overview(ax: Axes, quantity: int, after: _Floats, outliers: npt.NDArray[np.bool_]) -> None:
-    """All layers, from left to right."""
+    """Draw all layers, from left to right."""
     for style, chosen, size in ((_AFTER, ~outliers, 2.5), (_OUTLIER, outliers, 4.5)):
         ax.plot(np.where(chosen, after, np.nan), linestyle="none", markersize=size, markeredgewidth=0, **style)
     _scale(ax, quantity, after, "y")
@@ -175,7 +176,7 @@ def _overview(ax: Axes, quantity: int, after: _Floats, outliers: npt.NDArray[np.
 
 
 def _scale(ax: Axes, quantity: int, values: _Floats, axis: Literal["x", "y"]) -> None:
-    """Scale and grid of the ``axis`` that shows ``values``."""
+    """Set scale and grid of the ``axis`` that shows ``values``."""
     if quantity != _SQNR:
         positive = values[values > 0]
         wide = len(positive) and positive.max() > 30 * positive.min()

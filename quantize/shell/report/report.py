@@ -13,11 +13,11 @@ from quantize.shell.report.rows import Row, Skipped, plain
 
 @dataclass(frozen=True)
 class Report:
-    """One row a quantized layer, one entry a module left in floating point with its reason.
+    """One row for each quantized layer, and one entry with a reason for each module left in floating point.
 
-    ``unmatched``: entries of ``skip_layers`` and patterns of ``quant_cfg`` that matched no name. ``remarks``: what else
-    was not done as asked. ``elements``: those of all weight matrices of the model. Prints as a summary; :meth:`table`
-    has every layer, and :meth:`as_dict` gives plain values, ready for JSON.
+    ``unmatched``: entries of ``skip_layers`` and patterns of ``quant_cfg`` that matched no name. ``remarks``: other
+    wishes of the config that were not met. ``elements``: the number of elements of all weight matrices of the model.
+    ``print`` shows a summary, :meth:`table` gives every layer, and :meth:`as_dict` gives plain values for JSON.
     """
 
     rows: tuple[Row, ...]
@@ -30,7 +30,7 @@ class Report:
         return text.summary(self.rows, self.skipped, self.unmatched, self.remarks, self.elements)
 
     def table(self) -> str:
-        """All layers in the order of the model with all that is known of them, as lines of at most 100 columns."""
+        """All layers in the order of the model, with all their values, as lines of at most 100 columns."""
         return text.table(self.rows)
 
     def as_dict(self) -> dict[str, Any]:

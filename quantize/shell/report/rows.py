@@ -1,4 +1,4 @@
-"""What was done to every layer of a model, as values; and the names of layers, shortened by what they share."""
+"""The rows of a report, which say what was done to each layer; and lists of layer names in a short form."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from typing import Any
 
 from quantize.core import Scheme
 
-# What experts in one line have in common beside their names.
+# Experts share a line only if these are equal.
 _FORMAT = attrgetter("shape", "weights", "inputs", "algorithm", "stage", "kernel", "kernel_reason")
 _EXPERT = re.compile(r"(?<=\bexperts\.)\d+(?=\.|$)")
-# A number between the dots of a name, alone or in a sentence.
+# A number between dots in a name. The name may be part of a sentence.
 _NUMBER = re.compile(r"(?<![^. ])\d+(?=[.,:]|$)")
-# Names in a list, before they are put together.
+# Up to so many names are listed one by one.
 _MOST = 10
 
 
@@ -28,10 +28,10 @@ class Row:
     """One layer. ``stage``: ``calibrating``, ``quantized`` (float weights kept) or ``converted``.
 
     ``inputs``: None for floating point. ``tokens``: input vectors seen in calibration. ``fell_back``: too few of them
-    for the ``algorithm``, so minmax solved the layer. ``weight_sqnr``: signal to noise ratio of the weight in dB.
+    for the ``algorithm``, so minmax was used instead. ``weight_sqnr``: signal to noise ratio of the weight in dB.
     ``error`` and ``baseline_error``: ``tr(delta H delta^T)`` of the layer and of plain rounding, where the algorithm
-    knows them. ``notes``: what happened on the way. ``kernel``: what a converted layer computes with, and in
-    ``kernel_reason`` why not with a faster one.
+    knows them. ``notes``: numbers that the algorithm adds. ``kernel``: the kernel of a converted layer.
+    ``kernel_reason``: why it is not a faster one.
     """
 
     names: tuple[str, ...]
@@ -56,20 +56,20 @@ class Row:
 
     @property
     def ratio(self) -> float | None:
-        """The error over that of plain rounding; None where the algorithm does not know them."""
+        """The error divided by that of plain rounding; None if one is unknown, or the latter is 0."""
         return None if self.error is None or not self.baseline_error else self.error / self.baseline_error
 
     @property
     def rank(self) -> tuple[bool, float, float]:
-        """Sorts the worst layer first: by ``ratio``, after those the layers without one, by ``weight_sqnr``."""
+        """Sort key, the worst layer first: by ``ratio``, then layers without one by ``weight_sqnr``."""
         return self.ratio is None, -(self.ratio or 0), inf if self.weight_sqnr is None else self.weight_sqnr
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """A module that holds a weight matrix and stays as it is; ``asked`` where ``skip_layers`` says so.
+    """A module with a weight matrix that is not quantized; ``asked``: the config says so.
 
-    ``elements``: those of its own matrices; what several modules share belongs to the first of them.
+    ``elements``: the number of elements of its own matrices. A shared matrix counts for its first module.
     """
 
     name: str
@@ -79,14 +79,14 @@ class Skipped:
 
 
 def algorithm(row: Row) -> str:
-    """What solved the layer, in words."""
+    """The algorithm that solved the layer, in words."""
     return f"minmax ({row.tokens or 'no'} tokens)" if row.fell_back else row.algorithm
 
 
 def folded(items: Iterable[Any], alike: Callable[[Any], object] = _FORMAT) -> list[tuple[str, list[Any]]]:
-    """Items with ``names``, under titles: ``alike`` experts that differ in their number alone are together.
+    """Groups of ``items``, which have ``names``, with titles. Experts that differ only in their number form a group.
 
-    The title of one item is its names, that of 64 experts ``experts.*.up (64)``.
+    They also have the same ``alike``. The title of one item is its names, that of 64 experts ``experts.*.up (64)``.
     """
     groups: dict[Any, list[Any]] = {}
     for i, item in enumerate(items):
@@ -97,13 +97,14 @@ def folded(items: Iterable[Any], alike: Callable[[Any], object] = _FORMAT) -> li
 
 
 def starred(name: str) -> str:
-    """``name`` with a star for the number of an expert: equal for what differs in it alone."""
+    """``name`` with a star in place of the number of an expert."""
     return _EXPERT.sub("*", name, count=1)
 
 
 def gathered(names: Iterable[str]) -> list[tuple[str, int]]:
-    """Lines for ``names``, and how many each stands for: more than ten have stars for numbers, first those of experts.
+    """Lines for ``names``, and the number of names in each line.
 
+    If there are more than ten, stars replace the numbers of experts; if still more than ten, all numbers.
     ``model.layers.3.mlp.experts.* (60)`` stands for 60 names.
     """
     names = [*names]
@@ -117,14 +118,14 @@ def gathered(names: Iterable[str]) -> list[tuple[str, int]]:
 
 
 def listed(names: Iterable[str]) -> list[str]:
-    """The lines of :func:`gathered`; where they are more than ten, the last counts the others."""
+    """The first ten lines of :func:`gathered`, and if there are more names, a line with their number."""
     lines = gathered(names)
     others = sum(count for _, count in lines[_MOST:])
     return [line for line, _ in lines[:_MOST]] + [f"{others} more"] * bool(others)
 
 
 def reasons(skipped: Iterable[Skipped]) -> list[tuple[str, str]]:
-    """What was ``skipped``, and why: the names of every reason as :func:`listed`."""
+    """Pairs of names and reasons: for each reason, the modules that were ``skipped``, as :func:`listed`."""
     names: dict[str, list[str]] = {}
     for each in skipped:
         names.setdefault(each.reason, []).append(each.name or "the model")
@@ -132,8 +133,8 @@ def reasons(skipped: Iterable[Skipped]) -> list[tuple[str, str]]:
 
 
 def shortened(names: Sequence[str], room: int) -> tuple[list[str], str]:
-    """``names``, with ``..`` for the prefix that most of them share, if one is longer than ``room``; and the prefix."""
-    # No name begins with a dot, so that names stay as different as they are.
+    """``names`` with ``..`` for a prefix that most share, if a name is longer than ``room``; and this prefix."""
+    # This is only done if no name begins with dots, so that different names stay different.
     if max(map(len, names)) <= room or any(name.startswith("..") for name in names):
         return [*names], ""
     shared = Counter(part for name in names for part in accumulate(name.split(".")[:-1], "{}{}.".format, initial=""))
@@ -144,13 +145,13 @@ def shortened(names: Sequence[str], room: int) -> tuple[list[str], str]:
 
 
 def span(values: Iterable[float]) -> str:
-    """The least and the most of ``values``, as ``0.01..0.04``."""
+    """The smallest and the largest of ``values``, as ``0.01..0.04``."""
     held = sorted(values)
     return "..".join(dict.fromkeys(f"{each:g}" for each in (held[0], held[-1])))
 
 
 def share(elements: int, of: int) -> str:
-    """How much of the model ``elements`` are, in words."""
+    """The share of the model that ``elements`` are, in words."""
     return f"{100 * elements / max(of, 1):.1f} % of the model's weights"
 
 
@@ -158,7 +159,7 @@ def plain(row: Row) -> dict[str, Any]:
     """The row as values ready for JSON, with formats in words."""
     told = {**as_plain(row), "weights": str(row.weights), "inputs": row.inputs and str(row.inputs)}
     del told["fell_back"]
-    # JSON has no infinity: the ratio of a weight that is exact is no number there.
+    # JSON has no infinity, so the SQNR of an exact weight becomes null.
     return {**told, "algorithm": algorithm(row), "weight_sqnr": None if row.weight_sqnr == inf else row.weight_sqnr}
 
 
@@ -168,7 +169,7 @@ def as_plain(row: Row) -> dict[str, Any]:
 
 
 def from_plain(held: Mapping[str, Any]) -> Row:
-    """Undo :func:`as_plain`; KeyError, TypeError or ValueError where something else made ``held``."""
+    """Undo :func:`as_plain`; KeyError, TypeError or ValueError if something else made ``held``."""
     inputs = None if held["inputs"] is None else Scheme(**held["inputs"])
     known = {"names": tuple(held["names"]), "shape": tuple(held["shape"]), "inputs": inputs}
     return Row(**{**held, **known, "weights": Scheme(**held["weights"])})

@@ -1,4 +1,4 @@
-"""A report as text, at most 100 columns wide: what stands out, or a table of all layers."""
+"""A report as text, at most 100 columns wide: a summary, or a table of all layers."""
 
 from __future__ import annotations
 
@@ -12,36 +12,36 @@ from unicodedata import east_asian_width
 from quantize.shell.report.rows import Row, Skipped, folded, gathered, listed, reasons, share, shortened, span
 
 _WIDTH = 100
-# So many lines of layers are printed at once; of more, so many of the worst.
+# Up to _FEW lines of layers are all printed. Of more, the _WORST worst are printed.
 _FEW, _WORST = 20, 10
 _ERROR, _SQNR, _TOKENS = "error vs minmax", "SQNR dB", "tokens"
 _MEANINGS = {
     _ERROR: "squared error of the outputs, divided by that of plain rounding; below 1 is better",
     _SQNR: "signal to noise ratio of the weight; more is better",
-    _TOKENS: "inputs seen in calibration; of experts least/median/most",
-    "fell back": "layers that too few tokens reached, rounded by minmax",
+    _TOKENS: "input vectors seen in calibration; for experts least/median/most",
+    "fell back": "layers with too few tokens, quantized by minmax instead",
     "shape": "outputs x inputs",
     "damp": "damping that gptq needed",
     "dead_channels": "inputs that were always zero",
     "kept_rounding": "outputs for which plain rounding was better",
-    "corrected": "relative change of the weight that makes up for the layers before",
-    "folded": "1: the scale of the inputs is in the module before",
-    "static_loss": "part of the outputs' power lost by rounding the inputs with one scale for all tokens",
-    "token_loss": "what would be lost with a scale for each token",
+    "corrected": "relative change of the weight that compensates errors of earlier layers",
+    "folded": "1: the smoothing of the inputs is folded into the module before",
+    "static_loss": "fraction of the outputs' power lost by rounding inputs with one scale for all tokens",
+    "token_loss": "the fraction that would be lost with a scale for each token",
 }
-# Below this part of the outputs' power, what static inputs cost is not worth a scale for each token.
+# Static inputs that lose less than this fraction of the outputs' power need no scale for each token.
 _COSTLY = 0.01
-# Loaders compute these as one: they need one format.
+# Loaders compute these as one, so they need one format.
 _TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _format = attrgetter("weights", "inputs", "algorithm", "stage", "kernel")
-# One line by column. The last may be long.
+# The cells of a line, by column. Only the last one may be long.
 _Cells = dict[str, str]
 
 
 def summary(
     rows: Sequence[Row], skipped: Sequence[Skipped], unmatched: Sequence[str], remarks: Sequence[str], elements: int
 ) -> str:
-    """The formats, all of a few layers or the worst, what is least and most, and what was not done as asked."""
+    """The formats, the layers (the worst if there are many), the ranges of values, and what was not done as asked."""
     groups, hint = folded(rows), "print(report(model).table()) lists all"
     if len(groups) <= _FEW:
         layers = _layers(groups, rows)
@@ -78,7 +78,7 @@ def summary(
 
 
 def table(rows: Sequence[Row]) -> str:
-    """All layers in the order of the model, experts that are alike in one line; then the notes of each."""
+    """All layers in the order of the model, then the notes of each. Similar experts share a line."""
     groups = folded(rows)
     layers, notes = _layers(groups, rows), list[str]()
     for title, group in groups:
@@ -97,7 +97,7 @@ def _joined(parts: Iterable[Sequence[str]]) -> str:
 
 
 def _heading(rows: Sequence[Row]) -> list[str]:
-    """How many layers have which format; each of several formats has a line, and a number."""
+    """The number of layers of each format. Several formats are numbered, one in each line."""
     lines = list[_Cells]()
     for key, alike in _formats(rows).items():
         weights, inputs, algorithm, stage, kernel = key
@@ -119,7 +119,7 @@ def _formats(rows: Iterable[Row]) -> dict[tuple[object, ...], list[Row]]:
 
 
 def _chosen(rows: Sequence[Row]) -> str:
-    """Which layers are shown where not all are."""
+    """Which layers are shown if not all are."""
     if all(row.weight_sqnr is None for row in rows):
         return f"The first {_WORST}"
     known = [row.ratio is not None for row in rows]
@@ -127,7 +127,7 @@ def _chosen(rows: Sequence[Row]) -> str:
 
 
 def _layers(groups: Iterable[tuple[str, list[Row]]], rows: Sequence[Row]) -> list[_Cells]:
-    """A line for each group: of experts the tokens are the least, the median and the most, and the rest the worst."""
+    """A line for each group. Experts show the least, median and most tokens, and the worst of the other values."""
     numbers, reached = {key: str(i) for i, key in enumerate(_formats(rows), 1)}, any(row.tokens for row in rows)
     lines = []
     for title, group in groups:
@@ -149,7 +149,7 @@ def _layers(groups: Iterable[tuple[str, list[Row]]], rows: Sequence[Row]) -> lis
 
 
 def _spans(rows: Sequence[Row]) -> list[_Cells]:
-    """A line for each quantity: how many layers have it, the least, the median and the most, and the worst layer."""
+    """A line for each quantity: how many layers have it; its least, median and most; the worst layer."""
     reached, lines = any(row.tokens for row in rows), list[_Cells]()
     known: dict[str, list[float | None]] = {
         _ERROR: [row.ratio for row in rows],
@@ -179,19 +179,19 @@ def _noted(rows: Iterable[Row]) -> list[str]:
 
 
 def _legend(words: Iterable[str]) -> list[str]:
-    """What columns and notes mean."""
+    """The meanings of columns and notes."""
     told = [f"{word}: {_MEANINGS[word]}" for word in words if word in _MEANINGS]
     return [line for each in told for line in _wrapped(each, "", "  ")]
 
 
 def _mends(rows: Iterable[Row]) -> list[str]:
-    """The entries of ``quant_cfg`` that give tokens scales of their own where static inputs cost most; worst first."""
+    """Entries of ``quant_cfg`` that give each token a scale, for layers where static inputs cost most; worst first."""
     losses: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         static, token = row.notes.get("static_loss", 0.0), row.notes.get("token_loss", 0.0)
         if static > max(_COSTLY, 4 * token):
             last = row.name.rpartition(".")[2]
-            # A number alone would match the ends of others.
+            # A pattern with only a number would also match other names.
             losses.setdefault(row.name if last.isdigit() else last, []).append((static, token))
     mends = []
     for name, found in sorted(losses.items(), key=lambda item: -max(item[1])[0]):
@@ -199,7 +199,7 @@ def _mends(rows: Iterable[Row]) -> list[str]:
         form = "{'type': 'int8', 'symmetric': True, 'strategy': 'token'}"
         entries = ", ".join(f"'*{glob.escape(key)}.inputs': {form}" for key in keys)
         told = f"layers like {name!r} ({len(found)}): the worst loses {max(found)[0]:.1%} of its outputs' power"
-        mends.append(f"{told}, with a scale a token {max(found)[1]:.1%}: {entries}")
+        mends.append(f"{told}, with a scale for each token {max(found)[1]:.1%}: {entries}")
     return mends
 
 
@@ -208,7 +208,7 @@ def _columns(lines: Sequence[_Cells]) -> list[str]:
 
 
 def _grid(lines: Sequence[_Cells]) -> list[str]:
-    """A header and ``lines`` below each other, without empty columns; names that would not fit lose a common prefix."""
+    """A header and ``lines`` as a table without empty columns. If names would not fit, they lose a common prefix."""
     if not lines:
         return []
     last, starts = [*lines[0]][-1], [""] * (1 + len(lines))
@@ -216,7 +216,7 @@ def _grid(lines: Sequence[_Cells]) -> list[str]:
         if column != last:
             cells = [column, *(line[column] for line in lines)]
             width = max(map(len, cells))
-            # Words to the left, and numbers to the right.
+            # Words are aligned to the left, and numbers to the right.
             starts = [start + (cell.rjust(width) if column else cell.ljust(width)) + "  "
                       for start, cell in zip(starts, cells, strict=True)]  # fmt: skip
     names, prefix = shortened([line[last] for line in lines], _WIDTH - len(starts[0]))
@@ -226,9 +226,9 @@ def _grid(lines: Sequence[_Cells]) -> list[str]:
 
 
 def _wrapped(text: str, start: str, rest: str) -> list[str]:
-    """``text`` after ``start`` in lines of at most 100 columns, which begin with ``rest`` from the second on."""
+    """``text`` in lines of at most 100 columns. The first begins with ``start``, and the others with ``rest``."""
     plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    # With a NUL before each wide character the length is that of the columns, or less by the one that ends a line.
+    # A NUL before each wide character makes lengths count columns. Where a line breaks, it may be one column wider.
     wide = "".join("\0" * (east_asian_width(c) in "WF") + c for c in plain)
     lines = wrap(wide, _WIDTH - 1, initial_indent=start, subsequent_indent=rest, break_on_hyphens=False)
     return [line.replace("\0", "").rstrip() for line in lines or [start]]

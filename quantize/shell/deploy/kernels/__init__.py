@@ -1,4 +1,4 @@
-"""Kernels, and the choice between them. Each keeps a solved layer in the form that it computes with."""
+"""The kernels, and the choice between them. Each kernel holds a solved layer in its own form."""
 
 from __future__ import annotations
 
@@ -16,35 +16,35 @@ __all__ = ["KERNELS", "OWN", "PARTIAL", "Kernel", "Layout", "choose"]
 
 
 class Kernel(Protocol):
-    """A module in this folder. ``held`` are the tensors of :meth:`prepare`."""
+    """The interface of a module in this folder. ``held`` is the result of :meth:`prepare`."""
 
     def obstacle(self, solved: Solution, bias: Tensor | None, dtype: torch.dtype, /) -> str | None:
-        """Why the kernel cannot serve this layer, or None: shapes, formats, dtypes, values; not the device."""
+        """The reason why the kernel cannot serve this layer, or None. The device of the tensors does not count."""
 
     def prepare(self, solved: Solution, dtype: torch.dtype, /) -> dict[str, Tensor]:
-        """The tensors to keep: ``codes`` in a form of its own, :func:`.reference.parameters`, and more."""
+        """The tensors of the layer: ``codes`` in the form of the kernel, :func:`.reference.parameters`, and others."""
 
     def unpack(self, held: Mapping[str, Tensor], layout: Layout) -> Tensor:
-        """The int8 codes ``[n, c]``, bit for bit."""
+        """The int8 codes ``[n, c]``, exactly."""
 
     def forward(self, x: Tensor, held: Mapping[str, Tensor], layout: Layout, bias: Tensor | None) -> Tensor:
-        """``[..., c]`` to ``[..., n]`` in the dtype of ``x``, as :func:`quantize.core.linear.quantized_linear`."""
+        """``[..., n]`` for ``x`` ``[..., c]``, in its dtype, as :func:`quantize.core.linear.quantized_linear`."""
 
 
 KERNELS: dict[str, Kernel] = {"reference": reference, "cpu": cpu, "cpu-bf16": cpu_bf16, "npu": npu}
-# The kernel for a type of device; all others have ``reference``, which runs everywhere. Kernels with more after this
-# name, and a dash, run there when they are asked for.
+# The default kernel of a type of device. On other devices it is ``reference``, which runs everywhere. A kernel named
+# ``cpu-...`` or ``npu-...`` runs on the same device, but only on request.
 OWN = {"cpu": "cpu", "npu": "npu"}
-# Asked for by name, these leave the layers that they do not take to the usual choice.
+# On request, these serve the layers that they can, and the other layers get the default kernel.
 PARTIAL = frozenset({"cpu-bf16"})
 
 
 def choose(
     solved: Solution, bias: Tensor | None, dtype: torch.dtype, wanted: str | None = None
 ) -> tuple[str, str | None]:
-    """The kernel for a layer where its codes are, and why it is not a better one.
+    """The kernel for a layer on the device of its codes, and the reasons why preferred ones cannot serve, or None.
 
-    The kernel ``wanted`` if it can serve; else the one for the device; else ``reference``, which can always.
+    It is the first that can serve of: the kernel ``wanted``, the default of the device, ``reference``.
     """
     device = solved.weight.codes.device.type
     own = OWN.get(device, "reference")

@@ -1,16 +1,16 @@
-"""The integer and packed matmuls that ship with torch for the CPU.
+"""The kernel for the CPU, on the integer and packed matmuls that ship with torch.
 
-Chosen by measurement on x86 with AVX-512 and VNNI. ``_int_mm`` is exact and several times faster than a float matmul
-of the same shape. The packed matmuls are fast in bfloat16 and for few tokens; in other dtypes they are scalar code,
-slower than dequantizing.
+It follows measurements on x86 with AVX-512 and VNNI. ``_int_mm`` is exact and several times faster than a float matmul
+of the same shape. The packed matmuls are fast for few tokens in bfloat16. In other dtypes they are scalar code, which
+is slower than dequantizing.
 
-- int8 inputs: :func:`.integers.quantized_linear`, with codes of any width in int8; the very bits of ``reference``.
-- int8 weights alone, one scale a tensor or a channel: in bfloat16 ``_weight_int8pack_mm`` for a few tokens; in float32
-  and float16, large ones by :func:`.integers.fixed_point_linear`; else a float matmul with the codes as they are, and
-  the scales on its result, which leaves tokens above 2^127 / (255 c) no room.
-- int4 weights alone, in bfloat16: ``_weight_int4pack_mm_for_cpu``, and for many tokens the weight dequantized. The
-  operator takes ``W = code * scale + zero`` in groups of inputs, scale and zero in bfloat16. The form of its codes
-  depends on the processor; :func:`block_rows` asks for it, so that they come back exactly.
+- int8 inputs: :func:`.integers.quantized_linear`, for codes of any width. The result equals that of ``reference``.
+- int8 weights alone, with one scale for the tensor or each channel: ``_weight_int8pack_mm`` for a few tokens in
+  bfloat16; :func:`.integers.fixed_point_linear` for large weights in float32 and float16; else a float matmul of the
+  codes, whose result is scaled. This one may overflow for tokens above 2^127 / (255 c).
+- int4 weights alone, in bfloat16: ``_weight_int4pack_mm_for_cpu`` for few tokens, else a matmul of the dequantized
+  weight. The operator computes ``W = code * scale + zero`` in groups of inputs, with scale and zero in bfloat16. The
+  order of its packed codes depends on the processor. :func:`block_rows` finds it out, so that unpacking is exact.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from quantize.core import Scheme, Solution, linear
 from quantize.shell.deploy.kernels import integers, operators, reference
 from quantize.shell.deploy.kernels.reference import Layout
 
-# Up to so many tokens the packed matmuls of int8 and int4 win over one of the dequantized weight.
+# Up to so many tokens, the packed matmuls of int8 and int4 are faster than one of the dequantized weight.
 _FEW_INT8, _FEW_INT4 = 16, 64
 # With fewer codes, splitting the tokens costs more than the integer matmul saves.
 _CODES = 1 << 18
@@ -44,7 +44,7 @@ def obstacle(solved: Solution, _bias: Tensor | None, dtype: torch.dtype) -> str 
         f"the matmul of packed int4 is fast in bfloat16 only, not in {dtype}": packed and not half,
         f"{scheme} of {c} inputs is not in whole groups of 32, 64, 128 or 256": packed and not _group_size(scheme, c),
         "torch packs int4 for this processor in an order that is unknown here": packed and not block,
-        f"{n} outputs are no multiple of {block}": block and n % block,
+        f"{n} outputs are not a multiple of {block}": block and n % block,
         f"no matmul takes int{scheme.bits} groups": scheme.strategy == "group" and not packed,
     }
     reasons |= {} if alone else _no_sums(c)
@@ -52,7 +52,7 @@ def obstacle(solved: Solution, _bias: Tensor | None, dtype: torch.dtype) -> str 
 
 
 def _no_sums(c: int) -> dict[str, bool]:
-    """Why :mod:`.integers` cannot serve ``c`` inputs, and whether that holds."""
+    """The reasons why :mod:`.integers` may not serve ``c`` inputs, and whether each one holds."""
     return {
         "a single input: torch._int_mm misreads a column": c == 1,
         f"{c} inputs: sums may not fit int32": c > 1 << 16,
@@ -61,11 +61,11 @@ def _no_sums(c: int) -> dict[str, bool]:
 
 
 def prepare(solved: Solution, dtype: torch.dtype) -> dict[str, Tensor]:
-    """See :class:`.Kernel`; the exact scales stay beside those of the operators."""
+    """See :class:`.Kernel`. The result has the exact scales, besides the rounded ones of the operators."""
     weight, held = solved.weight, reference.parameters(solved)
     (n, c), scale = weight.codes.shape, weight.scale.to(torch.bfloat16)
     if solved.inputs is None and reference.narrow(weight.scheme):
-        # The zero of the rounded scale: with that of the exact one, the errors of both would meet every input.
+        # The zero is made from the rounded scale, so that its error counts ``code - zero_point`` times only.
         wide = scale.to(weight.scale.dtype)
         zero = torch.zeros_like(wide) if weight.zero_point is None else -weight.zero_point * wide
         pairs = torch.stack([wide, zero], -1).expand(n, c // (_group_size(weight.scheme, c) or c), 2)
@@ -109,7 +109,7 @@ def forward(x: Tensor, held: Mapping[str, Tensor], layout: Layout, bias: Tensor 
 
 def _int8(x: Tensor, held: Mapping[str, Tensor], layout: Layout, bias: Tensor | None) -> Tensor:
     codes, scale, zero_point = held["codes"], held["row_scale"], held.get("zero_point")
-    # An exported graph is made for any number of tokens. Of tokens in other lengths the operator reads past the end.
+    # An exported graph serves any number of tokens. Unless 16 divides c, the operator reads past the end.
     few = not torch.compiler.is_exporting() and 0 < x.shape[0] <= _FEW_INT8
     if zero_point is None and layout.c % 16 == 0 and few:
         y = operators.int8pack_mm(x, codes, scale)
@@ -118,7 +118,7 @@ def _int8(x: Tensor, held: Mapping[str, Tensor], layout: Layout, bias: Tensor | 
 
 
 def _scaled(x: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None) -> Tensor:
-    # Even bfloat16 holds all integers up to 256.
+    # This is exact: even bfloat16 holds all integers up to 256.
     codes = codes.to(x.dtype) if zero_point is None else codes.to(x.dtype) - zero_point
     y = torch.nn.functional.linear(x, codes) * scale
     return y if bias is None else y + bias
@@ -139,9 +139,10 @@ def int4_linear(x: Tensor, held: Mapping[str, Tensor], layout: Layout, bias: Ten
 
 
 def rows(words: Tensor) -> Tensor:
-    """The int8 codes ``[n, c]`` of words ``[n / block, c, block / 2]``, as the int4 operator takes them.
+    """Unpack the words ``[n / block, c, block / 2]`` of the int4 operator into int8 codes ``[n, c]``.
 
-    ``block`` rows lie together, column by column; a byte has row ``d`` below and row ``d + block / 2`` above.
+    A block of rows is stored column by column. A byte holds row ``d`` in its low bits, and row ``d + block / 2`` in its
+    high bits.
     """
     return rearrange(_columns(words) - 8, "m c d -> (m d) c")
 
@@ -153,7 +154,7 @@ def _columns(words: Tensor) -> Tensor:
 
 @functools.cache
 def block_rows() -> int:
-    """How many rows torch packs together on this processor; 0 where it is not as :func:`rows` knows it."""
+    """The number of rows that torch packs into a block on this processor; 0 if :func:`rows` cannot unpack them."""
     random = torch.Generator("cpu").manual_seed(0)
     codes = torch.randint(-8, 8, (64, 32), generator=random, dtype=torch.int8, device="cpu")
     words = torch._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32) + 8, 1)
@@ -162,5 +163,5 @@ def block_rows() -> int:
 
 
 def _group_size(scheme: Scheme, c: int) -> int | None:
-    """In which groups the int4 operator takes weights of ``c`` inputs, scales of rows repeated; None: in none."""
+    """The group size for the int4 operator on ``c`` inputs, or None; scales of rows are repeated for each group."""
     return next((size for size in (256, 128, 64, 32) if c % size == 0 and scheme.group_size in (None, size)), None)

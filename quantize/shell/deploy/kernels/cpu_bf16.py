@@ -1,6 +1,6 @@
-"""int4 weights in models of float32 and float16, by the bfloat16 matmuls of :mod:`.cpu`; chosen by name only.
+"""The kernel for int4 weights in float32 and float16 models, on the bfloat16 matmuls of :mod:`.cpu`; on request only.
 
-Tokens are rounded to bfloat16, and results come back from it. With ``u`` = 2^-8, ``v`` = 2^-24, ``r`` the unit
+Tokens are rounded to bfloat16, and results are converted back. With ``u`` = 2^-8, ``v`` = 2^-24, ``r`` the unit
 roundoff of the model's dtype, and ``m`` the sum of ``|x| (|code| + |zero_point|) |scale|`` over the ``c`` inputs::
 
     |error| <= (5 u + 11 u^2 + (c + 4) v) m + 2 r (|y| + |bias|)

@@ -1,9 +1,9 @@
-"""Linear layers by ``torch._int_mm`` on unsigned tokens, for codes of a weight with a scale a tensor or a channel.
+"""Linear layers on ``torch._int_mm`` with unsigned tokens, for weights with one scale for the tensor or each channel.
 
 x86 multiplies unsigned bytes by signed ones. With AVX-512 and VNNI, unsigned tokens took half the time of signed ones
-for one token, and a tenth less for many. Small layers spend most of their time on starting operators: there are few
-here. The operator of oneDNN on packed weights, ``onednn.qlinear_pointwise``, is no faster up to 4 million codes, takes
-twice the time for one token, and wants the codes in a tensor that can be neither copied nor exported.
+for one token, and a tenth less for many. Small layers spend most of their time on starting operators, so this code uses
+few. The operator of oneDNN on packed weights, ``onednn.qlinear_pointwise``, is no faster up to 4 million codes, takes
+twice the time for one token, and needs the codes in a tensor that can be neither copied nor exported.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from quantize.core import QParams, QTensor, Scheme, affine, linear
 from quantize.shell.deploy.kernels import operators, reference
 from quantize.shell.deploy.kernels.reference import Layout
 
-# Codes plus this, as unsigned bytes: for int8 it turns the highest bit.
+# This added to int8 codes gives unsigned bytes; it flips the highest bit.
 _MIDDLE = 128
-# From so many products on, a sum with a zero point on either side may leave int32.
+# Sums of so many products may overflow int32, if tokens or weights have a zero point.
 _INT32_LENGTH = 1 << 15
 
 
 def prepare(weight: QTensor) -> dict[str, Tensor]:
-    """The codes as :func:`.operators.int_mm` reads them fastest, and ``sums`` ``[1, n]`` of codes minus zero point."""
+    """The codes in the best form for :func:`.operators.int_mm`, and ``sums`` ``[1, n]`` of codes minus zero point."""
     sums = reduce(weight.codes.to(torch.int64), "n c -> 1 n", "sum")
     if weight.zero_point is not None:
         sums = sums - weight.codes.shape[1] * weight.zero_point.to(torch.int64).T
@@ -33,7 +33,7 @@ def prepare(weight: QTensor) -> dict[str, Tensor]:
 
 
 def quantized_linear(x: Tensor, held: Mapping[str, Tensor], layout: Layout, bias: Tensor | None) -> Tensor:
-    """:func:`quantize.core.linear.quantized_linear` of int8 tokens ``[t, c]``, with the same bits."""
+    """:func:`quantize.core.linear.quantized_linear` of int8 tokens ``[t, c]``, bit for bit."""
     inputs = layout.spec.inputs
     assert inputs is not None
     x, dtype = linear.smooth(x, held.get("smoothing")), x.dtype
@@ -52,8 +52,8 @@ def _params(x: Tensor, held: Mapping[str, Tensor], inputs: Scheme) -> QParams:
         return QParams(held["input_scale"], held.get("input_zero_point"))
     if not inputs.symmetric:
         return linear.input_params(x, inputs)
-    # affine.qparams in fewer steps. A range need not contain 0: the longer tail is the same. For a token of zeros any
-    # scale will do, since the sums are 0.
+    # This is affine.qparams in fewer steps. A range need not contain 0, because its longer tail is the same. A token of
+    # zeros may have any scale, because its sums are 0.
     low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
     scale = torch.where(-low > high, low / inputs.qmin, high / inputs.qmax)
     return QParams(scale.clamp(min=torch.finfo(x.dtype).tiny))
@@ -66,7 +66,7 @@ def _products(tokens: Tensor, held: Mapping[str, Tensor], middle: Tensor | int) 
 
         sum_c (u - m) (q - z) = sum_c u q - m sum_c (q - z) - z sum_c u
 
-    Each term fits int32 for ``c <= 2^16``, and so does the whole, up to ``_INT32_LENGTH`` with two zero points.
+    Each term fits int32 for ``c <= 2^16``, and so does the whole; with a zero point, for ``c < _INT32_LENGTH``.
     """
     total, zero_point = operators.int_mm(tokens, held["codes"]), reference.zero_point(held)
     if tokens.shape[1] >= _INT32_LENGTH and (zero_point is not None or isinstance(middle, Tensor)):
@@ -83,9 +83,9 @@ def _products(tokens: Tensor, held: Mapping[str, Tensor], middle: Tensor | int) 
 def fixed_point_linear(x: Tensor, held: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
     """``x W^T + bias`` of float tokens ``[t, c]`` and int8 weights: ``[t, n]`` in float32.
 
-    A token is rounded to multiples of ``step = max(max|x| / (127 * 2^16), 2^-126)``, which has 24 bits as float32 has,
-    and split into three digits of a byte; the product of each digit with the weight is exact. With ``u`` = 2^-24 and
-    ``m = |x| |W|^T + |bias|``::
+    A token is rounded to multiples of ``step = max(max|x| / (127 * 2^16), 2^-126)``, which has 24 bits as float32 has.
+    It is split into three digits of one byte, and the product of each digit with the weight is exact. With
+    ``u`` = 2^-24 and ``m = |x| |W|^T + |bias|``::
 
         |error| <= step * sum |W| + 8 u m
 
@@ -98,13 +98,13 @@ def fixed_point_linear(x: Tensor, held: Mapping[str, Tensor], bias: Tensor | Non
     t, c = x.shape
     step = x.abs().amax(1, keepdim=True).float() / (127 * 256**2)
     step = step.clamp_(min=torch.finfo(torch.float32).tiny)
-    # Its bytes minus 128 are the digits; the fourth is 0.
+    # The digits are the three low bytes minus 128. The fourth byte is 0.
     fixed = (x / step).round_().to(torch.int32) + _MIDDLE * (1 + 256 + 256**2)
     digits = fixed[..., None].view(torch.uint8).permute(2, 0, 1)[:3]
-    # One call for all digits: the weight is read once.
+    # One call for all digits reads the weight only once.
     sums = _products(digits.reshape(3 * t, c), held, _MIDDLE).float()
     low, middle, high = sums.view(3, t, sums.shape[1]).unbind()
     total = low.add(middle, alpha=256).add_(high, alpha=256**2)
-    # The scales first: the total times one of them may overflow.
+    # The scales are multiplied first, because the total times one of them may overflow.
     y: Tensor = total * (step * held["scale"].T)
     return y if bias is None else y + bias

@@ -1,4 +1,4 @@
-"""The matmuls of torch for the CPU, in forms that neither they nor compilers misread."""
+"""The matmuls of torch for the CPU, called so that neither they nor compilers misread their arguments."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# Up to so many rows, one call for each is faster for weights of so many codes.
+# Up to _ROWS rows, one call for each row is faster if the weight has at least _LARGE codes.
 _ROWS, _LARGE = 3, 1 << 20
-# Rows this far apart in memory fall on the same lines of a cache.
+# Rows whose length is a multiple of this compete for the same cache lines.
 _APART = 1024
 
 
 def aligned(x: Tensor) -> Tensor:
-    """``x`` in rows, beginning at a multiple of 64 bytes, the widest load: some operators crash on other addresses."""
+    """``x``, contiguous and aligned to 64 bytes, the widest load. Some operators crash on other addresses."""
     if torch.compiler.is_exporting() or (x.is_contiguous() and x.data_ptr() % 64 == 0):
         return x.contiguous()
     return x.clone(memory_format=torch.contiguous_format)
 
 
 def _opaque(matmul: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """``matmul`` of tokens ``[t, c]`` and a weight of ``n`` rows: a compiler calls it and does not look inside.
+    """``matmul``, of tokens ``[t, c]`` and a weight of ``n`` rows, as an operator that compilers do not look into.
 
-    An exported graph has the operators of torch alone.
+    Exported graphs contain operators of torch only.
     """
     operator = torch.library.custom_op(f"quantize::{matmul.__name__}", matmul, mutates_args=())
 
@@ -41,7 +41,7 @@ def _opaque(matmul: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def spaced(codes: Tensor) -> Tensor:
-    """``codes`` ``[n, c]`` in rows that do not begin in the same line of a cache; 64 more bytes a row if they did."""
+    """``codes`` ``[n, c]``, with 64 bytes between rows that would else compete for the same cache lines."""
     n, c = codes.shape
     if c % _APART:
         return codes.contiguous()
@@ -50,8 +50,8 @@ def spaced(codes: Tensor) -> Tensor:
 
 @_opaque
 def int_mm(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b.T`` ``[t, n]`` in int32, of ``a`` ``[t, c]`` in uint8 and ``b`` ``[n, c]`` in int8."""
-    # The operator misreads a single row with a stride of 0, as compilers make it: a graph adds a row of zeros.
+    """``a @ b.T`` ``[t, n]`` in int32, for ``a`` ``[t, c]`` in uint8 and ``b`` ``[n, c]`` in int8."""
+    # Compilers give a single row a stride of 0, which the operator misreads. So a graph appends a row of zeros.
     if torch.compiler.is_exporting():
         return torch._int_mm(torch.constant_pad_nd(a, (0, 0, 0, 1)), b.T)[:-1]
     a = a if a.stride(0) else a.new_empty(a.shape).copy_(a)
@@ -62,7 +62,7 @@ def int_mm(a: Tensor, b: Tensor) -> Tensor:
 
 @functools.cache
 def exact_int_mm() -> bool:
-    """Whether :func:`int_mm` is exact here: without VNNI, sums of neighbours may saturate at 16 bits."""
+    """Whether :func:`int_mm` is exact on this processor. Without VNNI, sums of two products may saturate at 16 bits."""
     random = torch.Generator("cpu").manual_seed(0)
     for t, n, c in ((1, 33, 1030), (2, 64, 64), (40, 7, 515), (3, 16, 2 * _APART)):
         signs = torch.randint(0, 2, (t + n, c), generator=random, device="cpu")

@@ -1,4 +1,4 @@
-"""The kernel that runs everywhere and defines the result; what it keeps is also what a ``state_dict`` holds."""
+"""The kernel that runs everywhere and defines the result. A ``state_dict`` holds the same tensors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from quantize.core import LayerSpec, QParams, QTensor, Scheme, Solution, linear,
 
 @dataclass(frozen=True)
 class Layout:
-    """What is known of a deployed layer apart from its tensors.
+    """The properties of a deployed layer besides its tensors.
 
     ``n`` outputs and ``c`` inputs, in the format ``spec``; ``dtype`` is that of the float layer, and of its inputs.
     """
@@ -25,11 +25,11 @@ class Layout:
 
 
 def obstacle(_solved: Solution, _bias: Tensor | None, _dtype: torch.dtype) -> None:
-    """There is none."""
+    """None: this kernel serves every layer."""
 
 
 def prepare(solved: Solution, _dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Codes of at most 4 bits two to a byte, and :func:`parameters`."""
+    """The codes, two to a byte if they have at most 4 bits, and :func:`parameters`."""
     return {"codes": _packed(solved.weight.codes, solved.weight.scheme), **parameters(solved)}
 
 
@@ -39,7 +39,7 @@ def unpack(held: Mapping[str, Tensor], layout: Layout) -> Tensor:
 
 
 def parameters(solved: Solution) -> dict[str, Tensor]:
-    """All but the codes; zero points of at most 4 bits are two to a byte."""
+    """All tensors except the codes. Zero points of at most 4 bits are packed two to a byte."""
     weight, static = solved.weight, solved.static
     kept = {
         "scale": weight.scale,
@@ -52,14 +52,14 @@ def parameters(solved: Solution) -> dict[str, Tensor]:
 
 
 def restore(held: Mapping[str, Tensor], layout: Layout, unpack: Callable[..., Tensor] = unpack) -> Solution:
-    """The solution that a kernel has prepared, whose codes ``unpack`` knows."""
+    """The solution in ``held``, the tensors that a kernel has prepared; ``unpack`` belongs to that kernel."""
     static = QParams(held["input_scale"], held.get("input_zero_point")) if "input_scale" in held else None
     weight = QTensor(unpack(held, layout), held["scale"], zero_point(held), layout.spec.weight)
     return Solution(weight, layout.spec.inputs, held.get("smoothing"), static)
 
 
 def zero_point(held: Mapping[str, Tensor]) -> Tensor | None:
-    """The zero points of :func:`parameters`, in the shape of the scales."""
+    """The zero points of :func:`parameters`, unpacked to the shape of the scales; None if there are none."""
     return _unpacked(held["zero_point"], held["scale"].shape[1]) if "zero_point" in held else None
 
 
@@ -71,14 +71,14 @@ def forward(x: Tensor, held: Mapping[str, Tensor], layout: Layout, bias: Tensor 
 def compute(
     x: Tensor, s: Solution, bias: Tensor | None, *, matmul: Callable[[Tensor, Tensor], Tensor] = linear.int_matmul
 ) -> Tensor:
-    """:func:`quantize.core.linear.quantized_linear` of a solved layer."""
+    """:func:`quantize.core.linear.quantized_linear` with the solution ``s``."""
     return linear.quantized_linear(
         x, s.weight, bias, inputs=s.inputs, smoothing=s.smoothing, static=s.static, matmul=matmul
     )
 
 
 def narrow(scheme: Scheme) -> bool:
-    """Whether codes of ``scheme`` are kept two to a byte."""
+    """Whether codes of ``scheme`` are packed two to a byte."""
     return scheme.bits <= 4
 
 
