@@ -104,7 +104,7 @@ def fixed_point_linear(x: Tensor, held: Mapping[str, Tensor], bias: Tensor | Non
     # One call for all digits: the weight is read once.
     sums = _products(digits.reshape(3 * t, c), held, _MIDDLE).float()
     low, middle, high = sums.view(3, t, sums.shape[1]).unbind()
-    total = low.add(middle, alpha=256).add_(high, alpha=256**2)
-    # The scales first: the total times one of them may overflow.
-    y: Tensor = total * (step * held["scale"].T)
+    total = high.add(middle, alpha=1 / 256).add_(low, alpha=1 / 256**2)
+    # The scales first: the total times one of them may overflow. A product of a mere step with a scale may underflow.
+    y: Tensor = total * (step * 256**2 * held["scale"].T)
     return y if bias is None else y + bias
