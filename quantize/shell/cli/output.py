@@ -109,8 +109,11 @@ def write(model: nn.Module, directory: Path, format: str | None, source: Path) -
 
 def _beside(source: Path) -> Iterator[Path]:
     """All files but weights and hidden ones, and the folders of chat templates and of sentence-transformers."""
+    modules = source / "modules.json"
+    told = modules.read_text(encoding="utf-8") if modules.is_file() else ""
+    folders = {"additional_chat_templates", *re.findall(r'"path":\s*"([^"]+)"', told)}
     for entry in sorted(source.iterdir()):
         if entry.is_file() and not entry.name.startswith(".") and not entry.name.endswith(_WEIGHTS):
             yield entry
-        elif entry.is_dir() and re.fullmatch(r"additional_chat_templates|\d+_\w+", entry.name):
+        elif entry.is_dir() and entry.name in folders:
             yield from (file for file in sorted(entry.rglob("*")) if file.is_file())
