@@ -41,7 +41,7 @@ def quantized_linear(x: Tensor, held: Mapping[str, Tensor], layout: Layout, bias
     scale, zero_point = _params(x, held, inputs)
     codes = (x / scale).round_()
     codes = codes if zero_point is None else codes.add_(zero_point)
-    codes = codes.clamp_(inputs.qmin, inputs.qmax).to(torch.int8).bitwise_xor_(-_MIDDLE).view(torch.uint8)
+    codes = codes.clamp_(inputs.qmin, inputs.qmax).to(torch.int8).bitwise_xor_(-_MIDDLE).to(torch.uint8)
     total = _products(codes, held, _MIDDLE if zero_point is None else zero_point.to(torch.int32) + _MIDDLE)
     y = total * scale * held["scale"].T
     return (y if bias is None else y + bias).to(dtype)
