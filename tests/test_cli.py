@@ -256,6 +256,7 @@ BESIDE = {
     "preprocessor_config.json": '{"size": 3}',
     "code.py": "KEPT = 1\n",
     "LICENSE": "kept",
+    "modules.json": json.dumps([{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}]),
     "1_Pooling/config.json": '{"pooling_mode_mean_tokens": true}',
     "2_Dense/model.safetensors": "kept",
 }
@@ -265,6 +266,7 @@ ELSEWHERE = (
     "onnx/model.onnx",
     ".cache/kept",
     "original/params.json",
+    "2024_run/model.safetensors",
 )
 
 

@@ -281,6 +281,15 @@ def test_fixed_point_exports_for_any_number_of_tokens(symmetric, strict):
             assert ((exported(x) - served(x)).abs().flatten(0, 1) <= rounding_bound(served[0], x)).all()
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit", "ignore::torch.jit.TracerWarning")
+def test_int8_inputs_can_be_traced():
+    served = layer(solved(Scheme(), Scheme(strategy="token")), torch.float32)
+    with torch.no_grad():
+        # The tracer knows no view of other types.
+        traced = torch.jit.trace(served, randn(5, 256))
+        assert torch.equal(traced(randn(7, 256)), served(randn(7, 256)))
+
+
 def test_a_bias_may_be_written_to(monkeypatch):
     for given in (config(), config(inputs=TOKEN), config(inputs=TENSOR)):
         model = filled(nn.Sequential(nn.Linear(64, 1024)))

@@ -4,6 +4,7 @@ import copy
 import os
 import subprocess
 import sys
+import warnings
 import weakref
 
 import pytest
@@ -194,6 +195,31 @@ def test_a_processor_that_saturates_is_found_out(monkeypatch):
         assert "sums" not in dict(layer(solved(Scheme()), torch.float32).named_buffers())
     finally:
         operators.exact_int_mm.cache_clear()
+
+
+def test_a_processor_without_the_matmul_is_found_out(monkeypatch):
+    def refusing(_a, _b):
+        raise RuntimeError("expected int8")
+
+    def warning(a, b):
+        warnings.warn("int_mm failed, switching to gemm", UserWarning, stacklevel=1)
+        return exact_int_mm(a.view(torch.int8), b.T)
+
+    for matmul in (refusing, warning):
+        operators.exact_int_mm.cache_clear()
+        monkeypatch.setattr(torch, "_int_mm", matmul)
+        try:
+            assert layer(solved(Scheme(), TOKENWISE), torch.float32).kernel == "reference"
+        finally:
+            operators.exact_int_mm.cache_clear()
+
+
+def test_fixed_point_tokens_meet_their_bound_where_steps_are_tiny(monkeypatch):
+    monkeypatch.setattr(operators, "int_mm", exact_int_mm)
+    # A step times a scale is below the smallest normal number; a result is far above it.
+    x, weight = 1e-30 * randn(50, 96), round_to_nearest(1e-3 * randn(20, 96), Scheme())
+    expected = x.double() @ (weight.codes.double() * weight.scale).T
+    assert ((fixed_point(x, weight).double() - expected).abs() <= bounds.fixed_point_bound(x, weight)).all()
 
 
 def test_fixed_point_tokens_meet_their_bound(monkeypatch):

@@ -124,6 +124,12 @@ SKIPPED = st.lists(st.builds(Skipped, NAMES, REASONS), max_size=12)
 REPORTS = st.builds(report, drawn_rows(), SKIPPED, st.lists(NAMES, max_size=5), st.lists(REASONS, max_size=8))
 
 
+def test_a_huge_ratio_is_no_wider_than_a_terminal():
+    # Plain rounding may be exact but for the last bit.
+    held = report([row(f"layers.{i}.up", ratio=ratio) for i, ratio in enumerate((1e300, float("inf"), float("nan")))])
+    assert max(map(len, (*str(held).split("\n"), *held.table().split("\n")))) <= WIDTH
+
+
 @given(REPORTS)
 def test_no_line_is_wider_than_a_terminal_and_nothing_is_lost(given):
     text, table = str(given), given.table()

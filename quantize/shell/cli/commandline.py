@@ -78,9 +78,9 @@ def _run(given: argparse.Namespace) -> dict[str, Any]:
     batches = 0 if parsed.data_free and given.budget is None else parsed.batch_num
     if given.plot is not None:
         picture.check(given.plot)
-    if given.out is not None:
+    if given.out is not None or given.dry_run:
         output.check(given.out, given.format, config, given.model)
-    elif given.format is not None and not given.dry_run:
+    elif given.format is not None:
         raise refusal("--format", f"{given.format!r} without --out", "--out DIR, or no format")
     lines = _read("--text", given.text or SENTENCES, str.splitlines, "a UTF-8 text file")
     subject = subject_in(given.model, length=given.length)

@@ -23,12 +23,13 @@ from quantize.shell.plan import Plan
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".gguf", ".onnx", ".index.json")
 
 
-def check(directory: Path, format: str | None, config: Any, source: Path | None) -> None:  # noqa: A002 - as in export
+def check(directory: Path | None, format: str | None, config: Any, source: Path | None) -> None:  # noqa: A002 - as in export
     """Refuse a directory that cannot be written, and a config that the format cannot hold: one layer is tried.
 
     ``source``: the directory of the model; the layer gets the dtype of this model.
     """
-    files.check_new(directory)
+    if directory is not None:
+        files.check_new(directory)
     parsed = parse(config)
     spec = parsed.spec(("",))
     # With patterns, the format of a layer is only known when the model is read.
@@ -82,7 +83,9 @@ def _try(model: nn.Module, size: int, format: str, config: Any) -> None:  # noqa
     try:
         export.FORMATS[format].texts(Parts(model))
     except QuantizeError as error:
-        raise QuantizeError(f"--format {format}: " + str(error).removeprefix("layer '1': ")) from None
+        raise QuantizeError(
+            f"--format {format}: " + str(error).replace("layer '1': its", "their").removeprefix("layer '1': ")
+        ) from None
 
 
 def write(model: nn.Module, directory: Path, format: str | None, source: Path) -> None:  # noqa: A002
@@ -109,8 +112,11 @@ def write(model: nn.Module, directory: Path, format: str | None, source: Path) -
 
 def _beside(source: Path) -> Iterator[Path]:
     """All files except weights and hidden ones, also in folders of chat templates and of sentence-transformers."""
+    modules = source / "modules.json"
+    told = modules.read_text(encoding="utf-8") if modules.is_file() else ""
+    folders = {"additional_chat_templates", *re.findall(r'"path":\s*"([^"]+)"', told)}
     for entry in sorted(source.iterdir()):
         if entry.is_file() and not entry.name.startswith(".") and not entry.name.endswith(_WEIGHTS):
             yield entry
-        elif entry.is_dir() and re.fullmatch(r"additional_chat_templates|\d+_\w+", entry.name):
+        elif entry.is_dir() and entry.name in folders:
             yield from (file for file in sorted(entry.rglob("*")) if file.is_file())

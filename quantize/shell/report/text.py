@@ -169,7 +169,7 @@ def _spans(rows: Sequence[Row]) -> list[_Cells]:
 
 
 def _number(quantity: str, value: float) -> str:
-    if quantity in (_ERROR, _SQNR):
+    if quantity in (_ERROR, _SQNR) and abs(value) < 1e9:
         return f"{value:.3f}" if quantity == _ERROR else f"{value:.1f}"
     return f"{value:.0f}" if abs(value) < 1e9 and value == int(value) else f"{value:.3g}"
 

@@ -41,7 +41,7 @@ def quantized_linear(x: Tensor, held: Mapping[str, Tensor], layout: Layout, bias
     scale, zero_point = _params(x, held, inputs)
     codes = (x / scale).round_()
     codes = codes if zero_point is None else codes.add_(zero_point)
-    codes = codes.clamp_(inputs.qmin, inputs.qmax).to(torch.int8).bitwise_xor_(-_MIDDLE).view(torch.uint8)
+    codes = codes.clamp_(inputs.qmin, inputs.qmax).to(torch.int8).bitwise_xor_(-_MIDDLE).to(torch.uint8)
     total = _products(codes, held, _MIDDLE if zero_point is None else zero_point.to(torch.int32) + _MIDDLE)
     y = total * scale * held["scale"].T
     return (y if bias is None else y + bias).to(dtype)
@@ -104,7 +104,7 @@ def fixed_point_linear(x: Tensor, held: Mapping[str, Tensor], bias: Tensor | Non
     # One call for all digits reads the weight only once.
     sums = _products(digits.reshape(3 * t, c), held, _MIDDLE).float()
     low, middle, high = sums.view(3, t, sums.shape[1]).unbind()
-    total = low.add(middle, alpha=256).add_(high, alpha=256**2)
-    # The scales are multiplied first, because the total times one of them may overflow.
-    y: Tensor = total * (step * held["scale"].T)
+    total = high.add(middle, alpha=1 / 256).add_(low, alpha=1 / 256**2)
+    # The scales are multiplied first, because the total times one of them may overflow; a step alone may underflow.
+    y: Tensor = total * (step * 256**2 * held["scale"].T)
     return y if bias is None else y + bias

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -62,7 +63,18 @@ def int_mm(a: Tensor, b: Tensor) -> Tensor:
 
 @functools.cache
 def exact_int_mm() -> bool:
-    """Whether :func:`int_mm` is exact on this processor. Without VNNI, sums of two products may saturate at 16 bits."""
+    """Whether :func:`int_mm` is exact on this processor. Without VNNI, sums of two products may saturate at 16 bits.
+
+    Where torch has no matmul of these types, it raises, or warns and reads unsigned bytes as signed ones.
+    """
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            return _exact_int_mm()
+    except RuntimeError:
+        return False
+
+
+def _exact_int_mm() -> bool:
     random = torch.Generator("cpu").manual_seed(0)
     for t, n, c in ((1, 33, 1030), (2, 64, 64), (40, 7, 515), (3, 16, 2 * _APART)):
         signs = torch.randint(0, 2, (t + n, c), generator=random, device="cpu")
