@@ -83,9 +83,8 @@ def _try(model: nn.Module, size: int, format: str, config: Any) -> None:  # noqa
     try:
         export.FORMATS[format].texts(Parts(model))
     except QuantizeError as error:
-        raise QuantizeError(
-            f"--format {format}: " + str(error).replace("layer '1': its", "their").removeprefix("layer '1': ")
-        ) from None
+        told = str(error).replace("layer '1': its", "the").removeprefix("layer '1': ")
+        raise QuantizeError(f"--format {format}: {told}") from None
 
 
 def write(model: nn.Module, directory: Path, format: str | None, source: Path) -> None:  # noqa: A002

@@ -68,7 +68,7 @@ class Parts:
         for name, layer in self.layers.items():
             if hasattr(layer, "smoothing"):
                 how = f"algorithm {{{layer.row.algorithm!r}: {{'fold': True}}}}, which smooths in the module before"
-                how += " (report says why it did not), or the layer in skip_layers"
+                how += " (with it, the report says why a scale stayed), or the layer in skip_layers"
                 raise refusal(f"layer {name!r}", "its inputs are smoothed at run time, which no format can hold", how)
         tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
         # A quantized weight is no longer tied to an embedding.
