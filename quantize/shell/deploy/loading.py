@@ -1,4 +1,4 @@
-"""Convert a float model by the ``state_dict`` of a converted one. All checks come before the first change."""
+"""Convert a float model by the ``state_dict`` of a converted one. A refused call changes nothing."""
 
 from __future__ import annotations
 
@@ -140,9 +140,8 @@ def _convert(model: nn.Module, state: Mapping[str, Any], kernel: str | None) -> 
         tied = isinstance(value, Tensor) and (value.data_ptr(), value.shape) == (other.data_ptr(), other.shape)
         if isinstance(value, Tensor) and not tied and not torch.equal(value, other):
             (second, _, last), (name, _, _) = key.rpartition("."), first(key).rpartition(".")
-            raise refusal(
-                f"layer {second!r}", f"its {last!r} differs from that of {name!r}", "equal values: the model has one"
-            )
+            differs = f"its {last!r} differs from that of {name!r}"
+            raise refusal(f"layer {second!r}", differs, "equal tensors, as the model has one under both names")
     new = {key: _filled(tensors[key], value) if key in tensors else value for key, value in rest.items()}
     ready = OrderedDict({key: new[first(key)] for key in own})
     # Modules read the version of their state from here.
