@@ -128,8 +128,8 @@ def test_embeddings_stay_close(encoder, given, layers):
     bytes_of = sizes(quantized.model)
     for name in found:
         layer = quantized.model.get_submodule(name)
-        # For quantized inputs the kernel keeps the sum of each row of codes beside what a file holds.
-        sums = 4 * layer.out_features * (layer.layout.spec.inputs is not None)
+        # For integer sums the kernel keeps the sum of each row of codes beside what a file holds.
+        sums = 4 * layer.out_features * hasattr(layer, "sums")
         assert bytes_of[name] == held(layer) + sums, name
     # The errors of rounding lie anywhere between none and the most, in the mean square at a third of the most; and the
     # distance grows with the mean square.
