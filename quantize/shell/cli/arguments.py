@@ -77,8 +77,9 @@ def parser() -> argparse.ArgumentParser:
     results("--out", type=Path, metavar="DIR", help="write the quantized model into this new or empty directory, with "
             "the other files of the model, such as tokenizer and chat template")  # fmt: skip
     results("--format", choices=("quantize", *export.FORMATS), metavar="NAME",
-            help=f"the format of --out: {', '.join(export.FORMATS)}, or quantize (default), which quantize.load reads "
-            "into a model made by from_config")  # fmt: skip
+            help="the format of --out: compressed-tensors (for transformers and vLLM), ascendv1 or ascendv1-mix (for "
+            "vLLM-Ascend and MindIE), or quantize (default), which quantize.load reads into a model made by "
+            "from_config")  # fmt: skip
     results(
         "--plot",
         type=Path,
