@@ -35,7 +35,8 @@ class Outcome:
     numbers: Mapping[str, float]
 
     def __str__(self) -> str:
-        return "\n".join([str(self.report), "", *sizes.told(self.before, self.after), self.comparison]).rstrip()
+        report = str(self.report).replace("print(report(model).table())", "--verbose")
+        return "\n".join([report, "", *sizes.told(self.before, self.after), self.comparison]).rstrip()
 
     def as_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers."""

@@ -117,7 +117,7 @@ class Language(_Pretrained):
         lines, most = iter(progress(text, "tokenize", unit="line")), batches * batch
         rows = list(islice(self._rows(lines), most)), list(self._rows(lines)) if evaluate else []
         if len(rows[0]) < most or (evaluate and not rows[1]):
-            found = f"{len(rows[0])} rows of {self.length} tokens to calibrate with"
+            found = f"{len(rows[0])} row{'s' * (len(rows[0]) != 1)} of {self.length} tokens to calibrate with"
             found += f", {len(rows[1])} to measure" * evaluate
             accepted = f"text for {most} (batch_num {batches} times --batch-size {batch})"
             raise refusal("--text", found, accepted + ", and for at least 1 in the lines after" * evaluate)
