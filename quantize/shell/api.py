@@ -108,7 +108,7 @@ def convert(
         model: a model whose calibration is complete; with ``from_state``, a float model, also on the meta device.
         kernel: ``'reference'``, ``'cpu'`` or ``'npu'`` for all layers; None chooses for each, by format and device.
             ``'cpu-bf16'`` computes int4 weights of float32 and float16 models in bfloat16, with its speed and its
-            errors; layers that it cannot serve are chosen for as with None.
+            errors; layers that it cannot serve get the kernel that None would choose.
         from_state: the ``state_dict`` of a converted model of the same architecture. Then the model needs neither float
             weights nor calibration. Tensors go to the devices of the model; for meta parameters they stay where they
             are.

@@ -27,12 +27,13 @@ from quantize.shell.plan import plan
 from quantize.shell.progress import progress
 from quantize.shell.report import picture
 from quantize.shell.report.report import Report
+from quantize.shell.report.text import WIDTH
 
 SENTENCES = Path(__file__).with_name("sentences.txt")
 _INT8 = {"type": "int8", "symmetric": True}
 _FORMATS = {"weights": {**_INT8, "strategy": "channel"}, "inputs": {**_INT8, "strategy": "token"}}
 CONFIG: dict[str, Any] = {"batch_num": 4, "quant_cfg": _FORMATS, "algorithm": "minmax"}
-_WIDTH, _CONFIG_LINES = 100, 4
+_CONFIG_LINES = 4
 _Say = Callable[[str], None]
 
 
@@ -155,7 +156,7 @@ def _config(config: Any, given: argparse.Namespace) -> str:
     if given.budget is not None:
         text += f", with formats chosen to fit into {given.budget:g} of the bytes"
     most = None if given.verbose else _CONFIG_LINES
-    wrapped = textwrap.TextWrapper(_WIDTH, subsequent_indent="  ", break_on_hyphens=False, max_lines=most,
+    wrapped = textwrap.TextWrapper(WIDTH, subsequent_indent="  ", break_on_hyphens=False, max_lines=most,
                                    placeholder=" ... (--verbose prints all)")  # fmt: skip
     return wrapped.fill(text)
 

@@ -21,8 +21,7 @@ from quantize.shell.disk.parts import MERGED
 from quantize.shell.plan import Plan, swap
 from quantize.shell.report.report import Report
 from quantize.shell.report.rows import Row, reasons, share
-
-_WIDTH = 100
+from quantize.shell.report.text import WIDTH
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class Forecast:
         lines += [f"  at most: {self.most}"] * bool(self.most)
         memory = f"about {_size(self.memory)} above the model and a forward pass" if self.memory else "none"
         lines += [f"memory of calibration: {memory}", *[f"  {self.how}"] * bool(self.how)]
-        return "\n".join(fill(line, _WIDTH, subsequent_indent="    ", break_on_hyphens=False) for line in lines)
+        return "\n".join(fill(line, WIDTH, subsequent_indent="    ", break_on_hyphens=False) for line in lines)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers."""

@@ -11,7 +11,8 @@ from unicodedata import east_asian_width
 
 from quantize.shell.report.rows import Row, Skipped, folded, gathered, listed, reasons, share, shortened, span
 
-_WIDTH = 100
+# Columns of a terminal.
+WIDTH = 100
 # Up to _FEW lines of layers are all printed. Of more, the _WORST worst are printed.
 _FEW, _WORST = 20, 10
 _ERROR, _SQNR, _TOKENS = "error vs minmax", "SQNR dB", "tokens"
@@ -219,7 +220,7 @@ def _grid(lines: Sequence[_Cells]) -> list[str]:
             # Words are aligned to the left, and numbers to the right.
             starts = [start + (cell.rjust(width) if column else cell.ljust(width)) + "  "
                       for start, cell in zip(starts, cells, strict=True)]  # fmt: skip
-    names, prefix = shortened([line[last] for line in lines], _WIDTH - len(starts[0]))
+    names, prefix = shortened([line[last] for line in lines], WIDTH - len(starts[0]))
     grid = [line for start, name in zip(starts, [last, *names], strict=True)
             for line in _wrapped(name, start, " " * len(start))]  # fmt: skip
     return grid + _wrapped(prefix, "..: ", "    ") * bool(prefix)
@@ -230,5 +231,5 @@ def _wrapped(text: str, start: str, rest: str) -> list[str]:
     plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     # A NUL before each wide character makes lengths count columns. Where a line breaks, it may be one column wider.
     wide = "".join("\0" * (east_asian_width(c) in "WF") + c for c in plain)
-    lines = wrap(wide, _WIDTH - 1, initial_indent=start, subsequent_indent=rest, break_on_hyphens=False)
+    lines = wrap(wide, WIDTH - 1, initial_indent=start, subsequent_indent=rest, break_on_hyphens=False)
     return [line.replace("\0", "").rstrip() for line in lines or [start]]

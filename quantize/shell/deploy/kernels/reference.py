@@ -68,13 +68,9 @@ def forward(x: Tensor, held: Mapping[str, Tensor], layout: Layout, bias: Tensor 
     return compute(x, restore(held, layout), bias)
 
 
-def compute(
-    x: Tensor, s: Solution, bias: Tensor | None, *, matmul: Callable[[Tensor, Tensor], Tensor] = linear.int_matmul
-) -> Tensor:
+def compute(x: Tensor, s: Solution, bias: Tensor | None) -> Tensor:
     """:func:`quantize.core.linear.quantized_linear` with the solution ``s``."""
-    return linear.quantized_linear(
-        x, s.weight, bias, inputs=s.inputs, smoothing=s.smoothing, static=s.static, matmul=matmul
-    )
+    return linear.quantized_linear(x, s.weight, bias, inputs=s.inputs, smoothing=s.smoothing, static=s.static)
 
 
 def narrow(scheme: Scheme) -> bool:
